@@ -1,0 +1,63 @@
+"""Builds `csrc/*.cpp` into `jepa_kernels/_C.abi3.so`, against libtorch's stable ABI.
+
+No nvcc, no pybind, no Python.h: the library only registers operators, so one binary serves every Python
+and every torch >= 2.10, and nothing of torch runs here. Only its headers are read, from the environment
+that the package is installed into. `JEPA_KERNELS_NO_EXT=1` builds the package without it.
+"""
+
+import os
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+TORCH_2_10 = "0x020a000000000000"
+
+
+def torch_include() -> str:
+    """The include folder of the installed torch.
+
+    pip builds in isolation hide the environment's packages from `import`, not from the file system.
+    """
+    spec = find_spec("torch")
+    roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    roots += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
+    for root in roots:
+        if (root / "include/torch/csrc/stable/library.h").is_file():
+            return str(root / "include")
+    sys.exit(
+        "jepa_kernels: no torch >= 2.10 in this environment, and its headers are needed to build the CPU kernels.\n"
+        "  Install torch first. If it is installed, add --no-build-isolation to the pip command.\n"
+        "  JEPA_KERNELS_NO_EXT=1 installs without the CPU kernels (plain PyTorch takes their place)."
+    )
+
+
+class BuildExt(build_ext):
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # no PyInit: loaded with torch.ops.load_library
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("JEPA_KERNELS_NO_EXT") == "1":
+        return []
+    return [
+        Extension(
+            "jepa_kernels._C",
+            sources=sorted(str(p) for p in Path("csrc").glob("*.cpp")),
+            depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_2_10)],
+            extra_compile_args=[f"-isystem{torch_include()}", "-std=c++20", "-O3", "-fno-math-errno"]
+            + ["-fvisibility=hidden", "-Wall", "-Wextra"],
+            py_limited_api=True,
+        )
+    ]
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
