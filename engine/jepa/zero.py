@@ -1,0 +1,102 @@
+"""Where DeepSpeed keeps the fp32 weights of each parameter, at any ZeRO stage.
+
+An optimizer under ZeRO sees flat fp32 tensors, not the model's parameters. This file is the map between the two: each
+rank's fp32 tensors, and which part of which named parameter lies where in them. The optimizer's state (moments, EMA)
+has the same layout, because AdamWEMA keeps it by tensor. The teacher and the checkpoints are written on this map and
+know nothing else of DeepSpeed's optimizers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`length` elements of the parameter `name` from its element `start` on, at `offset` in a flat tensor."""
+
+    name: str
+    start: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One fp32 tensor that the optimizer updates on this rank, and the pieces of parameters that it holds.
+
+    `group` is the optimizer's param group. `low_precision` is None or the flat tensor of all ranks' training weights,
+    of which this rank's part begins at `rank_offset` (stages 1 and 2).
+    """
+
+    weight: Tensor
+    pieces: list[Piece]
+    group: dict[str, Any]
+    low_precision: Tensor | None = None
+    rank_offset: int = 0
+
+
+def names_of(engine: Any) -> dict[int, str]:
+    return {id(p): name for name, p in engine.module.named_parameters()}
+
+
+def flats(engine: Any) -> list[Flat]:
+    """This rank's fp32 tensors under a DeepSpeed engine, in the optimizer's order."""
+    stage, wrapper, names = engine.zero_optimization_stage(), engine.optimizer, names_of(engine)
+    if stage == 0:
+        return _replicated(wrapper, names)
+    return _flat_partitions(wrapper, names) if stage < 3 else _parameter_partitions(wrapper, names)
+
+
+def _replicated(wrapper: Any, names: dict[int, str]) -> list[Flat]:
+    """Stage 0: every rank has every parameter; in bf16 the fp32 weights are copies that DeepSpeed keeps in order."""
+    optimizer = getattr(wrapper, "optimizer", wrapper)
+    if hasattr(wrapper, "fp32_groups"):
+        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, optimizer.param_groups, strict=True)
+    else:
+        pairs = zip(*[[g["params"] for g in optimizer.param_groups]] * 2, optimizer.param_groups, strict=True)
+    return [
+        Flat(fp32, [Piece(names[id(param)], 0, 0, param.numel())], group)
+        for params, fp32s, group in pairs
+        for param, fp32 in zip(params, fp32s, strict=True)
+    ]
+
+
+def _flat_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
+    """Stages 1 and 2: a group's parameters lie one after another in a buffer that is cut into one part a rank.
+
+    The place of a parameter is read off its address in the buffer: DeepSpeed may have reordered them.
+    """
+    result = []
+    for i, group in enumerate(wrapper.optimizer.param_groups):
+        weight, buffer = wrapper.single_partition_of_fp32_groups[i], wrapper.bit16_groups_flat[i]
+        low = dist.get_rank(group=wrapper.real_dp_process_group[i]) * weight.numel()
+        pieces = []
+        for param in wrapper.bit16_groups[i]:
+            place = (param.data_ptr() - buffer.data_ptr()) // buffer.element_size()
+            begin, end = max(place, low), min(place + param.numel(), low + weight.numel())
+            if begin < end:
+                pieces.append(Piece(names[id(param)], begin - place, begin - low, end - begin))
+        result.append(Flat(weight, pieces, group, buffer, low))
+    return result
+
+
+def _parameter_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
+    """Stage 3: each parameter is cut into one equal part a rank (the last ones padded); a flat holds one part of each."""
+    rank = dist.get_rank(group=wrapper.dp_process_group)
+    result = []
+    for i, (params, weight) in enumerate(
+        zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)
+    ):
+        pieces, offset = [], 0
+        for param in params:
+            part = param.ds_tensor.numel()
+            length = min(part, param.ds_numel - rank * part)
+            if length > 0:
+                pieces.append(Piece(names[id(param)], rank * part, offset, length))
+            offset += part
+        group = wrapper.optimizer.param_groups[wrapper.sub_group_to_group_id[i]]
+        result.append(Flat(weight, pieces, group))
+    return result
