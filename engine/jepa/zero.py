@@ -9,6 +9,7 @@ know nothing else of DeepSpeed's optimizers.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,15 +28,12 @@ class Piece:
 class Flat:
     """One fp32 tensor that the optimizer updates on this rank, and the pieces of parameters that it holds.
 
-    `group` is the optimizer's param group. `low_precision` is None or the flat tensor of all ranks' training weights,
-    of which this rank's part begins at `rank_offset` (stages 1 and 2).
+    `group` is the optimizer's param group.
     """
 
     weight: Tensor
     pieces: list[Piece]
     group: dict[str, Any]
-    low_precision: Tensor | None = None
-    rank_offset: int = 0
 
 
 def names_of(engine: Any) -> dict[int, str]:
@@ -79,7 +77,7 @@ def _flat_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
             begin, end = max(place, low), min(place + param.numel(), low + weight.numel())
             if begin < end:
                 pieces.append(Piece(names[id(param)], begin - place, begin - low, end - begin))
-        result.append(Flat(weight, pieces, group, buffer, low))
+        result.append(Flat(weight, pieces, group))
     return result
 
 
@@ -100,3 +98,26 @@ def _parameter_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
         group = wrapper.optimizer.param_groups[wrapper.sub_group_to_group_id[i]]
         result.append(Flat(weight, pieces, group))
     return result
+
+
+@torch.no_grad()
+def refresh_training_weights(engine: Any) -> None:
+    """Rounds the fp32 weights into the weights that the model computes with, after they were written from outside."""
+    stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        for params, fp32s in zip(getattr(wrapper, "fp16_groups", ()), getattr(wrapper, "fp32_groups", ()), strict=True):
+            torch._foreach_copy_(params, fp32s)
+    elif stage < 3:
+        for weight, buffer in zip(wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups_flat, strict=True):
+            part = buffer.view(-1, weight.numel())[dist.get_rank()]
+            part.copy_(weight)
+            dist.all_gather_into_tensor(buffer, part)
+    else:
+        for params, weight in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for param in params:
+                part = param.ds_tensor
+                part.copy_(weight[offset : offset + part.numel()].view_as(part))
+                offset += part.numel()
+        if wrapper.persistent_parameters:
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
