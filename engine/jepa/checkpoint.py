@@ -150,12 +150,10 @@ def load(path: Path, engine: Any) -> tuple[Progress, dict[str, Any]]:
     progress = Progress(**{key: state[key] for key in asdict(Progress())})
     optimizer, reader = engine.basic_optimizer, Reader(path, state)
     for flat in flats(engine):
-        targets = {"weight": flat.weight.data}
+        kept = {kind: torch.zeros_like(flat.weight) for kind in KINDS[1:] if kind != "ema" or flat.group["ema"]}
         if progress.applied:
-            kept = optimizer.init_state(flat.weight, flat.group)
-            kept["step"].fill_(progress.applied)
-            targets |= {kind: kept[kind] for kind in KINDS if kind in kept}
-        for kind, target in targets.items():
+            optimizer.state[flat.weight] = {"step": torch.tensor(float(progress.applied)), **kept}
+        for kind, target in {"weight": flat.weight.data, **(kept if progress.applied else {})}.items():
             for piece in flat.pieces:
                 for start, values in reader.read(kind, piece.name, piece.start, piece.length):
                     place = piece.offset + start - piece.start

@@ -1,17 +1,74 @@
-"""Where DeepSpeed keeps the fp32 weights of each parameter, at any ZeRO stage.
+"""DeepSpeed: how a run starts it, and where it keeps the fp32 weights of each parameter at any ZeRO stage.
 
-An optimizer under ZeRO sees flat fp32 tensors, not the model's parameters. This file is the map between the two: each
+An optimizer under ZeRO sees flat fp32 tensors, not the model's parameters. `flats` is the map between the two: each
 rank's fp32 tensors, and which part of which named parameter lies where in them. The optimizer's state (moments, EMA)
 has the same layout, because AdamWEMA keeps it by tensor. The teacher and the checkpoints are written on this map and
 know nothing else of DeepSpeed's optimizers.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from jepa_kernels import AdamWEMA
 from torch import Tensor
+
+from .config import Config, deepspeed_config
+from .objective import JepaModel
+
+
+def param_groups(model: JepaModel) -> list[dict[str, Any]]:
+    """The encoder apart (it has an average) and the rest; of each, what weight decay touches and what it does not
+    (biases and one-dimensional weights). The mask token, [1, 1, D], decays as in the published code."""
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((name.startswith("encoder."), parameter.ndim > 1), []).append(parameter)
+    return [{"params": params, "ema": ema, "decays": decays} for (ema, decays), params in groups.items()]
+
+
+def start(model: JepaModel, config: Config) -> Any:
+    """The DeepSpeed engine around the model, with AdamWEMA as its optimizer."""
+    import deepspeed
+
+    # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing, and it is forgotten here.
+    optimizer = AdamWEMA(
+        param_groups(model), lr=0.0, betas=config.optimization.betas, eps=config.optimization.eps, weight_decay=0.0
+    )
+    settings = deepspeed_config(config, dist.get_world_size())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    optimizer.state.clear()
+    return engine
+
+
+def schedule(engine: Any, lr: float, weight_decay: float, momentum: float) -> None:
+    """Sets the three scheduled numbers of the next step."""
+    for group in engine.basic_optimizer.param_groups:
+        group |= {"lr": lr, "momentum": momentum, "weight_decay": weight_decay if group["decays"] else 0.0}
+
+
+def step(engine: Any) -> tuple[bool, float | None]:
+    """Ends a micro-batch; at the end of an accumulation, updates the weights unless the gradient is not finite.
+
+    Returns whether the weights moved, and the gradient's norm before clipping (None where DeepSpeed does not tell).
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return False, None
+    norm = None
+    if isinstance(engine.optimizer, AdamWEMA):  # fp32 without ZeRO: nobody else looks at the gradient
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            engine.module.zero_grad(set_to_none=True)
+            engine.step()
+            return False, norm
+    engine.step()
+    if norm is None and engine.get_global_grad_norm() is not None:
+        norm = float(engine.get_global_grad_norm())
+    return engine.was_step_applied(), norm
+
 
 
 @dataclass(frozen=True)
