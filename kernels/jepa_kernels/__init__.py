@@ -4,9 +4,11 @@ from pathlib import Path
 
 import torch
 
+from .adamw_ema import AdamWEMA
+from .ema import ema_
 from .gather import gather_tokens
 
-__all__ = ["gather_tokens"]
+__all__ = ["AdamWEMA", "ema_", "gather_tokens"]
 __version__ = "0.1.0"
 
 # Absent only where the package was built with JEPA_KERNELS_NO_EXT=1; one that is broken raises here.
