@@ -69,7 +69,7 @@ def compare(args: argparse.Namespace, contexts: int, seed: int) -> dict[str, flo
                 "meta": {"model_name": args.model, "use_bfloat16": False},
                 "data": {"root_path": "-", "batch_size": args.batch, "crop_size": args.crop},
                 "mask": {"patch_size": args.patch, "num_enc_masks": contexts},
-                "optimization": {"epochs": 1},
+                "optimization": {"epochs": 1, "warmup": 0},
                 "logging": {"folder": "-"},
             }
         )
@@ -118,7 +118,8 @@ def roughen(module: nn.Module) -> None:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 if __name__ == "__main__":
