@@ -11,6 +11,8 @@ never exists: a kept pixel is read once as a byte and written once. The CPU kern
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .checks import check_index
@@ -89,6 +91,83 @@ def patchify_ref(
     return (bytes_BNL.float() * scale_L + bias_L).to(dtype).contiguous()
 
 
+# --- triton: a run is P neighbouring pixels of one channel of one patch; a program writes RUNS of them
+
+
+@triton.jit(do_not_specialize=["K"])  # K changes from step to step
+def _patchify_kernel(
+    images,  # [B, 3, H, W] uint8
+    index,  # [B, K]; anything where INDEXED is false
+    y,  # [B, K, 3*P*P]
+    K,
+    grid_h,  # H / P
+    grid_w,  # W / P
+    images_b,  # strides of images
+    images_c,
+    images_h,
+    images_w,
+    scale_r,
+    scale_g,
+    scale_b,
+    bias_r,
+    bias_g,
+    bias_b,
+    INDEXED: tl.constexpr,
+    P: tl.constexpr,
+    RUNS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    program = tl.program_id(0)
+    tiles = tl.cdiv(K * 3 * P, RUNS)
+    b = (program // tiles).to(tl.int64)
+    run = (program % tiles) * RUNS + tl.arange(0, RUNS)
+    k, c, py = run // (3 * P), run // P % 3, run % P
+    px = tl.arange(0, BLOCK_P)
+    if INDEXED:
+        n = tl.load(index + b * K + k, mask=k < K, other=0)
+        tl.device_assert((n >= 0) & (n < grid_h * grid_w), "patchify: index out of range")
+        n = n.to(tl.int32)
+    else:
+        n = k
+    row, col = (n // grid_w * P + py).to(tl.int64), (n % grid_w * P).to(tl.int64)
+    inside = (k < K)[:, None] & (px < P)[None, :]
+    start = images + b * images_b + c.to(tl.int64) * images_c + row * images_h + col * images_w
+    pixel = tl.load(start[:, None] + px.to(tl.int64)[None, :] * images_w, mask=inside, other=0)
+    scale = tl.where(c == 0, scale_r, tl.where(c == 1, scale_g, scale_b))
+    bias = tl.where(c == 0, bias_r, tl.where(c == 1, bias_g, bias_b))
+    value = pixel.to(tl.float32) * scale[:, None] + bias[:, None]
+    to = y + (b * K * (3 * P) + run)[:, None] * P + px[None, :]
+    tl.store(to, value.to(y.dtype.element_ty), mask=inside)
+
+
+def patchify_triton(
+    images: Tensor, index: Tensor | None, scale: list[float], bias: list[float], P: int, dtype: torch.dtype
+) -> Tensor:
+    y = _patchify_fake(images, index, scale, bias, P, dtype)
+    if y.numel():
+        B, K, _ = y.shape
+        block_p = triton.next_power_of_2(P)
+        runs = min(triton.next_power_of_2(K * 3 * P), max(1, 2048 // block_p))
+        _patchify_kernel[(B * triton.cdiv(K * 3 * P, runs),)](
+            images,
+            images if index is None else index.contiguous(),
+            y,
+            K,
+            images.shape[2] // P,
+            images.shape[3] // P,
+            *images.stride(),
+            *scale,
+            *bias,
+            index is not None,
+            P,
+            runs,
+            block_p,
+            debug=True,
+            sanitize_overflow=False,
+        )
+    return y
+
+
 # --- registration
 
 torch.library.define(
@@ -96,6 +175,7 @@ torch.library.define(
     "(Tensor images, Tensor? index, float[] scale, float[] bias, SymInt P, ScalarType dtype) -> Tensor",
 )
 torch.library.impl("jepa_kernels::patchify", "default", patchify_ref)
+torch.library.impl("jepa_kernels::patchify", "cuda", patchify_triton)
 
 
 @torch.library.register_fake("jepa_kernels::patchify")
