@@ -1,0 +1,291 @@
+"""The state of a run, in and out: fp32 weights, both moments and the EMA by parameter name, for any number of ranks.
+
+A checkpoint is a folder:
+
+    state.json               step, counters, resolved config, versions; for every rank file its size, its SHA-256 and
+                             which elements of which parameter lie where in it
+    rank-00000.safetensors   the flat fp32 tensors of rank 0: weight.i, exp_avg.i, exp_avg_sq.i, ema.i
+    ...
+
+Every rank writes its own part, so no rank ever holds the whole; nothing in it is a pickle. It is written under a
+temporary name and renamed when all of it is on the disk: a folder with its final name is whole.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import Config
+from .vit import VisionTransformer, build_encoder
+from .zero import Flat, flats, refresh_training_weights
+
+FORMAT = 1
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which file, why, and what to do."""
+
+
+@dataclass
+class Progress:
+    """How far a run is. `step` counts the steps tried and chooses the data; `applied` those that moved the weights."""
+
+    step: int = 0
+    applied: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [start, start + length) of a parameter, at `offset` in the `index`-th flat tensors of a rank's file."""
+
+    name: str
+    start: int
+    length: int
+    file: str
+    index: int
+    offset: int
+
+
+def save(
+    folder: Path, name: str, engine: Any, progress: Progress, config: Config, extra: dict[str, Any] | None = None
+) -> Path:
+    """Writes the checkpoint `folder/name`, called by every rank. Returns its path.
+
+    One that is already there under this name is replaced. Raises CheckpointError on every rank if any rank failed to
+    write; what was there before is then untouched.
+    """
+    rank, final = dist.get_rank(), folder / name
+    partial = folder / f".{name}.partial"
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    try:
+        mine: dict[str, Any] = _write_rank(partial, engine)
+    except OSError as error:
+        mine = {"error": f"rank {rank}: {error}"}
+    files: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(files, mine)
+    failures = [f["error"] for f in files if "error" in f]
+    if rank == 0 and not failures:
+        shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
+        state = {
+            "format": FORMAT,
+            **asdict(progress),
+            "config": config.model_dump(mode="json"),
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "shapes": shapes,
+            "files": files,
+        }
+        try:
+            _write_json(partial / "state.json", state | (extra or {}))
+            _swap(partial, final)
+        except OSError as error:
+            failures = [f"rank 0: {error}"]
+    outcome: list[Any] = [failures]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0]:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint {final} could not be written ({'; '.join(outcome[0])}); what was saved before is whole"
+        )
+    return final
+
+
+def _write_rank(folder: Path, engine: Any) -> dict[str, Any]:
+    rank, state = dist.get_rank(), engine.basic_optimizer.state
+    mine = _to_write(engine)
+    tensors, pieces = {}, []
+    for i, flat in enumerate(mine):
+        kept = state.get(flat.weight, {})
+        tensors[f"weight.{i}"] = flat.weight.detach()
+        tensors |= {f"{kind}.{i}": kept[kind] for kind in KINDS if kind in kept}
+        pieces += [[p.name, p.start, p.length, i, p.offset] for p in flat.pieces]
+    path = folder / f"rank-{rank:05d}.safetensors"
+    safetensors.torch.save_file({k: t.flatten().cpu() for k, t in tensors.items()}, path)
+    _sync(path)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "pieces": pieces}
+
+
+def _to_write(engine: Any) -> list[Flat]:
+    """Without ZeRO every rank holds everything: then each writes its share of the parameters."""
+    everything = flats(engine)
+    if engine.zero_optimization_stage() > 0:
+        return everything
+    return everything[dist.get_rank() :: dist.get_world_size()]
+
+
+def load(path: Path, engine: Any) -> tuple[Progress, dict[str, Any]]:
+    """Fills weights, moments and EMA of this rank from `path`; any number of ranks and any ZeRO stage may have saved it.
+
+    Returns the progress and the whole of state.json. Raises CheckpointError, before anything is changed, where the
+    files are damaged or hold another model.
+    """
+    state = read_state(path)
+    verify(path, state)
+    ours = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
+    if ours != state["shapes"]:
+        names = sorted(set(ours) ^ set(state["shapes"])) or [n for n in ours if ours[n] != state["shapes"][n]]
+        raise CheckpointError(
+            f"{path} holds another model than the config describes; they differ in {len(names)} parameters, such as "
+            f"{names[0]}: there {state['shapes'].get(names[0])}, here {ours.get(names[0])}"
+        )
+    progress = Progress(**{key: state[key] for key in asdict(Progress())})
+    optimizer, reader = engine.basic_optimizer, Reader(path, state)
+    for flat in flats(engine):
+        kept = {kind: torch.zeros_like(flat.weight) for kind in KINDS[1:] if kind != "ema" or flat.group["ema"]}
+        if progress.applied:
+            optimizer.state[flat.weight] = {"step": torch.tensor(float(progress.applied)), **kept}
+        for kind, target in {"weight": flat.weight.data, **(kept if progress.applied else {})}.items():
+            for piece in flat.pieces:
+                for start, values in reader.read(kind, piece.name, piece.start, piece.length):
+                    place = piece.offset + start - piece.start
+                    target.view(-1)[place : place + len(values)].copy_(values)
+    refresh_training_weights(engine)
+    return progress, state
+
+
+class Reader:
+    """Reads any range of any parameter from the rank files of a checkpoint."""
+
+    def __init__(self, path: Path, state: dict[str, Any]) -> None:
+        self.files = {f["name"]: safetensors.safe_open(path / f["name"], framework="pt") for f in state["files"]}
+        self.parts: dict[str, list[Part]] = {}
+        for file in state["files"]:
+            for name, start, length, index, offset in file["pieces"]:
+                self.parts.setdefault(name, []).append(Part(name, start, length, file["name"], index, offset))
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
+        """Yields (first element, fp32 values) until elements [start, start + length) of the parameter are covered."""
+        missing = length
+        for part in self.parts.get(name, []):
+            begin, end = max(start, part.start), min(start + length, part.start + part.length)
+            if begin < end:
+                shift = part.offset - part.start
+                yield begin, self.files[part.file].get_slice(f"{kind}.{part.index}")[begin + shift : end + shift]
+                missing -= end - begin
+        if missing:
+            raise CheckpointError(f"{missing} elements of {kind} of {name} are in none of the checkpoint's files")
+
+    def tensor(self, kind: str, name: str, shape: list[int]) -> Tensor:
+        """The whole of one parameter, fp32."""
+        values = torch.empty(shape)
+        for start, part in self.read(kind, name, 0, values.numel()):
+            values.view(-1)[start : start + len(part)] = part
+        return values
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, checked to be one that this version reads."""
+    file = path / "state.json"
+    try:
+        state = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: given another format than {FORMAT}, the one that this version reads and writes")
+    return state
+
+
+def verify(path: Path, state: dict[str, Any]) -> None:
+    """Compares each rank file with the size and the SHA-256 in state.json. Raises CheckpointError at a difference."""
+    for file in state["files"]:
+        part = path / file["name"]
+        if not part.is_file() or part.stat().st_size != file["bytes"]:
+            found = f"{part.stat().st_size} bytes" if part.is_file() else "missing"
+            raise CheckpointError(f"{part} is damaged: wanted {file['bytes']} bytes, found {found}")
+        if _sha256(part) != file["sha256"]:
+            raise CheckpointError(f"{part} is damaged: its contents do not match the SHA-256 in state.json")
+
+
+def candidates(folder: Path, tag: str) -> list[Path]:
+    """The finished checkpoints of a run, the newest step first."""
+    steps = {}
+    for path in folder.glob(f"{tag}-*"):
+        if (path / "state.json").is_file() and not path.is_symlink():
+            steps[path] = read_state(path)["step"]
+    return sorted(steps, key=lambda path: (steps[path], path.name), reverse=True)
+
+
+def save_step(folder: Path, tag: str, keep_last: int, engine: Any, progress: Progress, config: Config) -> Path:
+    """Saves `{tag}-step{N}`, points `{tag}-latest` at it and deletes all but the `keep_last` newest of its kind."""
+    path = save(folder, f"{tag}-step{progress.step:08d}", engine, progress, config)
+    if dist.get_rank() == 0:
+        link = folder / f".{tag}-latest.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, folder / f"{tag}-latest")
+        pattern = re.compile(re.escape(tag) + r"-step\d{8}$")
+        ours = [p for p in candidates(folder, tag) if pattern.match(p.name)]
+        for old in ours[keep_last:]:
+            shutil.rmtree(old)
+    return path
+
+
+def load_encoder(path: str | Path, which: str = "target_encoder") -> tuple[VisionTransformer, Config]:
+    """The encoder of a checkpoint in fp32, and the config it was trained with.
+
+    `which`: "target_encoder" (the EMA: what I-JEPA evaluates) or "encoder".
+    """
+    path = Path(path)
+    state = read_state(path)
+    config, reader = Config.model_validate(state["config"]), Reader(path, state)
+    kinds = {"target_encoder": "ema" if state["applied"] else "weight", "encoder": "weight"}
+    if which not in kinds:
+        raise ValueError(f"which: given {which!r}, wanted one of {sorted(kinds)}")
+    encoder = build_encoder(config)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            parameter.copy_(reader.tensor(kinds[which], f"encoder.{name}", list(parameter.shape)))
+    return encoder.eval(), config
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap(partial: Path, final: Path) -> None:
+    """Gives a finished folder its name; one of that name steps aside first and is deleted last."""
+    _sync(partial)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,158 @@
+"""One step's loss: I-JEPA's prediction of hidden blocks, and C-JEPA's regulariser on top of it.
+
+I-JEPA (arXiv 2301.08243): smooth L1 between the predictor's output and the layer-normed target features.
+C-JEPA (arXiv 2410.19560, Algorithm 1): the M predicted blocks of an image are its views. Their mean over patches goes
+through a projector, and VICReg's terms are taken over all pairs of blocks, with statistics over the global batch:
+    L = L_jepa + beta_vicreg * (beta_sim * sim + beta_std * std + beta_cov * cov).
+
+Legend: B images, M target blocks, Kc/Kt kept patches of the context and of a target, N patches, D width.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jepa_kernels import prediction_loss, vicreg
+from torch import Tensor, nn
+
+from .config import Config
+from .vit import build_encoder, build_predictor
+
+
+class Losses(NamedTuple):
+    """fp32 scalars; `total` is differentiated, the terms are detached and unweighted. Absent terms are zero."""
+
+    total: Tensor
+    jepa: Tensor
+    sim: Tensor
+    std: Tensor
+    cov: Tensor
+
+
+class Output(NamedTuple):
+    losses: Losses
+    predicted_RD: Tensor
+    """The predicted blocks' means over their patches, one row a block and image, detached."""
+
+
+def world_group() -> dist.ProcessGroup | None:
+    """The group whose ranks share one batch, or None where a process is alone."""
+    return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduced gradient: the derivative of the sum of all ranks' losses."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        y = x.clone()
+        dist.all_reduce(y, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch normalisation of [R, D] rows by the statistics of all ranks' rows, in fp32; it keeps no running averages."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        group = world_group()
+        x = x_RD if x_RD.dtype == torch.float64 else x_RD.float()
+        rows = x.shape[0] * (dist.get_world_size(group) if group else 1)
+
+        def mean(values: Tensor) -> Tensor:
+            total = values.sum(0)
+            return (_SumOverRanks.apply(total, group) if group else total) / rows
+
+        centred = x - mean(x)
+        normed = centred * torch.rsqrt(mean(centred.square()) + self.eps)
+        return (normed * self.weight + self.bias).to(x_RD.dtype)
+
+
+def projector(widths: Sequence[int], dim: int) -> nn.Sequential:
+    """Linear layers of the given output widths, batch norm and ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in widths:
+        if layers:
+            layers += [GlobalBatchNorm(dim), nn.ReLU()]
+        layers.append(nn.Linear(dim, width))
+        dim = width
+    return nn.Sequential(*layers)
+
+
+def mean_pairwise_cosine(z_BMD: Tensor) -> Tensor:
+    """Mean cosine similarity over the ordered pairs of different blocks, fp32. With unit rows u_i,
+    sum over i != j of u_i . u_j = |sum_i u_i|^2 - M."""
+    M = z_BMD.shape[1]
+    unit = F.normalize(z_BMD.float(), dim=-1)
+    return (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))).mean() / (M * (M - 1))
+
+
+class JepaModel(nn.Module):
+    """What is trained: encoder, predictor and, for C-JEPA, the projector. Its forward is the loss of one micro-batch."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.loss = config.loss
+        self.encoder = build_encoder(config)
+        self.predictor = build_predictor(config)
+        self.projector: nn.Sequential | None = None
+        if self.loss.objective == "cjepa" and self.loss.regularizer == "vicreg":
+            dim = config.vit.embed_dim
+            self.projector = projector(self.loss.projector or [dim] * 3, dim)
+
+    def forward(self, images: Tensor, context_EBK: Tensor, target_MBK: Tensor, h_BND: Tensor) -> Output:
+        """uint8 images, int64 indices of E context and M target blocks, and the target encoder's output for the images.
+
+        With several context masks the loss is the mean over them.
+        """
+        parts = [self._one_context(images, context, target_MBK, h_BND) for context in context_EBK]
+        losses = Losses(*(torch.stack(terms).mean(0) for terms in zip(*(p.losses for p in parts), strict=True)))
+        return Output(losses, torch.cat([p.predicted_RD for p in parts]))
+
+    def _one_context(self, images: Tensor, context_BK: Tensor, target_MBK: Tensor, h_BND: Tensor) -> Output:
+        M, B, _ = target_MBK.shape
+        z_BKD = self.encoder(images, context_BK)
+        p_RKD = self.predictor(z_BKD, context_BK, target_MBK)
+        jepa = prediction_loss(p_RKD, h_BND, target_MBK)
+        pooled_RD = p_RKD.mean(1)
+        total, (sim, std, cov) = jepa, (jepa.new_zeros(()) for _ in range(3))
+        if self.loss.objective == "cjepa":
+            pooled_BMD = pooled_RD.view(M, B, -1).transpose(0, 1)
+            if self.projector is None:
+                sim = mean_pairwise_cosine(pooled_BMD)
+                total = jepa - self.loss.beta_vicreg * sim
+            else:
+                on_context = self.loss.vicreg_on == "context"
+                sim, std, cov = self._vicreg_of_context(z_BKD, h_BND) if on_context else self._vicreg(pooled_BMD)
+                weighted = self.loss.beta_sim * sim + self.loss.beta_std * std + self.loss.beta_cov * cov
+                total = jepa + self.loss.beta_vicreg * weighted
+        terms = (term.detach() for term in (jepa, sim, std, cov))
+        return Output(Losses(total, *terms), pooled_RD.detach())
+
+    def _vicreg(self, views_BMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Algorithm 1: the views are the predicted blocks."""
+        assert self.projector is not None
+        B, M, D = views_BMD.shape
+        return vicreg(self.projector(views_BMD.reshape(B * M, D)).view(B, M, -1), group=world_group())
+
+    def _vicreg_of_context(self, z_BKD: Tensor, h_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Appendix C.2: variance and covariance of the context encoder's pooled output, drawn to the pooled target."""
+        assert self.projector is not None
+        B = z_BKD.shape[0]
+        context, target = self.projector(torch.cat([z_BKD.mean(1), h_BND.mean(1)])).view(2, B, -1)
+        _, std, cov = vicreg(context[:, None], group=world_group())
+        return F.mse_loss(context.float(), target.float()), std, cov

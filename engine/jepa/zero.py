@@ -1,0 +1,180 @@
+"""DeepSpeed: how a run starts it, and where it keeps the fp32 weights of each parameter at any ZeRO stage.
+
+An optimizer under ZeRO sees flat fp32 tensors, not the model's parameters. `flats` is the map between the two: each
+rank's fp32 tensors, and which part of which named parameter lies where in them. The optimizer's state (moments, EMA)
+has the same layout, because AdamWEMA keeps it by tensor. The teacher and the checkpoints are written on this map and
+know nothing else of DeepSpeed's optimizers.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jepa_kernels import AdamWEMA
+from torch import Tensor
+
+from .config import Config, deepspeed_config
+from .objective import JepaModel
+
+
+def param_groups(model: JepaModel) -> list[dict[str, Any]]:
+    """The encoder apart (it has an average) and the rest; of each, what weight decay touches and what it does not
+    (biases and one-dimensional weights). The mask token, [1, 1, D], decays as in the published code."""
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((name.startswith("encoder."), parameter.ndim > 1), []).append(parameter)
+    return [{"params": params, "ema": ema, "decays": decays} for (ema, decays), params in groups.items()]
+
+
+def start(model: JepaModel, config: Config) -> Any:
+    """The DeepSpeed engine around the model, with AdamWEMA as its optimizer."""
+    import deepspeed
+
+    # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing, and it is forgotten here.
+    optimizer = AdamWEMA(
+        param_groups(model), lr=0.0, betas=config.optimization.betas, eps=config.optimization.eps, weight_decay=0.0
+    )
+    settings = deepspeed_config(config, dist.get_world_size())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    optimizer.state.clear()
+    return engine
+
+
+def schedule(engine: Any, lr: float, weight_decay: float, momentum: float) -> None:
+    """Sets the three scheduled numbers of the next step."""
+    for group in engine.basic_optimizer.param_groups:
+        group |= {"lr": lr, "momentum": momentum, "weight_decay": weight_decay if group["decays"] else 0.0}
+
+
+def step(engine: Any) -> tuple[bool, float | None]:
+    """Ends a micro-batch; at the end of an accumulation, updates the weights unless the gradient is not finite.
+
+    Returns whether the weights moved, and the gradient's norm before clipping (None where DeepSpeed does not tell).
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return False, None
+    norm = None
+    if isinstance(engine.optimizer, AdamWEMA):  # fp32 without ZeRO: nobody else looks at the gradient
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            engine.module.zero_grad(set_to_none=True)
+            engine.step()
+            return False, norm
+    engine.step()
+    if norm is None and engine.get_global_grad_norm() is not None:
+        norm = float(engine.get_global_grad_norm())
+    return engine.was_step_applied(), norm
+
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`length` elements of the parameter `name` from its element `start` on, at `offset` in a flat tensor."""
+
+    name: str
+    start: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One fp32 tensor that the optimizer updates on this rank, and the pieces of parameters that it holds.
+
+    `group` is the optimizer's param group.
+    """
+
+    weight: Tensor
+    pieces: list[Piece]
+    group: dict[str, Any]
+
+
+def names_of(engine: Any) -> dict[int, str]:
+    return {id(p): name for name, p in engine.module.named_parameters()}
+
+
+def flats(engine: Any) -> list[Flat]:
+    """This rank's fp32 tensors under a DeepSpeed engine, in the optimizer's order."""
+    stage, wrapper, names = engine.zero_optimization_stage(), engine.optimizer, names_of(engine)
+    if stage == 0:
+        return _replicated(wrapper, names)
+    return _flat_partitions(wrapper, names) if stage < 3 else _parameter_partitions(wrapper, names)
+
+
+def _replicated(wrapper: Any, names: dict[int, str]) -> list[Flat]:
+    """Stage 0: every rank has every parameter; in bf16 the fp32 weights are copies that DeepSpeed keeps in order."""
+    optimizer = getattr(wrapper, "optimizer", wrapper)
+    if hasattr(wrapper, "fp32_groups"):
+        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, optimizer.param_groups, strict=True)
+    else:
+        pairs = zip(*[[g["params"] for g in optimizer.param_groups]] * 2, optimizer.param_groups, strict=True)
+    return [
+        Flat(fp32, [Piece(names[id(param)], 0, 0, param.numel())], group)
+        for params, fp32s, group in pairs
+        for param, fp32 in zip(params, fp32s, strict=True)
+    ]
+
+
+def _flat_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
+    """Stages 1 and 2: a group's parameters lie one after another in a buffer that is cut into one part a rank.
+
+    The place of a parameter is read off its address in the buffer: DeepSpeed may have reordered them.
+    """
+    result = []
+    for i, group in enumerate(wrapper.optimizer.param_groups):
+        weight, buffer = wrapper.single_partition_of_fp32_groups[i], wrapper.bit16_groups_flat[i]
+        low = dist.get_rank(group=wrapper.real_dp_process_group[i]) * weight.numel()
+        pieces = []
+        for param in wrapper.bit16_groups[i]:
+            place = (param.data_ptr() - buffer.data_ptr()) // buffer.element_size()
+            begin, end = max(place, low), min(place + param.numel(), low + weight.numel())
+            if begin < end:
+                pieces.append(Piece(names[id(param)], begin - place, begin - low, end - begin))
+        result.append(Flat(weight, pieces, group))
+    return result
+
+
+def _parameter_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
+    """Stage 3: each parameter is cut into one equal part a rank (the last ones padded); a flat holds one part of each."""
+    rank = dist.get_rank(group=wrapper.dp_process_group)
+    result = []
+    for i, (params, weight) in enumerate(
+        zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)
+    ):
+        pieces, offset = [], 0
+        for param in params:
+            part = param.ds_tensor.numel()
+            length = min(part, param.ds_numel - rank * part)
+            if length > 0:
+                pieces.append(Piece(names[id(param)], rank * part, offset, length))
+            offset += part
+        group = wrapper.optimizer.param_groups[wrapper.sub_group_to_group_id[i]]
+        result.append(Flat(weight, pieces, group))
+    return result
+
+
+@torch.no_grad()
+def refresh_training_weights(engine: Any) -> None:
+    """Rounds the fp32 weights into the weights that the model computes with, after they were written from outside."""
+    stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        for params, fp32s in zip(getattr(wrapper, "fp16_groups", ()), getattr(wrapper, "fp32_groups", ()), strict=True):
+            torch._foreach_copy_(params, fp32s)
+    elif stage < 3:
+        for weight, buffer in zip(wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups_flat, strict=True):
+            part = buffer.view(-1, weight.numel())[dist.get_rank()]
+            part.copy_(weight)
+            dist.all_gather_into_tensor(buffer, part)
+    else:
+        for params, weight in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for param in params:
+                part = param.ds_tensor
+                part.copy_(weight[offset : offset + part.numel()].view_as(part))
+                offset += part.numel()
+        if wrapper.persistent_parameters:
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
