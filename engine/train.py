@@ -67,7 +67,7 @@ def train(config: Config, resume: str | None) -> None:
             features = teacher(batch.images)
             output = engine(batch.images, context, target, features)
             engine.backward(output.losses.total)
-            applied, grad_norm = zero.step(engine)
+            applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
 
         progress.count(applied, global_batch)
         log.step(step, output.losses, context.shape[-1], target.shape[-1], waited)
