@@ -6,7 +6,10 @@ has the same layout, because AdamWEMA keeps it by tensor. The teacher and the ch
 know nothing else of DeepSpeed's optimizers.
 """
 
+import contextlib
+import logging
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +36,7 @@ def start(model: JepaModel, config: Config) -> Any:
     """The DeepSpeed engine around the model, with AdamWEMA as its optimizer."""
     import deepspeed
 
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # what it warns of, a foreign optimizer and skipped steps, is meant
     # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing; it is forgotten here.
     optimizer = AdamWEMA(
         param_groups(model),
@@ -44,7 +48,8 @@ def start(model: JepaModel, config: Config) -> Any:
     settings = deepspeed_config(config, dist.get_world_size())
     if config.engine.zero_stage == 0 and config.precision == "fp32":
         settings["gradient_clipping"] = 0.0  # `step` clips
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    with contextlib.redirect_stdout(sys.stderr):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     optimizer.state.clear()
     return engine
 
