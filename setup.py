@@ -15,6 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 TORCH_2_10 = "0x020a000000000000"
+FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
 def torch_folder() -> Path:
@@ -52,8 +53,7 @@ def extensions() -> list[Extension]:
             define_macros=[("TORCH_TARGET_VERSION", TORCH_2_10)],
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],
-            extra_compile_args=[f"-isystem{torch / 'include'}", "-std=c++20", "-O3", "-fno-math-errno"]
-            + ["-fvisibility=hidden", "-Wall", "-Wextra"],
+            extra_compile_args=[f"-isystem{torch / 'include'}", *FLAGS],
             py_limited_api=True,
         )
     ]

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("kernels", "engine")]
 
 from jepa.config import parse_config
-from jepa.objective import JepaModel
 from torch import Tensor, nn
+
+from jepa.objective import JepaModel
 
 TOLERANCE = 1e-5
 
@@ -25,7 +26,9 @@ TOLERANCE = 1e-5
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, required=True, metavar="PATH", help="the checkout")
-    parser.add_argument("--model", default="vit_small", help="vit_tiny, vit_small, vit_base, ... (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="vit_small", help="vit_tiny, vit_small, vit_base, ... (default: %(default)s)"
+    )
     parser.add_argument("--crop", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--patch", type=int, default=16, help="pixels (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="images (default: %(default)s)")
@@ -100,7 +103,10 @@ def compare(args: argparse.Namespace, contexts: int, seed: int) -> dict[str, flo
     loss.backward()
 
     errors = {"loss": relative(loss, theirs)}
-    for mine, other, prefix in ((ours.encoder, encoder, "encoder."), (ours.predictor, predictor, "predictor.")):
+    for mine, other, prefix in (
+        (ours.encoder, encoder, "encoder."),
+        (ours.predictor, predictor, "predictor."),
+    ):
         wanted = {name: p.grad for name, p in other.named_parameters() if p.requires_grad}
         for name, parameter in mine.named_parameters():
             grad = wanted.pop(name)

@@ -49,6 +49,15 @@ class Progress:
     samples: int = 0
     skipped: int = 0
 
+    def count(self, applied: bool, samples: int) -> None:
+        """One more step was tried."""
+        self.step += 1
+        if applied:
+            self.applied += 1
+            self.samples += samples
+        else:
+            self.skipped += 1
+
 
 @dataclass(frozen=True)
 class Part:
@@ -62,51 +71,128 @@ class Part:
     offset: int
 
 
-def save(
-    folder: Path, name: str, engine: Any, progress: Progress, config: Config, extra: dict[str, Any] | None = None
-) -> Path:
-    """Writes the checkpoint `folder/name`, called by every rank. Returns its path.
+class Saver:
+    """The checkpoints of one run: `{tag}-step{N}`, of which the newest few are kept, and `{tag}-ep{N}`, which all are.
+    `{tag}-latest` is a link to the newest.
 
-    One that is already there under this name is replaced. Raises CheckpointError on every rank if any rank failed to
-    write; what was there before is then untouched.
+    Every rank calls every method, at the same step.
     """
-    rank, final = dist.get_rank(), folder / name
-    partial = folder / f".{name}.partial"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    try:
-        mine: dict[str, Any] = _write_rank(partial, engine)
-    except OSError as error:
-        mine = {"error": f"rank {rank}: {error}"}
-    files: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(files, mine)
-    failures = [f["error"] for f in files if "error" in f]
-    if rank == 0 and not failures:
-        shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
-        state = {
-            "format": FORMAT,
-            **asdict(progress),
-            "config": config.model_dump(mode="json"),
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "shapes": shapes,
-            "files": files,
-        }
-        try:
-            _write_json(partial / "state.json", state | (extra or {}))
-            _swap(partial, final)
-        except OSError as error:
-            failures = [f"rank 0: {error}"]
-    outcome: list[Any] = [failures]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
+
+    def __init__(self, config: Config, engine: Any, steps_per_epoch: int) -> None:
+        self.config, self.engine, self.steps_per_epoch = config, engine, steps_per_epoch
+        self.folder, self.tag = Path(config.logging.folder), config.logging.write_tag
+        self.every = config.logging.save_every or steps_per_epoch
+        self.every_epochs = config.logging.checkpoint_freq * steps_per_epoch
+
+    def begin(self) -> Progress:
+        """A new run. Raises CheckpointError where the folder holds checkpoints already: nothing is overwritten."""
+        if candidates(self.folder, self.tag):
+            raise CheckpointError(
+                f"{self.folder} already holds checkpoints of {self.tag!r}: add --resume to go on from the newest, "
+                "or choose another logging.folder or logging.write_tag"
+            )
+        dist.barrier()
+        return Progress()
+
+    def resume(self, which: str) -> Progress:
+        """Goes on from a path, or from the newest whole checkpoint ("latest").
+
+        Raises CheckpointError where there is none, or where it belongs to another model, seed or global batch.
+        """
+        paths = candidates(self.folder, self.tag) if which == "latest" else [Path(which)]
+        if not paths:
+            raise CheckpointError(f"--resume: no checkpoint of {self.tag!r} in {self.folder}; start without --resume")
+        damage = []
+        for path in paths:
+            try:
+                state = read_state(path)
+                verify_together(path, state)
+            except CheckpointError as error:
+                damage.append(str(error))
+                continue
+            if damage and dist.get_rank() == 0:
+                print("skipped: " + "; ".join(damage), flush=True)
+            self._check(path, state)
+            if dist.get_rank() == 0:
+                print(f"resuming from {path} at step {state['step']}", flush=True)
+            return load(path, state, self.engine)
+        raise CheckpointError("--resume: no whole checkpoint: " + "; ".join(damage))
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        return step % self.every == 0 or step % self.every_epochs == 0
+
+    def save(self, progress: Progress) -> Path:
+        if progress.step % self.every_epochs == 0:
+            path = self._write(f"{self.tag}-ep{progress.step // self.steps_per_epoch}", progress)
+        else:
+            path = self._write(f"{self.tag}-step{progress.step:08d}", progress)
+        if dist.get_rank() == 0:
+            link = self.folder / f".{self.tag}-latest.partial"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            os.replace(link, self.folder / f"{self.tag}-latest")
+            pattern = re.compile(re.escape(self.tag) + r"-step\d{8}$")
+            rolling = [p for p in candidates(self.folder, self.tag) if pattern.match(p.name)]
+            for old in rolling[self.config.logging.keep_last :]:
+                shutil.rmtree(old)
+        return path
+
+    def _check(self, path: Path, state: dict[str, Any]) -> None:
+        """The numbers that choose images, crops and masks must be those that the run began with."""
+        world = dist.get_world_size()
+        here = {"engine.seed": self.config.engine.seed, "global batch": self.config.batch(world).global_batch}
+        there = {"engine.seed": state["config"]["engine"]["seed"], "global batch": state["global_batch"]}
+        for key, value in here.items():
+            if there[key] != value:
+                raise CheckpointError(
+                    f"{path} was trained with {key} {there[key]}, this run has {value} on {world} rank(s): the same "
+                    "steps would hold other images. Set it as it was (engine.global_batch_size, engine.seed)"
+                )
+
+    def _write(self, name: str, progress: Progress) -> Path:
+        """Writes `folder/name`; one of this name is replaced.
+
+        Raises CheckpointError on every rank if any rank failed to write; what was there before is then untouched.
+        """
+        rank, final, engine = dist.get_rank(), self.folder / name, self.engine
+        partial = self.folder / f".{name}.partial"
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint {final} could not be written ({'; '.join(outcome[0])}); what was saved before is whole"
-        )
-    return final
+            partial.mkdir(parents=True)
+        dist.barrier()
+        try:
+            mine: dict[str, Any] = _write_rank(partial, engine)
+        except OSError as error:
+            mine = {"error": f"rank {rank}: {error}"}
+        files: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(files, mine)
+        failures = [f["error"] for f in files if "error" in f]
+        if rank == 0 and not failures:
+            shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
+            state = {
+                "format": FORMAT,
+                **asdict(progress),
+                "global_batch": self.config.batch(dist.get_world_size()).global_batch,
+                "config": self.config.model_dump(mode="json"),
+                "versions": {"torch": torch.__version__, "python": platform.python_version()},
+                "shapes": shapes,
+                "files": files,
+            }
+            try:
+                _write_json(partial / "state.json", state)
+                _swap(partial, final)
+            except OSError as error:
+                failures = [f"rank 0: {error}"]
+        outcome: list[Any] = [failures]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[0]:
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint {final} could not be written ({'; '.join(outcome[0])}); what was saved before is whole"
+            )
+        return final
 
 
 def _write_rank(folder: Path, engine: Any) -> dict[str, Any]:
@@ -132,14 +218,12 @@ def _to_write(engine: Any) -> list[Flat]:
     return everything[dist.get_rank() :: dist.get_world_size()]
 
 
-def load(path: Path, engine: Any) -> tuple[Progress, dict[str, Any]]:
-    """Fills weights, moments and EMA of this rank from `path`; any number of ranks and any ZeRO stage may have saved it.
+def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
+    """Fills this rank's weights, moments and EMA from `path`, saved by any number of ranks at any ZeRO stage.
 
-    Returns the progress and the whole of state.json. Raises CheckpointError, before anything is changed, where the
-    files are damaged or hold another model.
+    `state` is its state.json; the files are taken to be verified. Raises CheckpointError, before anything is changed,
+    where they hold another model.
     """
-    state = read_state(path)
-    verify(path, state)
     ours = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
     if ours != state["shapes"]:
         names = sorted(set(ours) ^ set(state["shapes"])) or [n for n in ours if ours[n] != state["shapes"][n]]
@@ -159,7 +243,7 @@ def load(path: Path, engine: Any) -> tuple[Progress, dict[str, Any]]:
                     place = piece.offset + start - piece.start
                     target.view(-1)[place : place + len(values)].copy_(values)
     refresh_training_weights(engine)
-    return progress, state
+    return progress
 
 
 class Reader:
@@ -179,7 +263,10 @@ class Reader:
             begin, end = max(start, part.start), min(start + length, part.start + part.length)
             if begin < end:
                 shift = part.offset - part.start
-                yield begin, self.files[part.file].get_slice(f"{kind}.{part.index}")[begin + shift : end + shift]
+                yield (
+                    begin,
+                    self.files[part.file].get_slice(f"{kind}.{part.index}")[begin + shift : end + shift],
+                )
                 missing -= end - begin
         if missing:
             raise CheckpointError(f"{missing} elements of {kind} of {name} are in none of the checkpoint's files")
@@ -204,9 +291,9 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def verify(path: Path, state: dict[str, Any]) -> None:
-    """Compares each rank file with the size and the SHA-256 in state.json. Raises CheckpointError at a difference."""
-    for file in state["files"]:
+def verify(path: Path, files: list[dict[str, Any]]) -> None:
+    """Compares rank files with the sizes and the SHA-256 in state.json. Raises CheckpointError at a difference."""
+    for file in files:
         part = path / file["name"]
         if not part.is_file() or part.stat().st_size != file["bytes"]:
             found = f"{part.stat().st_size} bytes" if part.is_file() else "missing"
@@ -215,28 +302,29 @@ def verify(path: Path, state: dict[str, Any]) -> None:
             raise CheckpointError(f"{part} is damaged: its contents do not match the SHA-256 in state.json")
 
 
+def verify_together(path: Path, state: dict[str, Any]) -> None:
+    """`verify`, the files shared out among the ranks; raises on all of them if one finds damage."""
+    damage: list[Any] = [None] * dist.get_world_size()
+    mine = None
+    try:
+        verify(path, state["files"][dist.get_rank() :: dist.get_world_size()])
+    except CheckpointError as error:
+        mine = str(error)
+    dist.all_gather_object(damage, mine)
+    if any(damage):
+        raise CheckpointError("; ".join(d for d in damage if d))
+
+
 def candidates(folder: Path, tag: str) -> list[Path]:
-    """The finished checkpoints of a run, the newest step first."""
+    """The checkpoints of a run, the newest step first, those that cannot be read last."""
     steps = {}
     for path in folder.glob(f"{tag}-*"):
-        if (path / "state.json").is_file() and not path.is_symlink():
-            steps[path] = read_state(path)["step"]
+        if path.is_dir() and not path.is_symlink():
+            try:
+                steps[path] = read_state(path)["step"]
+            except CheckpointError:
+                steps[path] = -1
     return sorted(steps, key=lambda path: (steps[path], path.name), reverse=True)
-
-
-def save_step(folder: Path, tag: str, keep_last: int, engine: Any, progress: Progress, config: Config) -> Path:
-    """Saves `{tag}-step{N}`, points `{tag}-latest` at it and deletes all but the `keep_last` newest of its kind."""
-    path = save(folder, f"{tag}-step{progress.step:08d}", engine, progress, config)
-    if dist.get_rank() == 0:
-        link = folder / f".{tag}-latest.partial"
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        os.replace(link, folder / f"{tag}-latest")
-        pattern = re.compile(re.escape(tag) + r"-step\d{8}$")
-        ours = [p for p in candidates(folder, tag) if pattern.match(p.name)]
-        for old in ours[keep_last:]:
-            shutil.rmtree(old)
-    return path
 
 
 def load_encoder(path: str | Path, which: str = "target_encoder") -> tuple[VisionTransformer, Config]:

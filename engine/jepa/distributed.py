@@ -78,7 +78,5 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> Ranks:
     else:
         place = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
-    dist.init_process_group(
-        "nccl" if place.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes)
-    )
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
     return Ranks(dist.get_rank(), dist.get_world_size(), place)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Config
+from .objective import Losses
 
 CSV_COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")
 MAX_ROWS = 4096
@@ -28,7 +29,7 @@ SHOWN = ("loss", "jepa", "sim", "std", "cov", "knn", "images_per_second", "data_
 def effective_rank(x_RD: Tensor) -> float:
     """RankMe (arXiv 2210.02885, eq. 1) of centred rows: the exponential of the entropy of the singular values.
 
-    Between 1 (all rows on a line) and min(R - 1, D). Centred, because the mean of a network's features would hide the rest.
+    Between 1 (all rows on a line) and min(R - 1, D). Centred: the mean of a network's features would hide the rest.
     """
     values = torch.linalg.svdvals(x_RD.double() - x_RD.double().mean(0))
     share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
@@ -49,7 +50,11 @@ def feature_health(x_RD: Tensor) -> dict[str, float]:
     dims = x.shape[1]
     off = (correlation.square().sum() - correlation.diagonal().square().sum()) / max(1, dims * (dims - 1))
     scale = x.square().mean().sqrt().clamp_min(1e-12)
-    return {"std": float(std.mean() / scale), "rank": effective_rank(x), "cov": float(off.clamp_min(0).sqrt())}
+    return {
+        "std": float(std.mean() / scale),
+        "rank": effective_rank(x),
+        "cov": float(off.clamp_min(0).sqrt()),
+    }
 
 
 def all_rows(x_RD: Tensor) -> Tensor:
@@ -79,61 +84,96 @@ def collapse_warning(found: dict[str, float]) -> str | None:
 
 
 class RunLog:
-    """The first rank's loggers; on other ranks every method does nothing.
+    """Every rank feeds it each step; the first rank writes.
 
-    `first_step`: where the run begins. Rows of later steps, written before an interruption, are taken out.
+    The losses stay on the device until `flush`, so a step waits for nothing. `first_step`: where the run begins; rows
+    of later steps, written before an interruption, are taken out of the files.
     """
 
-    def __init__(self, config: Config, first_step: int, total_steps: int) -> None:
-        self.enabled = dist.get_rank() == 0
-        if not self.enabled:
-            return
-        folder, tag = Path(config.logging.folder), config.logging.write_tag
-        folder.mkdir(parents=True, exist_ok=True)
-        self.total, self.last_line = total_steps, 0.0
-        self.jsonl = _continue_file(
-            folder / f"{tag}.jsonl", lambda _, line: json.loads(line)["step"] < first_step, header=""
-        )
-        self.csv = _continue_file(
-            folder / f"{tag}_r0.csv", lambda number, _: 0 < number <= first_step, header=",".join(CSV_COLUMNS) + "\n"
-        )
-        self.bar = tqdm(
-            initial=first_step, total=total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
-        self.writers = _optional_writers(config, folder)
+    def __init__(
+        self, config: Config, first_step: int, last_step: int, steps_per_epoch: int, global_batch: int
+    ) -> None:
+        self.steps_per_epoch, self.global_batch, self.last_step = steps_per_epoch, global_batch, last_step
+        self.pending: list[tuple[int, Tensor, int, int, float, float]] = []
+        self.writes = dist.get_rank() == 0
+        self.last_line = 0.0
+        if self.writes:
+            folder, tag = Path(config.logging.folder), config.logging.write_tag
+            folder.mkdir(parents=True, exist_ok=True)
+            self.jsonl = _continue_file(
+                folder / f"{tag}.jsonl", lambda _, line: json.loads(line)["step"] < first_step, header=""
+            )
+            header = ",".join(CSV_COLUMNS) + "\n"
+            self.csv = _continue_file(folder / f"{tag}_r0.csv", lambda number, _: 0 < number <= first_step, header)
+            self.writers = _optional_writers(config, folder)
+        quiet = not (self.writes and sys.stderr.isatty())
+        self.bar = tqdm(initial=first_step, total=last_step, unit="step", disable=quiet, dynamic_ncols=True)
+        self.restart_clock()
 
-    def step(self, epoch: int, iteration: int, loss: float, context: int, target: int, milliseconds: float) -> None:
-        """A row of the CSV: the epoch from 1, the iteration in it from 0, kept tokens of the context and of a target."""
-        if self.enabled:
-            self.csv.write(f"{epoch},{iteration},{loss:.5f},{context:.5f},{target:.5f},{milliseconds:.0f}\n")
-            self.bar.update()
+    def restart_clock(self) -> None:
+        """Leaves the time since the last step (a checkpoint, an evaluation) out of the images per second."""
+        self.clock = time.perf_counter()
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Everything known of a step, `step` among it, to all loggers."""
-        if not self.enabled:
+    def step(self, step: int, losses: Losses, context_tokens: int, target_tokens: int, data_wait: float) -> None:
+        """Notes a step: its losses on the device, the kept tokens, the seconds spent waiting for images."""
+        now = time.perf_counter()
+        terms = torch.stack([losses.total.detach(), *losses[1:]])
+        self.pending.append((step, terms, context_tokens, target_tokens, now - self.clock, data_wait))
+        self.clock = now
+        self.bar.update()
+
+    def flush(self, **more: float | None) -> None:
+        """Reads the noted losses, their mean over the ranks, and writes them; `more` goes with the last step's."""
+        if not self.pending:
             return
+        steps, terms, contexts, targets, seconds, waits = zip(*self.pending, strict=True)
+        self.pending = []
+        table = torch.stack(terms)
+        dist.all_reduce(table)
+        values = (table / dist.get_world_size()).tolist()
+        if not self.writes:
+            return
+        for step, value, context, target, second in zip(steps, values, contexts, targets, seconds, strict=True):
+            epoch, iteration = divmod(step, self.steps_per_epoch)
+            self.csv.write(f"{epoch + 1},{iteration},{value[0]:.5f},{context},{target},{1000 * second:.0f}\n")
+        self.csv.flush()
+        self._write(
+            {
+                "step": steps[-1],
+                "epoch": steps[-1] / self.steps_per_epoch,
+                **dict(zip(("loss", "jepa", "sim", "std", "cov"), values[-1], strict=True)),
+                "images_per_second": self.global_batch * len(steps) / sum(seconds),
+                "step_ms": 1000 * sum(seconds) / len(steps),
+                "data_wait_ms": 1000 * sum(waits) / len(steps),
+                "context_tokens": contexts[-1],
+                **{key: value for key, value in more.items() if value is not None},
+            }
+        )
+
+    def _write(self, row: dict[str, Any]) -> None:
         self.jsonl.write(json.dumps(row) + "\n")
         self.jsonl.flush()
-        self.csv.flush()
         for write in self.writers:
             write(row)
-        line = {k: f"{row[k]:.3g}" for k in SHOWN if row.get(k) is not None}
+        line = {k: f"{row[k]:.3g}" for k in SHOWN if k in row}
         self.bar.set_postfix(line, refresh=False)
-        now = time.monotonic()
-        if self.bar.disable and (now - self.last_line > SECONDS_BETWEEN_LINES or row["step"] + 1 >= self.total):
+        now, done = time.monotonic(), row["step"] + 1
+        if self.bar.disable and (now - self.last_line > SECONDS_BETWEEN_LINES or done == self.last_step):
             self.last_line = now
-            print(f"step {row['step'] + 1}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
+            print(f"step {done}/{self.last_step}  " + "  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
 
     def say(self, message: str) -> None:
-        """A line for people; the progress bar stays whole."""
-        if self.enabled:
+        """A line for people, from the first rank; the progress bar stays whole."""
+        if self.writes:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
-        if self.enabled:
-            for file in (self.bar, self.jsonl, self.csv):
-                file.close()
+        self.flush()
+        self.bar.close()
+        if self.writes:
+            self.jsonl.close()
+            self.csv.close()
 
 
 def _continue_file(path: Path, keep: Callable[[int, str], bool], header: str) -> TextIO:

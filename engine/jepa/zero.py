@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jepa_kernels import AdamWEMA
 from torch import Tensor
+
+from jepa_kernels import AdamWEMA
 
 from .config import Config, deepspeed_config
 from .objective import JepaModel
@@ -32,9 +33,13 @@ def start(model: JepaModel, config: Config) -> Any:
     """The DeepSpeed engine around the model, with AdamWEMA as its optimizer."""
     import deepspeed
 
-    # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing, and it is forgotten here.
+    # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing; it is forgotten here.
     optimizer = AdamWEMA(
-        param_groups(model), lr=0.0, betas=config.optimization.betas, eps=config.optimization.eps, weight_decay=0.0
+        param_groups(model),
+        lr=0.0,
+        betas=config.optimization.betas,
+        eps=config.optimization.eps,
+        weight_decay=0.0,
     )
     settings = deepspeed_config(config, dist.get_world_size())
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -68,7 +73,6 @@ def step(engine: Any) -> tuple[bool, float | None]:
     if norm is None and engine.get_global_grad_norm() is not None:
         norm = float(engine.get_global_grad_norm())
     return engine.was_step_applied(), norm
-
 
 
 @dataclass(frozen=True)
@@ -139,12 +143,10 @@ def _flat_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
 
 
 def _parameter_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
-    """Stage 3: each parameter is cut into one equal part a rank (the last ones padded); a flat holds one part of each."""
+    """Stage 3: each parameter is cut into one equal part a rank, the last ones padded; a flat holds a part of each."""
     rank = dist.get_rank(group=wrapper.dp_process_group)
     result = []
-    for i, (params, weight) in enumerate(
-        zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)
-    ):
+    for i, (params, weight) in enumerate(zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)):
         pieces, offset = [], 0
         for param in params:
             part = param.ds_tensor.numel()
