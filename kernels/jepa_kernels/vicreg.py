@@ -31,14 +31,14 @@ def vicreg(
         variance   = mean_{i,d} max(0, gamma - sqrt(C_i[d, d] + eps))
         covariance = 2 * mean_i sum_{a != b} C_i[a, b]^2 / D
 
-    z: [N, M, D] floating, any strides, M >= 2. Returns three float32 scalars (float64 for float64 input);
-    everything is accumulated so. `precision`: how a GPU multiplies float32: "ieee", "tf32x3" (three TF32
+    z: [N, M, D] floating, any strides. Returns three float32 scalars (float64 for float64 input); everything is
+    accumulated so. One view alone has no pair: its invariance is 0. `precision`: how a GPU multiplies float32: "ieee", "tf32x3" (three TF32
     products, nearly as exact) or "tf32".
 
     With a process `group` each rank passes its own rows, equally many; every rank gets the numbers of all G
     rows. The gradient sums over the ranks' losses, as a differentiable collective does: averaged by DDP
     or ZeRO it is the full batch's. All ranks must call this, and backward, together.
-    Raises ValueError for another shape or dtype, M < 2, or fewer than 2 rows in all.
+    Raises ValueError for another shape or dtype, or fewer than 2 rows in all.
     """
     if group is not None and dist.get_world_size(group) == 1:
         group = None
@@ -52,8 +52,8 @@ def _check(z: Tensor, precision: str, ranks: int) -> None:
     if z.ndim != 3 or not z.is_floating_point():
         raise ValueError(f"z: want a floating tensor [N, M, D], got {z.dtype} {list(z.shape)}")
     N, M, D = z.shape
-    if M < 2 or D < 1:
-        raise ValueError(f"z: want [N, M, D] with at least 2 views M and 1 channel D, got {list(z.shape)}")
+    if M < 1 or D < 1:
+        raise ValueError(f"z: want [N, M, D] with at least 1 view M and 1 channel D, got {list(z.shape)}")
     if N * ranks < 2:
         raise ValueError(f"z: a variance needs at least 2 rows over all ranks, got {list(z.shape)} x {ranks}")
     if precision not in PRECISIONS:
@@ -192,7 +192,7 @@ def _forward(
     elif gram:
         squares = squares - var.square().sum(1)
     terms = (
-        spread * (2 / ((M - 1) * G * D)),
+        spread * (2 / (max(1, M - 1) * G * D)),
         (gamma - (var + eps).sqrt()).relu().mean(),
         squares.mean() * (2 / D),
     )
@@ -233,7 +233,7 @@ class _VICReg(torch.autograd.Function):
         weight = torch.where(std < gamma, by_variance * (-1 / (M * D * (G - 1))) / std, 0)
         if gram:
             weight = weight - push * var
-        pull = by_invariance * (4 / ((M - 1) * G * D))
+        pull = by_invariance * (4 / (max(1, M - 1) * G * D))
         grad = torch.ops.jepa_kernels.vicreg_backward(
             z, mean, matrix, weight, pull, push, gram, first, N, precision
         )
