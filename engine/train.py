@@ -11,16 +11,16 @@ import os
 import sys
 
 import torch
+
+from jepa import checkpoint, distributed, zero
 from jepa.budget import report
 from jepa.config import Config, ConfigError, load_config
 from jepa.data import Loader, open_images
-from jepa.probe import OnlineProbe
-from jepa.schedules import Schedules
-
-from jepa import checkpoint, distributed, zero
 from jepa.masks import sample_masks
 from jepa.metrics import RunLog, collapse_warning, health
 from jepa.objective import JepaModel
+from jepa.probe import OnlineProbe
+from jepa.schedules import Schedules
 from jepa.teacher import Teacher
 
 

@@ -9,12 +9,12 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+
 from jepa import zero
 from jepa.masks import sample_masks
 from jepa.objective import JepaModel
 from jepa.teacher import Teacher
-from small import run_ranks, small_config
-from torch import Tensor
+from small import run_ranks, small_config, whole_weights
 
 STAGES = list(itertools.product((0, 1, 2, 3), ("fp32", "bf16")))
 MOMENTA = (0.9, 0.5, 0.99, 0.7, 1.0)
@@ -22,32 +22,15 @@ BAD_STEP = 2
 ROUNDINGS = len(MOMENTA)  # one a step
 
 
-def whole_weights(engine: object, kind: str = "weight") -> dict[str, Tensor]:
-    """The fp32 weights, or a kind of optimizer state, of all parameters by name, put together from all ranks' pieces."""
-    mine = []
-    for flat in zero.flats(engine):
-        values = flat.weight if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)
-        if values is not None:
-            line = values.detach().flatten()
-            mine += [(p.name, p.start, line[p.offset : p.offset + p.length].clone()) for p in flat.pieces]
-    everything = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, mine)
-    sizes: dict[str, int] = {}
-    for name, start, values in itertools.chain(*everything):
-        sizes[name] = max(sizes.get(name, 0), start + len(values))
-    whole = {name: torch.full((size,), float("nan")) for name, size in sizes.items()}
-    for name, start, values in itertools.chain(*everything):
-        whole[name][start : start + len(values)] = values
-    return whole
-
-
 def follow(stage: int, precision: str) -> list[str]:
     """Trains for a few steps, one of them poisoned; returns what was wrong."""
     rank, world = dist.get_rank(), dist.get_world_size()
     config = small_config(
-        f"engine.zero_stage={stage}", f"meta.use_bfloat16={precision == 'bf16'}", "engine.gradient_accumulation_steps=2",
+        f"engine.zero_stage={stage}",
+        f"meta.use_bfloat16={precision == 'bf16'}",
+        "engine.gradient_accumulation_steps=2",
         "optimization.clip_grad=0.5",
-    )  # fmt: skip
+    )
     torch.manual_seed(stage)
     model = JepaModel(config)
     started = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -67,7 +50,9 @@ def follow(stage: int, precision: str) -> list[str]:
         torch.manual_seed(100 * step + rank)
         for micro in range(2):
             images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
-            masks = sample_masks(config.mask_spec, seed=1, step=step, first=(2 * micro + rank) * 4, batch=4, cut=(0, 16))
+            masks = sample_masks(
+                config.mask_spec, seed=1, step=step, first=(2 * micro + rank) * 4, batch=4, cut=(0, 16)
+            )
             features = teacher(images)
             if step == BAD_STEP and micro == 1 and rank == world - 1:
                 features = features * float("nan")
