@@ -9,7 +9,7 @@
 
 namespace jepa {
 
-constexpr int64_t kPiece = 2048;  // elements: five float32 arrays of this length fit 48 KiB
+constexpr int64_t kPiece = 4096;  // elements: five float32 arrays of this length fit any second-level cache
 
 // target[i] += weight * (source[i] - target[i])
 void lerp(float* target, const float* source, float weight, int64_t n);

@@ -81,7 +81,7 @@ def random_boxes(sizes_B2: np.ndarray, uniform_BK: np.ndarray, scale: tuple[floa
 
 
 def centre_views(sizes_B2: np.ndarray, crop: int, resize: int) -> np.ndarray:
-    """What torchvision's Resize(resize) and CenterCrop(crop) show of an image, in its pixels: float [B, 4]."""
+    """What torchvision's Resize(resize) and CenterCrop(crop) show of an image, in its pixels: [B, 4]."""
     resized_B2 = resize * sizes_B2 // sizes_B2.min(axis=1, keepdims=True)
     scale_B2 = sizes_B2 / resized_B2
     start_B2 = np.rint((resized_B2 - crop) / 2)
@@ -208,6 +208,12 @@ def _ahead(function: Callable[..., T], arguments: Iterator[A], depth: int) -> It
         workers.shutdown(cancel_futures=True)
 
 
+def _reason(error: OSError | RuntimeError) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"damaged or not an image; DALI: {error}".rstrip(" :\n")
+
+
 class Loader:
     """The batches of one rank of a training run.
 
@@ -321,7 +327,7 @@ class Loader:
                 self._crops([index], uniform_K[None])
                 return index
             except (OSError, RuntimeError) as error:
-                self._note_bad(index, str(error))
+                self._note_bad(index, _reason(error))
         raise ValueError(f"data: not one of the {len(order)} images of {self.source.path} can be decoded")
 
     def _note_bad(self, index: int, reason: str) -> None:
@@ -375,7 +381,7 @@ def eval_batches(
             decode(read([index]), crop_size, frame)
             return True
         except (OSError, RuntimeError) as error:
-            logger.warning("%s cannot be used (%s); it is left out", source.name(index), error)
+            logger.warning("%s cannot be used (%s); it is left out", source.name(index), _reason(error))
             return False
 
     def load(chunk: list[int]) -> tuple[list[int], Tensor | None]:
