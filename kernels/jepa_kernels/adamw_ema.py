@@ -1,16 +1,13 @@
-"""AdamW and the exponential moving average of the weights, in one pass over memory (arXiv 1711.05101, alg.
-2).
+"""AdamW and the exponential moving average of the weights in one pass over memory (arXiv 1711.05101, alg. 2).
 
     g <- grad_scale * g
     m <- m + (1 - beta1) (g - m);    v <- beta2 v + (1 - beta2) g^2
     p <- (1 - lr * weight_decay) p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
     e <- e + (1 - momentum) (p - e)
 
-The last line is momentum * e + (1 - momentum) * p, with the one rounding that counts left: that of the
-result.
-Bytes per parameter: 28 for AdamW (p, m, v read and written, g read), 8 for e; 2 less for a 16-bit gradient,
-    2 more
-for each 16-bit copy. The CPU kernel is in csrc/adamw_ema.cpp.
+The last line is momentum * e + (1 - momentum) * p with the one rounding that counts left, that of the result.
+Bytes per parameter: 28 for AdamW (p, m, v read and written, g read) and 8 for e; 2 less for a 16-bit gradient,
+2 more for each 16-bit copy. The CPU kernel is in csrc/adamw_ema.cpp.
 """
 
 from collections import defaultdict
@@ -32,18 +29,17 @@ _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 class AdamWEMA(torch.optim.Optimizer):
     """`torch.optim.AdamW` that also keeps the exponential moving average of the weights.
 
-    params: float32 parameters or groups of them; a group may set any option below for itself. Gradients in
+    params: float32 parameters or groups of them; a group may set any option below for itself. Gradients may be
         float32, bfloat16 or float16 (`p.grad_dtype`).
-    lr, weight_decay, momentum: numbers or 0-d tensors. Change them in `param_groups`, or the tensors in
-        place, before any step: nothing is compiled again, and one on the device is read there.
-    momentum: of the average, which starts as a copy of the weights before their first update. ema=False:
-        none.
-    capturable: the step counters lie on the device: a CUDA graph can hold the step, `found_inf` can undo it.
+    lr, weight_decay, momentum: numbers or 0-d tensors. Set them in `param_groups`, or a tensor in place, before
+        any step: nothing is compiled again, and a tensor on the device is read there.
+    momentum: of the average, which starts as a copy of the weights before their first update.
+    ema: whether there is an average.
+    capturable: keeps the step counters on the device, so a CUDA graph can hold a step and `found_inf` undo it.
 
-    `state[p]` holds `step` (float32, 0-d) and, float32 in the layout of p, `exp_avg`, `exp_avg_sq` and
-    `ema`. A parameter without a gradient is left out of the step, and so is its average. Weights in 16 bits
-    are refused: AdamW's updates vanish in them. Keep float32 ones here, and let `set_copies` write those in
-        16 bits.
+    `state[p]` holds `step` (float32, 0-d) and, float32 in the layout of p, `exp_avg`, `exp_avg_sq` and `ema`. A
+    parameter without a gradient is left out of the step, and so is its average. Weights in 16 bits are refused:
+    AdamW's updates vanish in them. Keep float32 ones here and let `set_copies` write the others.
     """
 
     def __init__(
@@ -76,9 +72,8 @@ class AdamWEMA(torch.optim.Optimizer):
     def set_copies(self, param: Tensor, *, weight: Tensor | None = None, ema: Tensor | None = None) -> None:
         """From the next step on, also writes the new weight and its average here, in the same pass.
 
-        weight, ema: bfloat16, float16 or float32, of param's shape, strides and device; None: no copy. They
-            stay
-        the caller's: fill them with a first value; no state_dict holds them.
+        weight, ema: bfloat16, float16 or float32, with param's shape, strides and device; None: no copy. They
+            stay the caller's: give them a first value; no state_dict holds them.
         """
         group = next((g for g in self.param_groups if any(param is p for p in g["params"])), None)
         if group is None:
@@ -107,28 +102,32 @@ class AdamWEMA(torch.optim.Optimizer):
     ) -> Any:
         """Updates every parameter that has a gradient, and its average; returns the closure's loss.
 
-        grad_scale: multiplies the gradients as they are read: 1 / loss scale, a clipping factor, their
-            product.
-        found_inf: 0-d tensor; if it is not 0, nothing is changed, as decided on the device. The step counters
-            must lie there: parameters on the CPU, or capturable=True.
+        grad_scale: multiplies the gradients as they are read: 1 / loss scale, a clipping factor or their product.
+        found_inf: 0-d tensor; where it is not 0 nothing changes, and nobody waits to learn it. The step counters
+            must lie where the parameters do: on the CPU, or capturable=True.
         """
-        self._cuda_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for params in self._batches(group):
-                self._update(group, params, grad_scale, found_inf)
+        batches = [(group, params) for group in self.param_groups for params in self._batches(group, found_inf)]
+        for group, params in batches:  # nothing is written before everything is checked
+            self._update(group, params, grad_scale, found_inf)
         return loss
 
-    def _batches(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
-        """The parameters to update; together those whose tensors agree in device and dtypes."""
+    def _batches(self, group: dict[str, Any], found_inf: Tensor | None) -> Iterable[list[Tensor]]:
+        """The parameters to update, their state complete; together those that agree in device and dtypes."""
         batches: defaultdict[Any, list[Tensor]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
                 _check(p)
                 self._prepare(p, group)
+                step = self.state[p]["step"]
+                if found_inf is not None and step.device != p.device:
+                    raise ValueError(
+                        f"AdamWEMA.step: found_inf needs the step counters on {p.device} beside the parameters, got "
+                        f"them on {step.device}: create the optimizer with capturable=True"
+                    )
                 copies = self._copies.get(p, (None, None))
                 batches[(p.device, p.grad.dtype, *(c if c is None else c.dtype for c in copies))].append(p)
         return batches.values()
@@ -151,11 +150,6 @@ class AdamWEMA(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         copies = [self._copies.get(p, (None, None)) for p in params]
         steps = [state["step"] for state in states]
-        if found_inf is not None and steps[0].device != params[0].device:
-            raise ValueError(
-                f"AdamWEMA.step: found_inf is obeyed on {params[0].device}, and the step counters must lie there, "
-                f"got them on {steps[0].device}: create the optimizer with capturable=True"
-            )
         torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float().reshape(()))
         weight_copies = [weight for weight, _ in copies if weight is not None]
         ema_copies = [ema for _, ema in copies if ema is not None]
@@ -181,13 +175,11 @@ def _check_options(options: dict[str, Any]) -> None:
         value = options[name]
         if isinstance(value, Tensor):
             if value.dim() != 0:
-                raise ValueError(
-                    f"AdamWEMA: {name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}"
-                )
+                raise ValueError(f"AdamWEMA: {name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
         elif not 0 <= value <= (1 if name == "momentum" else float("inf")):
             raise ValueError(f"AdamWEMA: {name} must not be negative (momentum: nor above 1), got {value}")
-    if not all(0 <= beta < 1 for beta in options["betas"]):
-        raise ValueError(f"AdamWEMA: both betas must lie in [0, 1), got {options['betas']}")
+    if len(options["betas"]) != 2 or not all(0 <= beta < 1 for beta in options["betas"]):
+        raise ValueError(f"AdamWEMA: betas must be two numbers in [0, 1), got {options['betas']}")
 
 
 def _check(p: Tensor) -> None:

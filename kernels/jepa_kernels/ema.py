@@ -1,9 +1,7 @@
 """Exponential moving average of many tensors in one launch: t <- momentum * t + (1 - momentum) * s.
 
-Written t + (1 - momentum) * (s - t): the difference is scaled down before it is added, so the one rounding
-that
-counts is that of the result. float32, bfloat16 and float16 in any mixture, float32 inside. Floor: read t and
-    s,
+Written t + (1 - momentum) * (s - t): the difference is scaled down before it is added, so the one rounding that
+counts is that of the result. float32, bfloat16 and float16 in any mixture, float32 inside. Floor: read t and s,
 write t. The CPU kernel is in csrc/ema.cpp.
 """
 
@@ -23,21 +21,17 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float | Tensor) -> None:
     """Moves every target towards its source, in place.
 
-    targets, sources: as many of each, pairwise of one shape, all on one device; float32, bfloat16 or float16
-        in any mixture. Targets may have any dense layout (channels_last, transposed) and must not share
-        memory.
-    momentum: in [0, 1]. A 0-d tensor on the device is read there: nothing waits for it, and a CUDA graph
-        follows its changes. Best in float64: rounded to float32, .9999 leaves a 1 - momentum that is 2e-4 of
-            itself off.
+    targets, sources: as many of each, pairwise of one shape, all on one device; float32, bfloat16 or float16 in
+        any mixture. Targets may have any dense layout (channels_last, transposed) and must not share memory.
+    momentum: in [0, 1]. A 0-d tensor on the device is read there: nothing waits for it, and a CUDA graph follows
+        it. Best in float64: rounded to float32, .9999 leaves a 1 - momentum that is 2e-4 of itself off.
 
-    A bfloat16 target moves only by steps larger than half of its last bit, so most of its values stand still
-    from a momentum of about .996: keep averages in float32.
+    Raises ValueError for anything else, before anything is written. A bfloat16 target moves only by more than
+    half of its last bit, so most of its values stand still from a momentum of about .996: keep it in float32.
     """
     targets, sources = list(targets), list(sources)
     if len(targets) != len(sources):
-        raise ValueError(
-            f"ema_: one source per target wanted, got {len(targets)} targets, {len(sources)} sources"
-        )
+        raise ValueError(f"ema_: one source per target wanted, got {len(targets)} targets, {len(sources)} sources")
     if not targets:
         return
     device = targets[0].device
@@ -66,8 +60,7 @@ def _weight(momentum: float | Tensor, device: torch.device) -> Tensor:
 def _check(i: int, target: Tensor, source: Tensor, device: torch.device) -> None:
     if target.shape != source.shape:
         raise ValueError(
-            f"ema_: sources[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, "
-            f"got {tuple(source.shape)}"
+            f"ema_: sources[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, got {tuple(source.shape)}"
         )
     if target.dtype not in _CODES or source.dtype not in _CODES:
         raise ValueError(
