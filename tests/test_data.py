@@ -215,9 +215,7 @@ def test_evaluation_gives_labels_in_the_order_asked_for_and_leaves_out_bad_files
     (tmp_path / "dog" / "0001.jpg").write_bytes(b"not an image")
     source = open_images(tmp_path)
     indices = rng.permutation(9)
-    labels = torch.cat(
-        [labels for _, labels in eval_batches(source, crop_size=16, batch_size=4, indices=indices)]
-    )
+    labels = torch.cat([labels for _, labels in eval_batches(source, crop_size=16, batch_size=4, indices=indices)])
     assert labels.tolist() == [i // 3 for i in indices if i != 4]
     assert caplog.text.count("dog/0001.jpg") == 1
 
@@ -242,9 +240,7 @@ def test_a_step_can_be_made_again_and_does_not_depend_on_ranks_or_accumulation(t
     whole = one.batch(step)
     assert torch.equal(one.batch(step + 1).images, one.batch(step + 1).images)
     assert torch.equal(one.batch(step).images, whole.images)
-    ranks = [
-        loader(tmp_path, seed=seed, horizontal_flip=True, world_size=2, rank=r).batch(step) for r in (0, 1)
-    ]
+    ranks = [loader(tmp_path, seed=seed, horizontal_flip=True, world_size=2, rank=r).batch(step) for r in (0, 1)]
     assert torch.equal(torch.cat([r.images for r in ranks]), whole.images)
     parts = loader(tmp_path, seed=seed, horizontal_flip=True, accumulation=2, num_workers=1)
     assert torch.equal(torch.cat([parts.batch(step, m).images for m in (0, 1)]), whole.images)
@@ -254,9 +250,7 @@ def test_a_step_can_be_made_again_and_does_not_depend_on_ranks_or_accumulation(t
 
 def test_half_of_the_images_are_mirrored_and_otherwise_equal(tmp_path):
     fill(tmp_path, 64, size=(20, 20))
-    plain, flipped = (
-        loader(tmp_path, batch_size=64, horizontal_flip=f).batch(3).images for f in (False, True)
-    )
+    plain, flipped = (loader(tmp_path, batch_size=64, horizontal_flip=f).batch(3).images for f in (False, True))
     same = (plain == flipped).flatten(1).all(1)
     mirrored = (plain.flip(2) == flipped).flatten(1).all(1)
     assert (same ^ mirrored).all()
