@@ -29,6 +29,8 @@ class TrainingError(RuntimeError):
 
 
 def train(config: Config, resume: str | None) -> None:
+    if config.mask.mode == "packed":
+        raise ConfigError(["mask.mode = 'packed': the sampler draws it, the encoder cannot run it yet; give unbiased"])
     ranks = distributed.start(config.engine.device)
     micro_batch, accumulation, global_batch = config.batch(ranks.world_size)
     data = config.data
@@ -133,7 +135,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if args.resume and "=" in args.resume and not os.path.exists(args.resume):  # --resume section.key=value
+        args.overrides.append(args.resume)
+        args.resume = "latest"
+    return args
 
 
 def main() -> int:

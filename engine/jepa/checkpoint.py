@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .config import Config
+from .config import Config, parse_config
 from .vit import VisionTransformer, build_encoder
 from .zero import Flat, flats, refresh_training_weights
 
@@ -107,7 +108,7 @@ class Saver:
             try:
                 state = read_state(path)
                 mine = state["files"][dist.get_rank() :: dist.get_world_size()]
-                _together(lambda path=path, mine=mine: verify(path, mine))
+                _together(partial(verify, path, mine))
             except (CheckpointError, OSError) as error:
                 damage.append(str(error))
                 continue
@@ -156,25 +157,25 @@ class Saver:
 
         Raises CheckpointError on every rank if any rank failed to write; what was there before is then untouched.
         """
-        final, partial, first = self.folder / name, self.folder / f".{name}.partial", dist.get_rank() == 0
+        final, unfinished, first = self.folder / name, self.folder / f".{name}.partial", dist.get_rank() == 0
 
         def prepare() -> None:
             if first:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
 
         def finish() -> None:
             if first:
-                _write_json(partial / "state.json", self._state(progress, files))
-                _swap(partial, final)
+                _write_json(unfinished / "state.json", self._state(progress, files))
+                _swap(unfinished, final)
 
         try:
             _together(prepare)
-            files = _together(lambda: _write_rank(partial, self.engine))
+            files = _together(lambda: _write_rank(unfinished, self.engine))
             _together(finish)
         except OSError as error:
             if first:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint {final} could not be written ({error}); those written before are whole"
             ) from error
@@ -337,7 +338,7 @@ def load_encoder(path: str | Path, which: str = "target_encoder") -> tuple[Visio
     """
     path = Path(path)
     state = read_state(path)
-    config, reader = Config.model_validate(state["config"]), Reader(path, state)
+    config, reader = parse_config(state["config"], source=str(path / "state.json")), Reader(path, state)
     kinds = {"target_encoder": "ema" if state["applied"] else "weight", "encoder": "weight"}
     if which not in kinds:
         raise ValueError(f"which: given {which!r}, wanted one of {sorted(kinds)}")
