@@ -155,9 +155,7 @@ def test_an_index_out_of_range_is_refused(wrong):
 def test_the_kernel_asserts_its_index(monkeypatch):
     from triton.runtime import interpreter
 
-    monkeypatch.setattr(
-        interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
-    )
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
     x, index = torch.randn(2, 17, 4), random_index(2, 17, 5)
     gather_triton(x, index)
     index[1, 3] = 17

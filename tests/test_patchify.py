@@ -52,11 +52,7 @@ def oracle(images: Tensor, index: Tensor | None, P: int) -> tuple[Tensor, Tensor
         else:
             patches = unfold(image, kernel_size=P, stride=P).mT
         if index is not None:
-            patches = (
-                torch.stack([p[i] for p, i in zip(patches, index, strict=True)])
-                if len(index)
-                else patches[:, :0]
-            )
+            patches = torch.stack([p[i] for p, i in zip(patches, index, strict=True)]) if len(index) else patches[:, :0]
         results.append(patches)
     return results[0], results[1]
 
@@ -157,9 +153,7 @@ def test_an_index_out_of_range_is_refused(wrong):
 def test_the_kernel_asserts_its_index(monkeypatch):
     from triton.runtime import interpreter
 
-    monkeypatch.setattr(
-        interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
-    )
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
     images, index = random_images(2, 8, 12), random_index(2, 6, 4)
     patchify_triton(images, index, SCALE, BIAS, 4, torch.float32)
     index[1, 2] = 6
@@ -192,9 +186,7 @@ def test_bad_arguments_are_named(changed, name):
 def test_addresses_beyond_32_bits(tmp_path):
     """A pixel whose offset does not fit in 32 bits, out of a file of holes: nothing but its patch is read."""
     H, W = 2**15, 2**15 + 2**14
-    images = torch.from_file(str(tmp_path / "x"), shared=True, size=3 * H * W, dtype=torch.uint8).view(
-        1, 3, H, W
-    )
+    images = torch.from_file(str(tmp_path / "x"), shared=True, size=3 * H * W, dtype=torch.uint8).view(1, 3, H, W)
     images[0, 2, -16:, -16:] = torch.arange(256).view(16, 16)
     y = OP(images, torch.tensor([[(H // 16) * (W // 16) - 1]]), [1.0] * 3, [0.0] * 3, 16, torch.float32)
     assert torch.equal(y[0, 0, -256:], torch.arange(256.0)) and not y[0, 0, :-256].any()

@@ -57,9 +57,7 @@ def random_inputs(shape: tuple[int, ...], dtype: torch.dtype, table: torch.dtype
     return torch.randn(B, Kc, D).to(dtype), *indices, torch.randn(N, D).to(table), torch.randn(D).to(table)
 
 
-def by_loops(
-    context: Tensor, context_index: Tensor, target_index: Tensor, pos: Tensor, mask: Tensor
-) -> Tensor:
+def by_loops(context: Tensor, context_index: Tensor, target_index: Tensor, pos: Tensor, mask: Tensor) -> Tensor:
     (M, B, Kt), (_, Kc, D) = target_index.shape, context.shape
     y = torch.zeros(M * B, Kc + Kt, D, dtype=torch.float64)
     for m in range(M):
@@ -217,9 +215,7 @@ def test_an_index_out_of_range_is_refused(name, wrong):
 def test_the_kernel_asserts_its_indices(monkeypatch):
     from triton.runtime import interpreter
 
-    monkeypatch.setattr(
-        interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
-    )
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
     for which in (1, 2):
         inputs = random_inputs((3, 5, 7, 11, 13, 17), *DTYPES[0])
         predictor_tokens_triton(*inputs)

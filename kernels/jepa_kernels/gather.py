@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_index
+from .checks import ASSERTING, check_index
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -117,10 +117,6 @@ def _gather_backward_kernel(
     tl.store(dx + (b * N + n)[:, None] * D + d[None, :], total.to(dx.dtype.element_ty), mask=inside)
 
 
-# Triton drops tl.device_assert unless it compiles for debugging; its overflow checks are not wanted with it.
-_WITH_ASSERTS = {"debug": True, "sanitize_overflow": False}
-
-
 def gather_triton(x: Tensor, index: Tensor) -> Tensor:
     (B, N, D), K = x.shape, index.shape[1]
     y = x.new_empty(B, K, D)
@@ -128,9 +124,7 @@ def gather_triton(x: Tensor, index: Tensor) -> Tensor:
         rows, block_d = _tile(K, D, x.element_size())
         grid = (B * triton.cdiv(K, rows) * triton.cdiv(D, block_d),)
         with torch.cuda.device_of(x):
-            _gather_kernel[grid](
-                x, index.contiguous(), y, N, K, D, *x.stride(), rows, block_d, **_WITH_ASSERTS
-            )
+            _gather_kernel[grid](x, index.contiguous(), y, N, K, D, *x.stride(), rows, block_d, **ASSERTING)
     return y
 
 
@@ -141,9 +135,7 @@ def gather_backward_triton(dy: Tensor, index: Tensor, N: int) -> Tensor:
         rows, block_d = _tile(N, D, max(4, dy.element_size()))  # the sums are at least float32
         grid = (B * triton.cdiv(N, rows) * triton.cdiv(D, block_d),)
         with torch.cuda.device_of(dy):
-            _gather_backward_kernel[grid](
-                dy, index.contiguous(), dx, N, K, D, *dy.stride(), rows, 128, block_d
-            )
+            _gather_backward_kernel[grid](dy, index.contiguous(), dx, N, K, D, *dy.stride(), rows, 128, block_d)
     return dx
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
-from .checks import check_index
+from .checks import ASSERTING, check_index
 
 
 def predictor_tokens(
@@ -43,8 +43,7 @@ def predictor_tokens(
     """
     if context.ndim != 3 or not context.dtype.is_floating_point:
         raise ValueError(
-            "predictor_tokens: context must be floating-point [B, Kc, D]; "
-            f"got {context.dtype} {list(context.shape)}"
+            f"predictor_tokens: context must be floating-point [B, Kc, D]; got {context.dtype} {list(context.shape)}"
         )
     B, Kc, D = context.shape
     for name, tensor, ndim in (("pos", pos, 2), ("mask_token", mask_token, 1)):
@@ -130,7 +129,7 @@ def _predictor_tokens_kernel(
 def _predictor_tokens_backward_kernel(
     dy,  # [M*B, S, D]
     d_context,  # [B, Kc, D]
-    partial,  # [B, tiles of S - FIRST, D]: sums of the mask tokens' rows, tile by tile
+    partial,  # [B, tiles from the first with a mask token on, D]: their sums, tile by tile
     B,
     Kc,
     S,
@@ -148,20 +147,16 @@ def _predictor_tokens_backward_kernel(
     s = tile * ROWS + tl.arange(0, ROWS)
     d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (s < S)[:, None] & (d < D)[None, :]
-    at = dy + b * dy_s + s.to(tl.int64)[:, None] * dy_k + d.to(tl.int64)[None, :] * dy_d
+    at = dy + s.to(tl.int64)[:, None] * dy_k + d.to(tl.int64)[None, :] * dy_d
     total = tl.zeros((ROWS, BLOCK_D), partial.dtype.element_ty)
     for m in tl.static_range(M):
-        total += tl.load(at + m * B.to(tl.int64) * dy_s, mask=inside, other=0).to(total.dtype)
+        total += tl.load(at + (m * B + b) * dy_s, mask=inside, other=0).to(total.dtype)
     seen = s < Kc
     to = d_context + (b * Kc + s)[:, None] * D + d[None, :]
     tl.store(to, total.to(d_context.dtype.element_ty), mask=seen[:, None] & (d < D)[None, :])
-    first = Kc // ROWS  # the first tile that holds a mask token
+    first = Kc // ROWS
     hidden = tl.sum(tl.where(seen[:, None], 0, total), 0)
     tl.store(partial + (b * (tiles - first) + tile - first) * D + d, hidden, mask=(d < D) & (tile >= first))
-
-
-# Triton drops tl.device_assert unless it compiles for debugging; its overflow checks are not wanted with it.
-_WITH_ASSERTS = {"debug": True, "sanitize_overflow": False}
 
 
 def predictor_tokens_triton(
@@ -177,7 +172,7 @@ def predictor_tokens_triton(
         sizes = M, B, Kc, Kt, pos.shape[0], D
         with torch.cuda.device_of(context):
             _predictor_tokens_kernel[grid](
-                context, *indices, *tables, y, *sizes, *context.stride(), rows, block_d, **_WITH_ASSERTS
+                context, *indices, *tables, y, *sizes, *context.stride(), rows, block_d, **ASSERTING
             )
     return y
 
@@ -193,9 +188,7 @@ def predictor_tokens_backward_triton(dy: Tensor, M: int, B: int, Kc: int) -> tup
     partial = dy.new_empty(B * (tiles - Kc // rows), D, dtype=wide)
     grid = (B * tiles * triton.cdiv(D, block_d),)
     with torch.cuda.device_of(dy):
-        _predictor_tokens_backward_kernel[grid](
-            dy, d_context, partial, B, Kc, S, D, *dy.stride(), M, rows, block_d
-        )
+        _predictor_tokens_backward_kernel[grid](dy, d_context, partial, B, Kc, S, D, *dy.stride(), M, rows, block_d)
     return d_context, partial.sum(0)
 
 
