@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
+
 from jepa.masks import sample_masks
 from jepa.objective import GlobalBatchNorm, JepaModel, Losses, mean_pairwise_cosine
 from small import run_ranks, small_config
-from torch import Tensor
 
 
 def batch(images: int, *overrides: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -140,6 +140,10 @@ def _patchify_kernel(
     tl.store(to, value.to(y.dtype.element_ty), mask=inside)
 
 
+# Triton drops tl.device_assert unless it compiles for debugging; its overflow checks are not wanted with it.
+_WITH_ASSERTS = {"debug": True, "sanitize_overflow": False}
+
+
 def patchify_triton(
     images: Tensor, index: Tensor | None, scale: list[float], bias: list[float], P: int, dtype: torch.dtype
 ) -> Tensor:
@@ -148,23 +152,13 @@ def patchify_triton(
         B, K, _ = y.shape
         block_p = triton.next_power_of_2(P)
         runs = min(triton.next_power_of_2(K * 3 * P), max(1, 2048 // block_p))
-        _patchify_kernel[(B * triton.cdiv(K * 3 * P, runs),)](
-            images,
-            images if index is None else index.contiguous(),
-            y,
-            K,
-            images.shape[2] // P,
-            images.shape[3] // P,
-            *images.stride(),
-            *scale,
-            *bias,
-            index is not None,
-            P,
-            runs,
-            block_p,
-            debug=True,
-            sanitize_overflow=False,
-        )
+        patches = images if index is None else index.contiguous()
+        sizes = K, images.shape[2] // P, images.shape[3] // P, *images.stride()
+        options = index is not None, P, runs, block_p
+        with torch.cuda.device_of(images):
+            _patchify_kernel[(B * triton.cdiv(K * 3 * P, runs),)](
+                images, patches, y, *sizes, *scale, *bias, *options, **_WITH_ASSERTS
+            )
     return y
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding
 
 from .checks import check_index
 
@@ -70,8 +71,8 @@ def predictor_tokens_ref(
     M, B, Kt = target_index.shape
     _, Kc, D = context_BKD.shape
     wide = torch.promote_types(context_BKD.dtype, torch.float32)
-    seen = context_BKD.to(wide) + pos_ND.to(wide)[context_index]
-    hidden = mask_token_D.to(wide) + pos_ND.to(wide)[target_index]
+    seen = context_BKD.to(wide) + embedding(context_index, pos_ND.to(wide))
+    hidden = mask_token_D.to(wide) + embedding(target_index, pos_ND.to(wide))
     tokens = torch.cat([seen.expand(M, B, Kc, D), hidden], dim=2)
     return tokens.reshape(M * B, Kc + Kt, D).to(context_BKD.dtype)
 
@@ -159,6 +160,10 @@ def _predictor_tokens_backward_kernel(
     tl.store(partial + (b * (tiles - first) + tile - first) * D + d, hidden, mask=(d < D) & (tile >= first))
 
 
+# Triton drops tl.device_assert unless it compiles for debugging; its overflow checks are not wanted with it.
+_WITH_ASSERTS = {"debug": True, "sanitize_overflow": False}
+
+
 def predictor_tokens_triton(
     context: Tensor, context_index: Tensor, target_index: Tensor, pos: Tensor, mask_token: Tensor
 ) -> Tensor:
@@ -167,25 +172,13 @@ def predictor_tokens_triton(
     if y.numel():
         rows, block_d = _tile(Kc + Kt, D, context.element_size())
         grid = (M * B * triton.cdiv(Kc + Kt, rows) * triton.cdiv(D, block_d),)
-        _predictor_tokens_kernel[grid](
-            context,
-            context_index.contiguous(),
-            target_index.contiguous(),
-            pos.contiguous(),
-            mask_token.contiguous(),
-            y,
-            M,
-            B,
-            Kc,
-            Kt,
-            pos.shape[0],
-            D,
-            *context.stride(),
-            rows,
-            block_d,
-            debug=True,
-            sanitize_overflow=False,
-        )
+        tables = pos.contiguous(), mask_token.contiguous()
+        indices = context_index.contiguous(), target_index.contiguous()
+        sizes = M, B, Kc, Kt, pos.shape[0], D
+        with torch.cuda.device_of(context):
+            _predictor_tokens_kernel[grid](
+                context, *indices, *tables, y, *sizes, *context.stride(), rows, block_d, **_WITH_ASSERTS
+            )
     return y
 
 
@@ -199,14 +192,15 @@ def predictor_tokens_backward_triton(dy: Tensor, M: int, B: int, Kc: int) -> tup
     d_context = dy.new_empty(B, Kc, D)
     partial = dy.new_empty(B * (tiles - Kc // rows), D, dtype=wide)
     grid = (B * tiles * triton.cdiv(D, block_d),)
-    _predictor_tokens_backward_kernel[grid](
-        dy, d_context, partial, B, Kc, S, D, *dy.stride(), M, rows, block_d
-    )
+    with torch.cuda.device_of(dy):
+        _predictor_tokens_backward_kernel[grid](
+            dy, d_context, partial, B, Kc, S, D, *dy.stride(), M, rows, block_d
+        )
     return d_context, partial.sum(0)
 
 
 def _tile(rows: int, D: int, element_size: int) -> tuple[int, int]:
-    """ROWS, BLOCK_D of 8 KiB: four 16-byte accesses for each of 128 threads. BLOCK_D divides D where it can."""
+    """ROWS, BLOCK_D of 8 KiB, four 16-byte accesses for each of 128 threads; BLOCK_D divides D if it can."""
     block_d = min(max(D & -D, 64), 512)
     return min(triton.next_power_of_2(rows), max(1, 8192 // (block_d * element_size))), block_d
 
