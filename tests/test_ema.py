@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from jepa_kernels import ema_
-from jepa_kernels.ema import _ema_kernel, ema_ref, ema_triton
 from torch import Tensor
 from torch.library import opcheck
+
+from jepa_kernels import ema_
+from jepa_kernels.ema import _ema_kernel, ema_ref, ema_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel: on a CPU, in the interpreter
 OP = torch.ops.jepa_kernels.ema_
@@ -93,7 +94,11 @@ def test_nan_stays_nan(ema, device):
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
 def test_any_layout(device):
     base = torch.randn(4, 3, 6, 5)
-    dense = [base, base.to(memory_format=torch.channels_last), base.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)]
+    dense = [
+        base,
+        base.to(memory_format=torch.channels_last),
+        base.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2),
+    ]
     others = [*dense, base[:, :1].expand(4, 3, 6, 5), torch.randn(4, 3, 6, 10)[..., ::2]]
     for target in dense:
         for source in others:
@@ -133,7 +138,9 @@ def test_does_not_depend_on_threads():
 
 def test_parameters_and_generators():
     student, teacher = torch.nn.Linear(7, 5), torch.nn.Linear(7, 5)
-    expected = [0.25 * t.detach() + 0.75 * s.detach() for t, s in zip(teacher.parameters(), student.parameters(), strict=True)]
+    expected = [
+        0.25 * t.detach() + 0.75 * s.detach() for t, s in zip(teacher.parameters(), student.parameters(), strict=True)
+    ]
     ema_(teacher.parameters(), student.parameters(), 0.25)
     for t, e in zip(teacher.parameters(), expected, strict=True):
         torch.testing.assert_close(t.detach(), e)
@@ -149,7 +156,11 @@ def test_backward_through_an_old_target_is_refused():
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
 def test_opcheck(device):
-    targets = [torch.randn(3, 5, device=device), torch.randn(7, device=device).bfloat16(), torch.empty(0, device=device)]
+    targets = [
+        torch.randn(3, 5, device=device),
+        torch.randn(7, device=device).bfloat16(),
+        torch.empty(0, device=device),
+    ]
     sources = [torch.randn(t.shape, device=device) for t in targets]
     opcheck(OP, (targets, sources, torch.tensor(0.1)))
     opcheck(OP, ([torch.randn(5, 3, device=device).T], [torch.randn(5, 3, device=device).T], torch.tensor(0.1)))
