@@ -1,8 +1,8 @@
 """Exponential moving average of many tensors in one launch: t <- momentum * t + (1 - momentum) * s.
 
-Written t + (1 - momentum) * (s - t): the difference is scaled down before it is added, so the one rounding that
-counts is that of the result. float32, bfloat16 and float16 in any mixture, float32 inside. Floor: read t and s,
-write t. The CPU kernel is in csrc/ema.cpp.
+Computed as torch.lerp does, t + (1 - momentum) * (s - t): the difference is scaled down before it is added, so the
+one rounding that counts is that of the result. float32, bfloat16 and float16 in any mixture, float32 inside.
+Floor: read t and s, write t. The CPU kernel is in csrc/ema.cpp.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import BLOCK, at, is_aligned, tables
+from .tables import BLOCK, at, is_aligned, lerp, tables
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -84,8 +84,7 @@ def _check(i: int, target: Tensor, source: Tensor, device: torch.device) -> None
 
 def ema_ref(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
     for target, source in zip(targets, sources, strict=True):
-        t = target.float()
-        target.copy_(t + weight * (source.float() - t))
+        target.copy_(torch.lerp(target.float(), source.float(), weight.to(target.device)))
 
 
 # --- triton
@@ -113,15 +112,6 @@ def _store(address, code, start, offset, x, mask, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _lerp(row, start, offset, weight, mask, ALIGNED: tl.constexpr):
-    target, source = tl.load(row + 1), tl.load(row + 2)
-    target_code, source_code = tl.load(row + 3), tl.load(row + 4)
-    t = _load(target, target_code, start, offset, mask, ALIGNED)
-    t += weight * (_load(source, source_code, start, offset, mask, ALIGNED) - t)
-    _store(target, target_code, start, offset, t, mask, ALIGNED)
-
-
-@triton.jit
 def _ema_kernel(
     blocks,  # int32 [total, 2]: row, which block of it
     rows,  # int64 [R, 5]: elements, addresses of target and source, their dtype codes
@@ -131,16 +121,20 @@ def _ema_kernel(
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    row = rows + tl.load(blocks + 2 * b) * 5
+    row = rows + tl.load(blocks + 2 * b).to(tl.int64) * 5
     start = tl.load(blocks + 2 * b + 1).to(tl.int64) * BLOCK
-    offset = tl.arange(0, BLOCK)
     left = tl.load(row) - start
+    target, source = tl.load(row + 1), tl.load(row + 2)
+    target_code, source_code = tl.load(row + 3), tl.load(row + 4)
     if ON_DEVICE:
         weight = tl.load(weight)
-    if left >= BLOCK:  # no mask: it would break wide loads into single elements
-        _lerp(row, start, offset, weight, None, ALIGNED)
-    else:
-        _lerp(row, start, offset, weight, offset < left, ALIGNED)
+    offset = tl.arange(0, BLOCK)
+    for WHOLE in tl.static_range(2):  # a mask would break the wide loads of a whole block into single elements
+        if (left >= BLOCK) == WHOLE:
+            mask = None if WHOLE else offset < left
+            t = _load(target, target_code, start, offset, mask, ALIGNED)
+            s = _load(source, source_code, start, offset, mask, ALIGNED)
+            _store(target, target_code, start, offset, lerp(t, s, weight), mask, ALIGNED)
 
 
 def ema_triton(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:

@@ -43,6 +43,12 @@ def at(address, dtype: tl.constexpr, start, ALIGNED: tl.constexpr):
     return pointer + start
 
 
+@triton.jit
+def lerp(a, b, weight):
+    """a + weight * (b - a) from the nearer end, as torch.lerp: exact at both."""
+    return tl.where(weight < 0.5, a + weight * (b - a), b - (1 - weight) * (b - a))
+
+
 def upload(table: Tensor, device: torch.device) -> Tensor:
     """Copies to the device without waiting for it."""
     if device.type != "cuda":
