@@ -44,7 +44,8 @@ class MaskSpec:
     """The law of the masks, under the key names of I-JEPA's YAML; the defaults are its ImageNet settings.
 
     Scales are shares of the grid's area, aspect ratios are height / width; a context's is 1.
-    `min_keep`: a context has more patches than this before the cut. It does not bind the targets.
+    `min_keep`: a context has more patches than this before the cut. It does not bind the targets, whose size is
+    their scale's (the published sampler never returns when a target is not larger than that).
     Raises ValueError for a law that cannot be drawn, so that sampling never fails and never loops.
     """
 
