@@ -97,8 +97,7 @@ struct Grid {
 };
 
 // Places a context that keeps more than min_keep patches outside the targets, and returns how many it keeps.
-// The caller has checked that the context alone is large enough, so this ends after kTries * targets + 1 at
-// most.
+// It ends, after kTries * excluded + 1 places at most: the caller has checked that the whole block is enough.
 int64_t draw_context(const Grid& grid, Words& random, Size size, Size target_size,
                      const std::vector<Place>& targets, int64_t excluded, int64_t min_keep, uint64_t* bits) {
     for (int tries = 0;; ++tries) {
@@ -171,8 +170,8 @@ std::tuple<Tensor, Tensor, Tensor> sample_masks(const Tensor& sizes, const std::
     std::vector<uint64_t> bits_EBW(contexts * batch * words);
 
     // Lengths matter of the whole cut, blocks only of this batch.
-    const int64_t cut_begin = packed ? first : cut_first,
-                  cut_end = packed ? first + batch : cut_first + cut_count;
+    const int64_t cut_begin = packed ? first : cut_first;
+    const int64_t cut_end = packed ? first + batch : cut_first + cut_count;
     std::vector<int64_t> shortest(cut_end - cut_begin);
     torch::stable::parallel_for(cut_begin, cut_end, kGrain, [&](int64_t begin, int64_t end) {
         std::vector<Place> places(targets);
