@@ -15,10 +15,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 TORCH_2_10 = "0x020a000000000000"
+FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
-def torch_include() -> str:
-    """The include folder of the installed torch.
+def torch_folder() -> Path:
+    """The folder of the installed torch.
 
     pip builds in isolation hide the environment's packages from `import`, not from the file system.
     """
@@ -27,7 +28,7 @@ def torch_include() -> str:
     roots += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
     for root in roots:
         if (root / "include/torch/csrc/stable/library.h").is_file():
-            return str(root / "include")
+            return root
     sys.exit(
         "jepa_kernels: no torch >= 2.10 in this environment, and its headers are needed to build the CPU kernels.\n"
         "  Install torch first. If it is installed, add --no-build-isolation to the pip command.\n"
@@ -43,14 +44,16 @@ class BuildExt(build_ext):
 def extensions() -> list[Extension]:
     if os.environ.get("JEPA_KERNELS_NO_EXT") == "1":
         return []
+    torch = torch_folder()
     return [
         Extension(
             "jepa_kernels._C",
             sources=sorted(str(p) for p in Path("csrc").glob("*.cpp")),
             depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
             define_macros=[("TORCH_TARGET_VERSION", TORCH_2_10)],
-            extra_compile_args=[f"-isystem{torch_include()}", "-std=c++20", "-O3", "-fno-math-errno"]
-            + ["-fvisibility=hidden", "-Wall", "-Wextra"],
+            library_dirs=[str(torch / "lib")],
+            libraries=["torch_cpu"],
+            extra_compile_args=[f"-isystem{torch / 'include'}", *FLAGS],
             py_limited_api=True,
         )
     ]

@@ -9,7 +9,9 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 // One binary for every x86-64: the loader picks the widest version that the machine can run.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -26,6 +28,59 @@ using torch::stable::Tensor;
 template <class T>
 T* pointer(const Tensor& t) {
     return static_cast<T*>(t.data_ptr());
+}
+
+// What sums and statistics of T are kept in.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+static JEPA_VECTOR_CLONES void add_row(const T* term, Wide<T>* total, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) total[i] += static_cast<Wide<T>>(term[i]);
+}
+
+template <class T>
+static JEPA_VECTOR_CLONES void round_row(const Wide<T>* total, T* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(total[i]);
+}
+
+// x [A, R, D] as it is where its rows are contiguous, else a copy.
+inline Tensor with_rows(const Tensor& x) {
+    return x.size(2) > 1 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x;
+}
+
+// Rows for one task: 64 KiB.
+inline int64_t grain(int64_t row_bytes) {
+    return std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, row_bytes));
+}
+
+// Calls f(T()) with the type of a floating dtype.
+template <class F>
+void dispatch(ScalarType dtype, const F& f) {
+    switch (dtype) {
+        case ScalarType::Float:
+            return f(float());
+        case ScalarType::Double:
+            return f(double());
+        case ScalarType::BFloat16:
+            return f(torch::headeronly::BFloat16());
+        case ScalarType::Half:
+            return f(torch::headeronly::Half());
+        default:
+            STD_TORCH_CHECK(false,
+                            "jepa_kernels: the CPU kernels take float32, float64, bfloat16 and float16");
+    }
+}
+
+// Nothing is read through an index that has not passed here. Before any parallel_for: what is thrown inside
+// one loses its text.
+inline const int64_t* checked_index(const Tensor& index, int64_t rows, const char* name) {
+    STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_contiguous(), name, " must be int64");
+    const auto* at = pointer<const int64_t>(index);
+    for (int64_t i = 0, count = index.numel(); i < count; ++i) {
+        STD_TORCH_CHECK(at[i] >= 0 && at[i] < rows, name, " holds ", at[i], "; it must lie in 0..", rows - 1);
+    }
+    return at;
 }
 
 }  // namespace jepa

@@ -1,7 +1,13 @@
 """Every test runs on a small number of threads, with uninitialised memory filled with NaN."""
 
+import os
+
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in the interpreter, which must be chosen before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jepa_kernels import prediction_loss, vicreg
 from torch import Tensor, nn
+
+from jepa_kernels import prediction_loss, vicreg
 
 from .config import Config
 from .vit import build_encoder, build_predictor
@@ -60,7 +61,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch normalisation of [R, D] rows by the statistics of all ranks' rows, in fp32; it keeps no running averages."""
+    """Batch normalisation of [R, D] rows by the statistics of all ranks' rows, in fp32, without running averages."""
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ def mean_pairwise_cosine(z_BMD: Tensor) -> Tensor:
 
 
 class JepaModel(nn.Module):
-    """What is trained: encoder, predictor and, for C-JEPA, the projector. Its forward is the loss of one micro-batch."""
+    """What is trained: encoder, predictor and, for C-JEPA, the projector. Its forward is a micro-batch's loss."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

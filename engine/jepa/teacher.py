@@ -1,9 +1,9 @@
 """The target encoder: the rounded exponential moving average of the encoder, the same on every rank.
 
 The fp32 average is optimizer state (`AdamWEMA` keeps it), so under ZeRO each rank holds a part of it. After a step the
-parts, rounded to the training precision, are gathered by one all-gather for each of the encoder's two param groups (with
-and without weight decay). Where a parameter's parts come to lie one after another in the gathered buffer (stages 1 and
-2, or one rank) the target encoder's weight is a view of it and nothing is copied.
+parts, rounded to the training precision, are gathered by one all-gather for each of the encoder's two param groups
+(with and without weight decay). Where a parameter's parts come to lie one after another in the gathered buffer (stages
+1 and 2, or one rank) the target encoder's weight is a view of it and nothing is copied.
 """
 
 from typing import Any
@@ -46,6 +46,18 @@ class Teacher:
             dist.all_gather_into_tensor(buffer.view(-1), part)
             for weight, source in copies:
                 weight.copy_(source)
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """How far the average lies from the encoder's weights, relative to their norm. Every rank calls it."""
+        sums = torch.zeros(2, device=self.averaged[0].weight.device)
+        for flat in self.averaged:
+            if flat.weight in self.optimizer.state:
+                apart = self.average(flat) - flat.weight
+                sums += torch.stack([apart.square().sum(), flat.weight.square().sum()])
+        if self.sharded:
+            dist.all_reduce(sums)
+        return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
 
     def average(self, flat: Flat) -> Tensor:
         return self.optimizer.state[flat.weight]["ema"]

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jepa_kernels import patchify, predictor_tokens
 from torch import Tensor, nn
+
+from jepa_kernels import patchify, predictor_tokens
 
 from .config import Config
 
@@ -180,16 +181,20 @@ class Predictor(nn.Module):
     """
 
     def __init__(
-        self, side: int, embed_dim: int, predictor_embed_dim: int, depth: int, num_heads: int, mlp_ratio: float = 4.0
+        self,
+        side: int,
+        embed_dim: int,
+        predictor_embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
         self.predictor_embed = nn.Linear(embed_dim, predictor_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, predictor_embed_dim))
         self.predictor_pos_embed: Tensor
         self.register_buffer("predictor_pos_embed", sincos_positions(predictor_embed_dim, side)[None])
-        self.predictor_blocks = nn.ModuleList(
-            [Block(predictor_embed_dim, num_heads, mlp_ratio) for _ in range(depth)]
-        )
+        self.predictor_blocks = nn.ModuleList([Block(predictor_embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
         self.predictor_norm = nn.LayerNorm(predictor_embed_dim, eps=LAYER_NORM_EPS)
         self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim)
         self.apply(init_weights)

@@ -1,16 +1,86 @@
-"""Where DeepSpeed keeps the fp32 weights of each parameter, at any ZeRO stage.
+"""DeepSpeed: how a run starts it, and where it keeps the fp32 weights of each parameter at any ZeRO stage.
 
-An optimizer under ZeRO sees flat fp32 tensors, not the model's parameters. This file is the map between the two: each
+An optimizer under ZeRO sees flat fp32 tensors, not the model's parameters. `flats` is the map between the two: each
 rank's fp32 tensors, and which part of which named parameter lies where in them. The optimizer's state (moments, EMA)
 has the same layout, because AdamWEMA keeps it by tensor. The teacher and the checkpoints are written on this map and
 know nothing else of DeepSpeed's optimizers.
 """
 
+import contextlib
+import logging
+import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from jepa_kernels import AdamWEMA
+
+from .config import Config, deepspeed_config
+from .objective import JepaModel
+
+
+def param_groups(model: JepaModel) -> list[dict[str, Any]]:
+    """The encoder apart (it has an average) and the rest; of each, what weight decay touches and what it does not
+    (biases and one-dimensional weights). The mask token, [1, 1, D], decays as in the published code."""
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((name.startswith("encoder."), parameter.ndim > 1), []).append(parameter)
+    return [{"params": params, "ema": ema, "decays": decays} for (ema, decays), params in groups.items()]
+
+
+def start(model: JepaModel, config: Config) -> Any:
+    """The DeepSpeed engine around the model, with AdamWEMA as its optimizer."""
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # what it warns of, a foreign optimizer and skipped steps, is meant
+    # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing; it is forgotten here.
+    optimizer = AdamWEMA(
+        param_groups(model),
+        lr=0.0,
+        betas=config.optimization.betas,
+        eps=config.optimization.eps,
+        weight_decay=0.0,
+    )
+    settings = deepspeed_config(config, dist.get_world_size())
+    if config.engine.zero_stage == 0 and config.precision == "fp32":
+        settings["gradient_clipping"] = 0.0  # `step` clips
+    with contextlib.redirect_stdout(sys.stderr):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    optimizer.state.clear()
+    return engine
+
+
+def schedule(engine: Any, lr: float, weight_decay: float, momentum: float) -> None:
+    """Sets the three scheduled numbers of the next step."""
+    for group in engine.basic_optimizer.param_groups:
+        group |= {"lr": lr, "momentum": momentum, "weight_decay": weight_decay if group["decays"] else 0.0}
+
+
+def step(engine: Any, clip_grad: float | None = None) -> tuple[bool, float | None]:
+    """Ends a micro-batch; at the end of an accumulation, updates the weights unless the gradient is not finite.
+
+    Returns whether the weights moved, and the gradient's norm before clipping (None where DeepSpeed does not tell).
+    `clip_grad` is the largest norm; DeepSpeed knows it too, but in fp32 without ZeRO it hands the optimizer back bare,
+    and the gradient is looked at and clipped here.
+    """
+    norm = None
+    if isinstance(engine.optimizer, AdamWEMA) and engine.is_gradient_accumulation_boundary():
+        parameters = [p for p in engine.module.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total)
+        if not math.isfinite(norm):
+            for parameter in parameters:
+                parameter.grad = None  # the optimizer leaves such parameters alone
+        elif clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, total)
+    engine.step()
+    if norm is None and engine.get_global_grad_norm() is not None:
+        norm = float(engine.get_global_grad_norm())
+    return engine.was_step_applied() and (norm is None or math.isfinite(norm)), norm
 
 
 @dataclass(frozen=True)
@@ -27,15 +97,12 @@ class Piece:
 class Flat:
     """One fp32 tensor that the optimizer updates on this rank, and the pieces of parameters that it holds.
 
-    `group` is the optimizer's param group. `low_precision` is None or the flat tensor of all ranks' training weights,
-    of which this rank's part begins at `rank_offset` (stages 1 and 2).
+    `group` is the optimizer's param group.
     """
 
     weight: Tensor
     pieces: list[Piece]
     group: dict[str, Any]
-    low_precision: Tensor | None = None
-    rank_offset: int = 0
 
 
 def names_of(engine: Any) -> dict[int, str]:
@@ -79,17 +146,15 @@ def _flat_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
             begin, end = max(place, low), min(place + param.numel(), low + weight.numel())
             if begin < end:
                 pieces.append(Piece(names[id(param)], begin - place, begin - low, end - begin))
-        result.append(Flat(weight, pieces, group, buffer, low))
+        result.append(Flat(weight, pieces, group))
     return result
 
 
 def _parameter_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
-    """Stage 3: each parameter is cut into one equal part a rank (the last ones padded); a flat holds one part of each."""
+    """Stage 3: each parameter is cut into one equal part a rank, the last ones padded; a flat holds a part of each."""
     rank = dist.get_rank(group=wrapper.dp_process_group)
     result = []
-    for i, (params, weight) in enumerate(
-        zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)
-    ):
+    for i, (params, weight) in enumerate(zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)):
         pieces, offset = [], 0
         for param in params:
             part = param.ds_tensor.numel()
@@ -100,3 +165,26 @@ def _parameter_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
         group = wrapper.optimizer.param_groups[wrapper.sub_group_to_group_id[i]]
         result.append(Flat(weight, pieces, group))
     return result
+
+
+@torch.no_grad()
+def refresh_training_weights(engine: Any) -> None:
+    """Rounds the fp32 weights into the weights that the model computes with, after they were written from outside."""
+    stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        for params, fp32s in zip(getattr(wrapper, "fp16_groups", ()), getattr(wrapper, "fp32_groups", ()), strict=True):
+            torch._foreach_copy_(params, fp32s)
+    elif stage < 3:
+        for weight, buffer in zip(wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups_flat, strict=True):
+            part = buffer.view(-1, weight.numel())[dist.get_rank()]
+            part.copy_(weight)
+            dist.all_gather_into_tensor(buffer, part)
+    else:
+        for params, weight in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for param in params:
+                part = param.ds_tensor
+                part.copy_(weight[offset : offset + part.numel()].view_as(part))
+                offset += part.numel()
+        if wrapper.persistent_parameters:
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)

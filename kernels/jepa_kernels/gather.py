@@ -4,5 +4,184 @@ Shapes: B samples, N tokens, K kept tokens, D channels. A pure copy, so the floo
 read and K rows written per sample. The CPU kernel is in csrc/gather.cpp.
 """
 
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .checks import check_index
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` of every sample of `x`.
+
+    Args:
+        x: [B, N, D], any floating dtype, any strides.
+        index: [B, K] int64, values in 0..N-1, in any order; repeats are allowed.
+
+    Returns:
+        [B, K, D], contiguous, dtype of `x`. The gradient of a row sums over its repeats in float32, in the
+        order of k: the same bits every time.
+
+    Raises:
+        ValueError: wrong rank, dtype or device, batches that differ, an index out of range (read on a CPU
+            only; on a GPU the kernel asserts).
+    """
+    if x.ndim != 3 or not x.dtype.is_floating_point:
+        raise ValueError(f"gather_tokens: x must be floating-point [B, N, D]; got {x.dtype} {list(x.shape)}")
+    check_index("gather_tokens", "index", index, (x.shape[0], None), x.shape[1], x)
+    return _Gather.apply(x, index)
+
+
+# --- reference
+
+
+def gather_ref(x_BND: Tensor, index_BK: Tensor) -> Tensor:
+    return x_BND.gather(1, index_BK[:, :, None].expand(-1, -1, x_BND.shape[2])).contiguous()
+
+
+def gather_backward_ref(dy_BKD: Tensor, index_BK: Tensor, N: int) -> Tensor:
+    B, _, D = dy_BKD.shape
+    total = dy_BKD.new_zeros(B, N, D, dtype=torch.promote_types(dy_BKD.dtype, torch.float32))
+    total.scatter_add_(1, index_BK[:, :, None].expand(-1, -1, D), dy_BKD.to(total.dtype))
+    return total.to(dy_BKD.dtype)
+
+
+# --- triton: a program copies ROWS x BLOCK_D of one sample; neighbours in the grid are neighbours in memory
+
+
+@triton.jit(do_not_specialize=["K"])  # K changes from step to step
+def _gather_kernel(
+    x,  # [B, N, D]
+    index,  # [B, K]
+    y,  # [B, K, D]
+    N,
+    K,
+    D,
+    x_b,  # strides of x
+    x_n,
+    x_d,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program = tl.program_id(0)
+    columns, tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(K, ROWS)
+    b = (program // columns // tiles).to(tl.int64)
+    k = (program // columns % tiles) * ROWS + tl.arange(0, ROWS)
+    d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.load(index + b * K + k, mask=k < K, other=0)
+    tl.device_assert((n >= 0) & (n < N), "gather_tokens: index out of range")
+    inside = (k < K)[:, None] & (d < D)[None, :]
+    rows = tl.load(x + b * x_b + n[:, None] * x_n + d.to(tl.int64)[None, :] * x_d, mask=inside)
+    tl.store(y + (b * K + k)[:, None] * D + d[None, :], rows, mask=inside)
+
+
+@triton.jit(do_not_specialize=["K"])
+def _gather_backward_kernel(
+    dy,  # [B, K, D]
+    index,  # [B, K]
+    dx,  # [B, N, D]
+    N,
+    K,
+    D,
+    dy_b,  # strides of dy
+    dy_k,
+    dy_d,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Each row of dx looks for itself in the index: no atomics, no zeroing first, repeats in the order of k.
+    wide: tl.constexpr = tl.float64 if dy.dtype.element_ty == tl.float64 else tl.float32
+    program = tl.program_id(0)
+    columns, tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(N, ROWS)
+    b = (program // columns // tiles).to(tl.int64)
+    n = (program // columns % tiles) * ROWS + tl.arange(0, ROWS)
+    d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((ROWS, BLOCK_D), wide)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        found = tl.load(index + b * K + k, mask=k < K, other=-1)[None, :] == n[:, None]
+        later = tl.where(found, k[None, :], K)  # the k of each row's terms that are still to come
+        first = tl.min(later, 1)
+        while tl.min(first, 0) < K:
+            term = (first < K)[:, None] & (d < D)[None, :]
+            at = dy + b * dy_b + first.to(tl.int64)[:, None] * dy_k + d.to(tl.int64)[None, :] * dy_d
+            total += tl.load(at, mask=term, other=0).to(wide)
+            later = tl.where(later > first[:, None], later, K)
+            first = tl.min(later, 1)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    tl.store(dx + (b * N + n)[:, None] * D + d[None, :], total.to(dx.dtype.element_ty), mask=inside)
+
+
+# Triton drops tl.device_assert unless it compiles for debugging; its overflow checks are not wanted with it.
+_WITH_ASSERTS = {"debug": True, "sanitize_overflow": False}
+
+
+def gather_triton(x: Tensor, index: Tensor) -> Tensor:
+    (B, N, D), K = x.shape, index.shape[1]
+    y = x.new_empty(B, K, D)
+    if y.numel():
+        rows, block_d = _tile(K, D, x.element_size())
+        grid = (B * triton.cdiv(K, rows) * triton.cdiv(D, block_d),)
+        with torch.cuda.device_of(x):
+            _gather_kernel[grid](
+                x, index.contiguous(), y, N, K, D, *x.stride(), rows, block_d, **_WITH_ASSERTS
+            )
+    return y
+
+
+def gather_backward_triton(dy: Tensor, index: Tensor, N: int) -> Tensor:
+    B, K, D = dy.shape
+    dx = dy.new_empty(B, N, D)
+    if dx.numel():
+        rows, block_d = _tile(N, D, max(4, dy.element_size()))  # the sums are at least float32
+        grid = (B * triton.cdiv(N, rows) * triton.cdiv(D, block_d),)
+        with torch.cuda.device_of(dy):
+            _gather_backward_kernel[grid](
+                dy, index.contiguous(), dx, N, K, D, *dy.stride(), rows, 128, block_d
+            )
+    return dx
+
+
+def _tile(rows: int, D: int, element_size: int) -> tuple[int, int]:
+    """ROWS, BLOCK_D of 8 KiB, four 16-byte accesses for each of 128 threads; BLOCK_D divides D if it can."""
+    block_d = min(max(D & -D, 64), 512)
+    return min(triton.next_power_of_2(rows), max(1, 8192 // (block_d * element_size))), block_d
+
+
+# --- registration
+
+torch.library.define("jepa_kernels::gather", "(Tensor x, Tensor index) -> Tensor")
+torch.library.impl("jepa_kernels::gather", "default", gather_ref)
+torch.library.impl("jepa_kernels::gather", "cuda", gather_triton)
+torch.library.define("jepa_kernels::gather_backward", "(Tensor dy, Tensor index, SymInt N) -> Tensor")
+torch.library.impl("jepa_kernels::gather_backward", "default", gather_backward_ref)
+torch.library.impl("jepa_kernels::gather_backward", "cuda", gather_backward_triton)
+
+
+@torch.library.register_fake("jepa_kernels::gather")
+def _gather_fake(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty(*index.shape, x.shape[2])
+
+
+@torch.library.register_fake("jepa_kernels::gather_backward")
+def _gather_backward_fake(dy: Tensor, index: Tensor, N: int) -> Tensor:
+    return dy.new_empty(dy.shape[0], N, dy.shape[2])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.N = x.shape[1]
+        return torch.ops.jepa_kernels.gather(x, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return torch.ops.jepa_kernels.gather_backward(dy, index, ctx.N), None

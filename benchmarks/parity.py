@@ -1,0 +1,132 @@
+"""Loss and every gradient of one I-JEPA step, beside the published implementation.
+
+    python benchmarks/parity.py --reference PATH_TO_A_CHECKOUT_OF_facebookresearch/ijepa
+
+Both get the same weights, the same images and the masks of the published collator, in fp32 on the CPU. Prints the
+largest relative errors, and exits with 1 where one is above the tolerance.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("kernels", "engine")]
+
+from torch import Tensor, nn
+
+from jepa.config import parse_config
+from jepa.objective import JepaModel
+
+TOLERANCE = 1e-5
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, required=True, metavar="PATH", help="the checkout")
+    parser.add_argument(
+        "--model", default="vit_small", help="vit_tiny, vit_small, vit_base, ... (default: %(default)s)"
+    )
+    parser.add_argument("--crop", type=int, default=224, help="pixels (default: %(default)s)")
+    parser.add_argument("--patch", type=int, default=16, help="pixels (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=None, help="of weights, images and masks (default: a fresh one)")
+    args = parser.parse_args()
+    if not (args.reference / "src/models/vision_transformer.py").is_file():
+        parser.error(f"--reference: {args.reference} is not a checkout of the published code: it has no src/models")
+    seed = torch.seed() if args.seed is None else args.seed
+    worst = 0.0
+    print(f"{args.model}, {args.crop} px, patch {args.patch}, batch {args.batch}, seed {seed}")
+    for contexts in (1, 2):
+        errors = compare(args, contexts, seed)
+        name = max(errors, key=lambda key: errors[key])
+        worst = max(worst, errors[name])
+        print(
+            f"  {contexts} context mask(s): loss {errors['loss']:.1e}; {len(errors) - 1} gradients, "
+            f"the largest relative error {errors[name]:.1e} in {name}"
+        )
+    print(f"{'equal' if worst <= TOLERANCE else 'DIFFERENT'} within {TOLERANCE:g}")
+    return int(worst > TOLERANCE)
+
+
+def compare(args: argparse.Namespace, contexts: int, seed: int) -> dict[str, float]:
+    """Relative error of the loss and of each parameter's gradient, by name."""
+    sys.path.insert(0, str(args.reference))
+    from src.masks.multiblock import MaskCollator
+    from src.masks.utils import apply_masks
+    from src.models import vision_transformer as published
+    from src.utils.tensors import repeat_interleave_batch
+
+    torch.manual_seed(seed)
+    images = torch.randint(0, 256, (args.batch, args.crop, args.crop, 3), dtype=torch.uint8)
+    collate = MaskCollator(
+        input_size=args.crop, patch_size=args.patch, enc_mask_scale=(0.85, 1.0), pred_mask_scale=(0.15, 0.2),
+        aspect_ratio=(0.75, 1.5), nenc=contexts, npred=4, min_keep=10,
+    )  # fmt: skip
+    _, context, target = collate([(image,) for image in images])
+    ours = JepaModel(
+        parse_config(
+            {
+                "meta": {"model_name": args.model, "use_bfloat16": False},
+                "data": {"root_path": "-", "batch_size": args.batch, "crop_size": args.crop},
+                "mask": {"patch_size": args.patch, "num_enc_masks": contexts},
+                "optimization": {"epochs": 1, "warmup": 0},
+                "logging": {"folder": "-"},
+            }
+        )
+    )
+    encoder = getattr(published, args.model)(img_size=[args.crop], patch_size=args.patch)
+    teacher = getattr(published, args.model)(img_size=[args.crop], patch_size=args.patch)
+    predictor = published.vit_predictor(
+        num_patches=encoder.patch_embed.num_patches,
+        embed_dim=encoder.embed_dim,
+        predictor_embed_dim=384,
+        depth=len(ours.predictor.predictor_blocks),
+        num_heads=encoder.num_heads,
+    )
+    for module in (encoder, teacher, predictor):
+        roughen(module)
+    ours.encoder.load_state_dict(encoder.state_dict())
+    ours.predictor.load_state_dict(predictor.state_dict())
+    mean, std = (torch.tensor(x) for x in (ours.encoder.patch_embed.mean, ours.encoder.patch_embed.std))
+    pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    with torch.no_grad():
+        h = teacher(pixels)
+
+    normed = apply_masks(F.layer_norm(h, h.shape[-1:]), target)
+    goal = repeat_interleave_batch(normed, args.batch, repeat=contexts)
+    theirs = F.smooth_l1_loss(predictor(encoder(pixels, context), context, target), goal)
+    theirs.backward()
+    loss = ours(images, torch.stack(context), torch.stack(target), h).losses.total
+    loss.backward()
+
+    errors = {"loss": relative(loss, theirs)}
+    for mine, other, prefix in (
+        (ours.encoder, encoder, "encoder."),
+        (ours.predictor, predictor, "predictor."),
+    ):
+        wanted = {name: p.grad for name, p in other.named_parameters() if p.requires_grad}
+        for name, parameter in mine.named_parameters():
+            grad = wanted.pop(name)
+            assert parameter.grad is not None and grad is not None
+            errors[prefix + name] = relative(parameter.grad, grad)
+        assert not wanted, f"the published model has parameters of its own: {sorted(wanted)}"
+    return errors
+
+
+def roughen(module: nn.Module) -> None:
+    """Biases and norms away from their zeros and ones, so that every gradient is looked at where it is general."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+// Elementwise work over lists of tensors of mixed dtypes: cut into pieces that stay in the first cache,
+// converted to float32 there where they are not.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu.h"
+
+namespace jepa {
+
+constexpr int64_t kPiece = 4096;  // elements: five float32 arrays of this length fit any second-level cache
+
+// target[i] += weight * (source[i] - target[i])
+void lerp(float* target, const float* source, float weight, int64_t n);
+
+// Elements [from, from + n) of a float32, bfloat16 or float16 tensor, as float32: in place, or converted into
+// `buffer`.
+float* read(const Tensor& t, int64_t from, int64_t n, float* buffer);
+// Stores them. Does nothing where `values` already is the tensor's memory.
+void write(const Tensor& t, int64_t from, int64_t n, const float* values);
+
+// body(i, from, n) for every piece of every tensor i, in parallel. Elements are counted in the order of
+// memory.
+template <class Body>
+void for_each_piece(const std::vector<Tensor>& tensors, const Body& body) {
+    std::vector<int64_t> first{0};  // pieces before tensor i
+    for (const Tensor& t : tensors) first.push_back(first.back() + (t.numel() + kPiece - 1) / kPiece);
+    torch::stable::parallel_for(0, first.back(), 8, [&](int64_t begin, int64_t end) {
+        size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+        for (int64_t k = begin; k < end; ++k) {
+            while (k >= first[i + 1]) ++i;
+            const int64_t from = (k - first[i]) * kPiece;
+            body(i, from, std::min<int64_t>(kPiece, tensors[i].numel() - from));
+        }
+    });
+}
+
+}  // namespace jepa

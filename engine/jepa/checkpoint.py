@@ -1,0 +1,382 @@
+"""The state of a run, in and out: fp32 weights, both moments and the EMA by parameter name, for any number of ranks.
+
+A checkpoint is a folder:
+
+    state.json               step, counters, resolved config, versions; for every rank file its size, its SHA-256 and
+                             which elements of which parameter lie where in it
+    rank-00000.safetensors   the flat fp32 tensors of rank 0: weight.i, exp_avg.i, exp_avg_sq.i, ema.i
+    ...
+
+Every rank writes its own part, so no rank ever holds the whole; nothing in it is a pickle. It is written under a
+temporary name and renamed when all of it is on the disk: a folder with its final name is whole.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import Config
+from .vit import VisionTransformer, build_encoder
+from .zero import Flat, flats, refresh_training_weights
+
+FORMAT = 1
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which file, why, and what to do."""
+
+
+@dataclass
+class Progress:
+    """How far a run is. `step` counts the steps tried and chooses the data; `applied` those that moved the weights."""
+
+    step: int = 0
+    applied: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+    def count(self, applied: bool, samples: int) -> None:
+        """One more step was tried."""
+        self.step += 1
+        if applied:
+            self.applied += 1
+            self.samples += samples
+        else:
+            self.skipped += 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [start, start + length) of a parameter, at `offset` in the `index`-th flat tensors of a rank's file."""
+
+    name: str
+    start: int
+    length: int
+    file: str
+    index: int
+    offset: int
+
+
+class Saver:
+    """The checkpoints of one run: `{tag}-step{N}`, of which the newest few are kept, and `{tag}-ep{N}`, which all are.
+    `{tag}-latest` is a link to the newest.
+
+    Every rank calls every method, at the same step.
+    """
+
+    def __init__(self, config: Config, engine: Any, steps_per_epoch: int) -> None:
+        self.config, self.engine, self.steps_per_epoch = config, engine, steps_per_epoch
+        self.folder, self.tag = Path(config.logging.folder), config.logging.write_tag
+        self.every = config.logging.save_every or steps_per_epoch
+        self.every_epochs = config.logging.checkpoint_freq * steps_per_epoch
+
+    def begin(self) -> Progress:
+        """A new run. Raises CheckpointError where the folder holds checkpoints already: nothing is overwritten."""
+        if candidates(self.folder, self.tag):
+            raise CheckpointError(
+                f"{self.folder} already holds checkpoints of {self.tag!r}: add --resume to go on from the newest, "
+                "or choose another logging.folder or logging.write_tag"
+            )
+        dist.barrier()
+        return Progress()
+
+    def resume(self, which: str) -> Progress:
+        """Goes on from a path, or from the newest whole checkpoint ("latest").
+
+        Raises CheckpointError where there is none, or where it belongs to another model, seed or global batch.
+        """
+        paths = candidates(self.folder, self.tag) if which == "latest" else [Path(which)]
+        if not paths:
+            raise CheckpointError(f"--resume: no checkpoint of {self.tag!r} in {self.folder}; start without --resume")
+        damage = []
+        for path in paths:
+            try:
+                state = read_state(path)
+                mine = state["files"][dist.get_rank() :: dist.get_world_size()]
+                _together(lambda path=path, mine=mine: verify(path, mine))
+            except (CheckpointError, OSError) as error:
+                damage.append(str(error))
+                continue
+            if damage and dist.get_rank() == 0:
+                print("skipped: " + "; ".join(damage), flush=True)
+            self._check(path, state)
+            if dist.get_rank() == 0:
+                print(f"resuming from {path} at step {state['step']}", flush=True)
+            return load(path, state, self.engine)
+        raise CheckpointError("--resume: no whole checkpoint: " + "; ".join(damage))
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        return step % self.every == 0 or step % self.every_epochs == 0
+
+    def save(self, progress: Progress) -> Path:
+        if progress.step % self.every_epochs == 0:
+            path = self._write(f"{self.tag}-ep{progress.step // self.steps_per_epoch}", progress)
+        else:
+            path = self._write(f"{self.tag}-step{progress.step:08d}", progress)
+        if dist.get_rank() == 0:
+            link = self.folder / f".{self.tag}-latest.partial"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            os.replace(link, self.folder / f"{self.tag}-latest")
+            pattern = re.compile(re.escape(self.tag) + r"-step\d{8}$")
+            rolling = [p for p in candidates(self.folder, self.tag) if pattern.match(p.name)]
+            for old in rolling[self.config.logging.keep_last :]:
+                shutil.rmtree(old)
+        return path
+
+    def _check(self, path: Path, state: dict[str, Any]) -> None:
+        """The numbers that choose images, crops and masks must be those that the run began with."""
+        world = dist.get_world_size()
+        here = {"engine.seed": self.config.engine.seed, "global batch": self.config.batch(world).global_batch}
+        there = {"engine.seed": state["config"]["engine"]["seed"], "global batch": state["global_batch"]}
+        for key, value in here.items():
+            if there[key] != value:
+                raise CheckpointError(
+                    f"{path} was trained with {key} {there[key]}, this run has {value} on {world} rank(s): the same "
+                    "steps would hold other images. Set it as it was (engine.global_batch_size, engine.seed)"
+                )
+
+    def _write(self, name: str, progress: Progress) -> Path:
+        """Writes `folder/name`; one of this name is replaced.
+
+        Raises CheckpointError on every rank if any rank failed to write; what was there before is then untouched.
+        """
+        final, partial, first = self.folder / name, self.folder / f".{name}.partial", dist.get_rank() == 0
+
+        def prepare() -> None:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+
+        def finish() -> None:
+            if first:
+                _write_json(partial / "state.json", self._state(progress, files))
+                _swap(partial, final)
+
+        try:
+            _together(prepare)
+            files = _together(lambda: _write_rank(partial, self.engine))
+            _together(finish)
+        except OSError as error:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint {final} could not be written ({error}); those written before are whole"
+            ) from error
+        return final
+
+    def _state(self, progress: Progress, files: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            **asdict(progress),
+            "global_batch": self.config.batch(dist.get_world_size()).global_batch,
+            "config": self.config.model_dump(mode="json"),
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "shapes": shapes_of(self.engine),
+            "files": files,
+        }
+
+
+def shapes_of(engine: Any) -> dict[str, list[int]]:
+    """The parameters' shapes by name; ZeRO-3 empties the parameters themselves."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+
+
+def _together(work: Callable[[], Any]) -> list[Any]:
+    """What `work` returned on each rank. Raises OSError on all ranks where it raised one on any: none waits in vain."""
+    outcome: tuple[Any, str | None]
+    try:
+        outcome = work(), None
+    except (OSError, safetensors.SafetensorError) as error:
+        outcome = None, f"rank {dist.get_rank()}: {error}"
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    if failures := [failure for _, failure in outcomes if failure]:
+        raise OSError("; ".join(failures))
+    return [result for result, _ in outcomes]
+
+
+def _write_rank(folder: Path, engine: Any) -> dict[str, Any]:
+    rank, state = dist.get_rank(), engine.basic_optimizer.state
+    mine = _to_write(engine)
+    tensors, pieces = {}, []
+    for i, flat in enumerate(mine):
+        kept = state.get(flat.weight, {})
+        tensors[f"weight.{i}"] = flat.weight.detach()
+        tensors |= {f"{kind}.{i}": kept[kind] for kind in KINDS if kind in kept}
+        pieces += [[p.name, p.start, p.length, i, p.offset] for p in flat.pieces]
+    path = folder / f"rank-{rank:05d}.safetensors"
+    safetensors.torch.save_file({k: t.flatten().cpu() for k, t in tensors.items()}, path)
+    _sync(path)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "pieces": pieces}
+
+
+def _to_write(engine: Any) -> list[Flat]:
+    """Without ZeRO every rank holds everything: then each writes its share of the parameters."""
+    everything = flats(engine)
+    if engine.zero_optimization_stage() > 0:
+        return everything
+    return everything[dist.get_rank() :: dist.get_world_size()]
+
+
+def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
+    """Fills this rank's weights, moments and EMA from `path`, saved by any number of ranks at any ZeRO stage.
+
+    `state` is its state.json; the files are taken to be verified. Raises CheckpointError, before anything is changed,
+    where they hold another model.
+    """
+    ours = shapes_of(engine)
+    if ours != state["shapes"]:
+        names = sorted(set(ours) ^ set(state["shapes"])) or [n for n in ours if ours[n] != state["shapes"][n]]
+        raise CheckpointError(
+            f"{path} holds another model than the config describes; they differ in {len(names)} parameters, such as "
+            f"{names[0]}: there {state['shapes'].get(names[0])}, here {ours.get(names[0])}"
+        )
+    progress = Progress(**{key: state[key] for key in asdict(Progress())})
+    optimizer, reader = engine.basic_optimizer, Reader(path, state)
+    for flat in flats(engine):
+        kept = {kind: torch.zeros_like(flat.weight) for kind in KINDS[1:] if kind != "ema" or flat.group["ema"]}
+        if progress.applied:
+            optimizer.state[flat.weight] = {"step": torch.tensor(float(progress.applied)), **kept}
+        for kind, target in {"weight": flat.weight.data, **(kept if progress.applied else {})}.items():
+            for piece in flat.pieces:
+                for start, values in reader.read(kind, piece.name, piece.start, piece.length):
+                    place = piece.offset + start - piece.start
+                    target.view(-1)[place : place + len(values)].copy_(values)
+    refresh_training_weights(engine)
+    return progress
+
+
+class Reader:
+    """Reads any range of any parameter from the rank files of a checkpoint."""
+
+    def __init__(self, path: Path, state: dict[str, Any]) -> None:
+        self.files = {f["name"]: safetensors.safe_open(path / f["name"], framework="pt") for f in state["files"]}
+        self.parts: dict[str, list[Part]] = {}
+        for file in state["files"]:
+            for name, start, length, index, offset in file["pieces"]:
+                self.parts.setdefault(name, []).append(Part(name, start, length, file["name"], index, offset))
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
+        """Yields (first element, fp32 values) until elements [start, start + length) of the parameter are covered."""
+        missing = length
+        for part in self.parts.get(name, []):
+            begin, end = max(start, part.start), min(start + length, part.start + part.length)
+            if begin < end:
+                shift = part.offset - part.start
+                yield (
+                    begin,
+                    self.files[part.file].get_slice(f"{kind}.{part.index}")[begin + shift : end + shift],
+                )
+                missing -= end - begin
+        if missing:
+            raise CheckpointError(f"{missing} elements of {kind} of {name} are in none of the checkpoint's files")
+
+    def tensor(self, kind: str, name: str, shape: list[int]) -> Tensor:
+        """The whole of one parameter, fp32."""
+        values = torch.empty(shape)
+        for start, part in self.read(kind, name, 0, values.numel()):
+            values.view(-1)[start : start + len(part)] = part
+        return values
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, checked to be one that this version reads."""
+    file = path / "state.json"
+    try:
+        state = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: given another format than {FORMAT}, the one that this version reads and writes")
+    return state
+
+
+def verify(path: Path, files: list[dict[str, Any]]) -> None:
+    """Compares rank files with the sizes and the SHA-256 in state.json. Raises OSError at a difference."""
+    for file in files:
+        part = path / file["name"]
+        if not part.is_file() or part.stat().st_size != file["bytes"]:
+            found = f"{part.stat().st_size} bytes" if part.is_file() else "missing"
+            raise OSError(f"{part} is damaged: wanted {file['bytes']} bytes, found {found}")
+        if _sha256(part) != file["sha256"]:
+            raise OSError(f"{part} is damaged: its contents do not match the SHA-256 in state.json")
+
+
+def candidates(folder: Path, tag: str) -> list[Path]:
+    """The checkpoints of a run, the newest step first, those that cannot be read last."""
+    steps = {}
+    for path in folder.glob(f"{tag}-*"):
+        if path.is_dir() and not path.is_symlink():
+            try:
+                steps[path] = read_state(path)["step"]
+            except CheckpointError:
+                steps[path] = -1
+    return sorted(steps, key=lambda path: (steps[path], path.name), reverse=True)
+
+
+def load_encoder(path: str | Path, which: str = "target_encoder") -> tuple[VisionTransformer, Config]:
+    """The encoder of a checkpoint in fp32, and the config it was trained with.
+
+    `which`: "target_encoder" (the EMA: what I-JEPA evaluates) or "encoder".
+    """
+    path = Path(path)
+    state = read_state(path)
+    config, reader = Config.model_validate(state["config"]), Reader(path, state)
+    kinds = {"target_encoder": "ema" if state["applied"] else "weight", "encoder": "weight"}
+    if which not in kinds:
+        raise ValueError(f"which: given {which!r}, wanted one of {sorted(kinds)}")
+    encoder = build_encoder(config)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            parameter.copy_(reader.tensor(kinds[which], f"encoder.{name}", list(parameter.shape)))
+    return encoder.eval(), config
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap(partial: Path, final: Path) -> None:
+    """Gives a finished folder its name; one of that name steps aside first and is deleted last."""
+    _sync(partial)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,396 @@
+"""Images in: which one, which part of it, decoded and resized to uint8 by DALI.
+
+Order and crops come from counter-based random numbers (Philox) keyed by (seed, epoch) and (seed, step), read
+at an image's position in the global batch. So a batch depends on no earlier batch and on no number of ranks:
+any step can be made again alone, and resuming needs nothing but its number.
+
+As with torchvision's default loader, EXIF orientation is ignored: pixels are used as they are stored.
+
+Legend: B images of a micro-batch, W ranks, G = B * accumulation * W images of a step, S crop size. Boxes are
+(top, left, height, width) in pixels.
+"""
+
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count, islice
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import nvidia.dali.experimental.dynamic as ndd
+import torch
+from torch import Tensor
+
+from .sources import ImageSource, open_images
+
+__all__ = ["Batch", "Decoder", "ImageSource", "Loader", "eval_batches", "open_images", "random_boxes"]
+
+ORDER, CROP = 1, 2  # streams of random numbers
+WORDS = 24  # random numbers of an image: 10 areas, 10 ratios, top, left, flip, and one unused
+TRIES, TOP, LEFT, FLIP = 10, 20, 21, 22
+RATIO = (3 / 4, 4 / 3)
+ENOUGH_BAD = 10  # bad files; the share of fewer says little
+
+logger = logging.getLogger(__name__)
+A = TypeVar("A", bound=tuple[Any, ...])
+T = TypeVar("T")
+Frame = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class Batch(NamedTuple):
+    """`images`: uint8 [B, S, S, 3], RGB, on the loader's device. `files`: their names."""
+
+    images: Tensor
+    files: list[str]
+
+
+def _random_words(seed: int, stream: int, index: int, first: int, number: int) -> np.ndarray:
+    """The uint64 words first .. first + number of a stream; `first` is a multiple of 4, a counter's words."""
+    return np.random.Philox(key=[seed, index], counter=[first // 4, 0, 0, stream]).random_raw(number)
+
+
+def random_boxes(sizes_B2: np.ndarray, uniform_BK: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    """The boxes of torchvision's RandomResizedCrop for B images, int32 [B, 4].
+
+    `sizes_B2`: heights and widths. `uniform_BK`: 22 or more random numbers in [0, 1) an image. `scale`: the
+    smallest and largest share of the image's area. Ten times an area is drawn, and an aspect ratio
+    log-uniform in 3/4 .. 4/3; the first pair that fits is placed at random. If none fits: the largest centred
+    box whose ratio stays within these limits.
+    """
+    height_B1, width_B1 = sizes_B2[:, :1].astype(np.float64), sizes_B2[:, 1:].astype(np.float64)
+    area = height_B1 * width_B1 * (scale[0] + (scale[1] - scale[0]) * uniform_BK[:, :TRIES])
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    ratio = np.exp(low + (high - low) * uniform_BK[:, TRIES : 2 * TRIES])
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width_B1) & (h > 0) & (h <= height_B1)
+
+    row, first, height, width = np.arange(len(fits)), fits.argmax(axis=1), height_B1[:, 0], width_B1[:, 0]
+    h, w = h[row, first], w[row, first]
+    top = np.floor(uniform_BK[:, TOP] * (height - h + 1))
+    left = np.floor(uniform_BK[:, LEFT] * (width - w + 1))
+    placed = np.stack([top, left, h, w], axis=1)
+
+    h, w = np.minimum(height, np.rint(width / RATIO[0])), np.minimum(width, np.rint(height * RATIO[1]))
+    centred = np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
+    return np.where(fits.any(axis=1, keepdims=True), placed, centred).astype(np.int32)
+
+
+def centre_views(sizes_B2: np.ndarray, crop: int, resize: int) -> np.ndarray:
+    """What torchvision's Resize(resize) and CenterCrop(crop) show of an image, in its pixels: [B, 4]."""
+    resized_B2 = resize * sizes_B2 // sizes_B2.min(axis=1, keepdims=True)
+    scale_B2 = sizes_B2 / resized_B2
+    start_B2 = np.rint((resized_B2 - crop) / 2)
+    return np.concatenate([start_B2 * scale_B2, crop * scale_B2], axis=1).astype(np.float32)
+
+
+class Decoder:
+    """Encoded images to one uint8 tensor, on the CPU's cores or on the GPU (JPEGs by its engine for them).
+
+    `kind`: "auto" (the GPU, if `device` is one), "cpu" or "gpu". `threads`: at most, and no more than the
+    cores that this process may use. `options`: what DALI's decoder is told. One call runs at a time, others wait.
+    Raises ValueError when the GPU is asked for and `device` is none.
+    """
+
+    def __init__(self, kind: str, device: torch.device | str, threads: int) -> None:
+        self.device = torch.device(device)
+        if kind not in ("auto", "cpu", "gpu") or (kind == "gpu" and self.device.type != "cuda"):
+            raise ValueError(
+                f"data.decoder: given {kind!r} for images on {self.device}; "
+                "wanted auto, cpu or, when training on a GPU, gpu"
+            )
+        self.on_gpu = self.device.type == "cuda" and kind != "cpu"
+        self.threads = max(1, min(threads, len(os.sched_getaffinity(0))))
+        self._lock = threading.Lock()
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.options: dict[str, Any] = {"device": "cpu"}
+        if self.on_gpu:
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            self._context = ndd.EvalContext(num_threads=self.threads, device_id=index, cuda_stream=self._stream)
+            # All JPEGs on one engine: sharing them among two would let an image's bytes depend on its batch.
+            self.options = {"device": "gpu", "hw_decoder_load": 1.0, "jpeg_fancy_upsampling": True}
+            self.options["affine"] = False  # the ranks of a machine would all bind to the same cores
+        else:
+            with ndd.Device("cpu"):
+                self._context = ndd.EvalContext(num_threads=self.threads)
+
+    def __call__(
+        self, encoded: Sequence[np.ndarray], size: int, frame: Frame, flip: np.ndarray | None = None
+    ) -> Tensor:
+        """Decodes B images and resizes a part of each, antialiased bilinear: uint8 [B, size, size, 3].
+
+        `frame` is given their heights and widths, int64 [B, 2], and answers which box of each is decoded,
+        int32 [B, 4], and which part of that box is shown, float32 [B, 4]; what lies outside the box does not
+        bleed in. `flip`: int32 [B], 1 to mirror left and right.
+        Raises RuntimeError when any of them cannot be decoded.
+        """
+        with self._lock, ndd.EvalMode.sync_cpu, self._context:
+            batch = ndd.as_batch(list(encoded))
+            sizes = ndd.as_tensor(ndd.peek_image_shape(batch, adjust_orientation=False))
+            box_B4, view_B4 = frame(np.asarray(sizes)[:, :2])
+            pixels = ndd.decoders.image_slice(
+                batch,
+                start=ndd.as_batch(box_B4[:, :2].copy()),
+                shape=ndd.as_batch(box_B4[:, 2:].copy()),
+                axes=[0, 1],
+                adjust_orientation=False,
+                **self.options,
+            )
+            pixels = ndd.resize(
+                pixels,
+                size=[size, size],
+                roi_start=ndd.as_batch(view_B4[:, :2].copy()),
+                roi_end=ndd.as_batch(view_B4[:, :2] + view_B4[:, 2:]),
+                antialias=True,
+            )
+            if flip is not None:
+                pixels = ndd.flip(pixels, horizontal=ndd.as_batch(flip))
+            return self._deliver(ndd.as_tensor(pixels))
+
+    def _deliver(self, pixels: ndd.Tensor) -> Tensor:
+        """To the device; on a GPU into torch's own memory, since DALI reuses its without asking torch."""
+        if self._stream is None:
+            return pixels.torch()
+        with torch.cuda.stream(self._stream):
+            images = pixels.torch()
+            images = images.clone() if self.on_gpu else images.pin_memory().to(self.device, non_blocking=True)
+        self._stream.synchronize()  # this thread waits; the training step's stream does not
+        return images
+
+
+def _use_here(images: Tensor) -> None:
+    """Tells torch's allocator that work of this thread's stream may still read them when they are freed."""
+    if images.is_cuda:
+        images.record_stream(torch.cuda.current_stream(images.device))
+
+
+class _Reader:
+    """Reads files by several threads: on a network file system, latency is what limits."""
+
+    def __init__(self, source: ImageSource, threads: int) -> None:
+        self.source, self.threads = source, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="jepa-read")
+
+    def __call__(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """The encoded images. Raises OSError when one is missing, empty or cut short."""
+        parts = [indices[k :: self.threads] for k in range(min(self.threads, len(indices)))]
+        encoded = [np.empty(0, np.uint8)] * len(indices)
+        for k, part in enumerate(self._pool.map(lambda part: [self.source.read(i) for i in part], parts)):
+            encoded[k :: self.threads] = part
+        return encoded
+
+
+def _ahead(function: Callable[..., T], arguments: Iterator[A], depth: int) -> Iterator[tuple[A, T, float]]:
+    """For each of `arguments`, in order: it, function(*it), the seconds waited; up to `depth` are made ahead.
+
+    Two threads: one reads files while the other decodes. What `function` raises is raised here. When the
+    caller stops, calls that have begun are finished and the others dropped.
+    """
+    workers = ThreadPoolExecutor(2, thread_name_prefix="jepa-data")
+    begun: deque[tuple[A, Future[T]]] = deque()
+    try:
+        while True:
+            for given in islice(arguments, depth + 1 - len(begun)):
+                begun.append((given, workers.submit(function, *given)))
+            if not begun:
+                return
+            given, future = begun.popleft()
+            asked = time.perf_counter()
+            result = future.result()
+            yield given, result, time.perf_counter() - asked
+    finally:
+        workers.shutdown(cancel_futures=True)
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"damaged or not an image; DALI: {error}".rstrip(" :\n")
+
+
+class Loader:
+    """The batches of one rank of a training run.
+
+    `crop_size` S; `crop_scale`: smallest and largest share of an image's area that a crop takes; `batch_size`
+    B of a micro-batch of this rank; `accumulation`: micro-batches of a step; `seed` >= 0; `decoder`,
+    `num_workers` (threads): see Decoder; `prefetch`: micro-batches made ahead; `max_bad_fraction`: of the
+    files seen.
+
+    A file that cannot be read or decoded is named once, counted, and replaced by the next good one of the
+    epoch's order. Whether it is bad is found out for the crop at hand and not taken from what happened before
+    (half of a truncated file is good), so that replaying gives the same bytes.
+    Raises ValueError when the source has fewer images than a step takes.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        crop_size: int,
+        batch_size: int,
+        crop_scale: tuple[float, float] = (0.3, 1.0),
+        horizontal_flip: bool = False,
+        accumulation: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        decoder: str = "auto",
+        num_workers: int = 4,
+        prefetch: int = 2,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        self.source = source
+        self.crop_size, self.crop_scale, self.horizontal_flip = crop_size, crop_scale, horizontal_flip
+        self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
+        self.rank, self.world_size = rank, world_size
+        self.prefetch, self.max_bad_fraction = prefetch, max_bad_fraction
+        self.global_batch_size = batch_size * accumulation * world_size
+        self.steps_per_epoch = len(source) // self.global_batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"data: {source.path} has {len(source)} images, fewer than the {self.global_batch_size} of a "
+                f"step ({batch_size} a rank x {accumulation} micro-batches x {world_size} ranks); wanted at "
+                "least as many: lower data.batch_size, or give more images"
+            )
+        self.wait_seconds = 0.0  # that the consumer of `batches` has waited, all in all
+        self.bad: dict[int, str] = {}  # images that failed at least once, and why
+        self._seen = np.zeros(len(source), bool)
+        self._epoch_order = (-1, np.empty(0, np.int64))
+        self._decode = Decoder(decoder, device, num_workers)
+        self._read = _Reader(source, self._decode.threads)
+
+    def batch(self, step: int, micro: int = 0) -> Batch:
+        """Micro-batch `micro` of the 0-based step `step`: a function of these, the seed and the rank alone.
+
+        Raises ValueError when more than `max_bad_fraction` of the files seen so far are bad.
+        """
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = self._order(epoch)
+        first = (micro * self.world_size + self.rank) * self.batch_size
+        words = _random_words(self.seed, CROP, step, first * WORDS, self.batch_size * WORDS)
+        uniform_BK = (words >> 11).reshape(-1, WORDS) * 2.0**-53
+        start = place * self.global_batch_size + first
+        slots = range(start, start + self.batch_size)
+        picks = [int(i) for i in order[start : start + self.batch_size]]
+        self._seen[picks] = True
+        # Those known to be bad are tried apart, so that the others need decoding only once.
+        for b in (b for b, index in enumerate(picks) if index in self.bad):
+            picks[b] = self._first_good(order, slots[b], uniform_BK[b])
+        try:
+            images = self._crops(picks, uniform_BK)
+        except (OSError, RuntimeError):
+            picks = [self._first_good(order, slot, u_K) for slot, u_K in zip(slots, uniform_BK, strict=True)]
+            images = self._crops(picks, uniform_BK)
+        _use_here(images)
+        return Batch(images, [self.source.name(i) for i in picks])
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, Batch]]:
+        """(step, micro-batch, Batch) from step `start`, for ever or to before `stop`, made ahead of use.
+
+        Abandoning or closing the iterator ends its threads. `wait_seconds` grows by what each batch was late.
+        """
+        steps = count(start) if stop is None else range(start, stop)
+        places = ((step, micro) for step in steps for micro in range(self.accumulation))
+        for (step, micro), batch, waited in _ahead(self.batch, places, self.prefetch):
+            self.wait_seconds += waited
+            _use_here(batch.images)
+            yield step, micro, batch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The epoch's permutation of all images."""
+        if self._epoch_order[0] != epoch:
+            words = _random_words(self.seed, ORDER, epoch, 0, len(self.source))
+            self._epoch_order = epoch, np.argsort(words)
+        return self._epoch_order[1]
+
+    def _crops(self, indices: Sequence[int], uniform_BK: np.ndarray) -> Tensor:
+        def frame(sizes_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            box_B4 = random_boxes(sizes_B2, uniform_BK, self.crop_scale)
+            return box_B4, (box_B4 * [0, 0, 1, 1]).astype(np.float32)
+
+        flip = (uniform_BK[:, FLIP] < 0.5).astype(np.int32) if self.horizontal_flip else None
+        return self._decode(self._read(indices), self.crop_size, frame, flip)
+
+    def _first_good(self, order: np.ndarray, slot: int, uniform_K: np.ndarray) -> int:
+        """The first image, from `slot` of the epoch's order on, of which this crop can be made."""
+        for place in range(slot, slot + len(order)):
+            index = int(order[place % len(order)])
+            self._seen[index] = True
+            try:
+                self._crops([index], uniform_K[None])
+                return index
+            except (OSError, RuntimeError) as error:
+                self._note_bad(index, _reason(error))
+        raise ValueError(f"data: not one of the {len(order)} images of {self.source.path} can be decoded")
+
+    def _note_bad(self, index: int, reason: str) -> None:
+        if index in self.bad:
+            return
+        self.bad[index] = reason
+        logger.warning("%s cannot be used (%s); the next good image replaces it", self.source.name(index), reason)
+        bad, seen = len(self.bad), int(self._seen.sum())
+        if bad >= ENOUGH_BAD and bad > self.max_bad_fraction * seen:
+            first = "".join(f"\n  {self.source.name(i)}: {why}" for i, why in islice(self.bad.items(), 5))
+            raise ValueError(
+                f"data: {bad} of the {seen} images seen so far cannot be used, a larger share than "
+                f"data.max_bad_fraction={self.max_bad_fraction}; remove them, or raise it. The first:{first}"
+            )
+
+
+def eval_batches(
+    source: ImageSource,
+    *,
+    crop_size: int,
+    batch_size: int,
+    resize: int | None = None,
+    indices: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    decoder: str = "auto",
+    num_workers: int = 4,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images without augmentation: the shorter side resized to `resize` pixels, then the centre crop_size^2.
+
+    Yields (images uint8 [b, S, S, 3], labels int64 [b] or None), both on `device`, in the order of `indices`
+    (default: all). b is batch_size; less in the last batch, and where a file is bad: it is named and left
+    out. `resize` defaults to crop_size * 256 / 224, torchvision's habit at 224 pixels; below 96 pixels (CIFAR
+    and its like, whose subjects fill the frame) to crop_size.
+    Raises ValueError when `resize` is smaller than `crop_size`.
+    """
+    if resize is None:
+        resize = crop_size if crop_size < 96 else round(crop_size * 256 / 224)
+    if resize < crop_size:
+        raise ValueError(f"resize: given {resize}; wanted at least the crop size, {crop_size}")
+    decode = Decoder(decoder, device, num_workers)
+    read = _Reader(source, decode.threads)
+
+    def frame(sizes_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        whole_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1).astype(np.int32)
+        return whole_B4, centre_views(sizes_B2, crop_size, resize)
+
+    def is_good(index: int) -> bool:
+        try:
+            decode(read([index]), crop_size, frame)
+            return True
+        except (OSError, RuntimeError) as error:
+            logger.warning("%s cannot be used (%s); it is left out", source.name(index), _reason(error))
+            return False
+
+    def load(chunk: list[int]) -> tuple[list[int], Tensor | None]:
+        try:
+            return chunk, decode(read(chunk), crop_size, frame)
+        except (OSError, RuntimeError):
+            good = [index for index in chunk if is_good(index)]
+            return good, decode(read(good), crop_size, frame) if good else None
+
+    wanted = list(range(len(source))) if indices is None else [int(i) for i in indices]
+    chunks = ((wanted[i : i + batch_size],) for i in range(0, len(wanted), batch_size))
+    for _, (good, images), _ in _ahead(load, chunks, depth=2):
+        if images is not None:
+            _use_here(images)
+            labels = None if source.labels is None else torch.from_numpy(source.labels[good]).to(images.device)
+            yield images, labels

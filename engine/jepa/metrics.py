@@ -1,0 +1,213 @@
+"""What a run says about itself: health of the features, and where the numbers go.
+
+Files in `logging.folder`: `{tag}.jsonl`, one object a logged step; `{tag}_r0.csv`, one row a step in the published
+code's columns. TensorBoard and Weights & Biases get the same numbers when asked for.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import Config
+from .objective import Losses
+
+CSV_COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")
+MAX_ROWS = 4096
+SECONDS_BETWEEN_LINES = 30.0
+SHOWN = ("loss", "jepa", "sim", "std", "cov", "knn", "images_per_second", "data_wait_ms", "lr")
+
+
+def effective_rank(x_RD: Tensor) -> float:
+    """RankMe (arXiv 2210.02885, eq. 1) of centred rows: the exponential of the entropy of the singular values.
+
+    Between 1 (all rows on a line) and min(R - 1, D). Centred: the mean of a network's features would hide the rest.
+    """
+    values = torch.linalg.svdvals(x_RD.double() - x_RD.double().mean(0))
+    share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float(torch.exp(-torch.special.xlogy(share, share).sum()))
+
+
+def feature_health(x_RD: Tensor) -> dict[str, float]:
+    """Of features [R, D], one row an image or a block:
+
+    std   mean over the dimensions of the standard deviation over the rows, relative to the features' root mean square
+    rank  `effective_rank`
+    cov   root mean square of the off-diagonal entries of the correlation matrix: 0 decorrelated, 1 all dimensions alike
+    """
+    x = x_RD.double()
+    std = x.std(0)
+    normed = (x - x.mean(0)) / std.clamp_min(1e-12)
+    correlation = normed.T @ normed / (len(x) - 1)
+    dims = x.shape[1]
+    off = (correlation.square().sum() - correlation.diagonal().square().sum()) / max(1, dims * (dims - 1))
+    scale = x.square().mean().sqrt().clamp_min(1e-12)
+    return {
+        "std": float(std.mean() / scale),
+        "rank": effective_rank(x),
+        "cov": float(off.clamp_min(0).sqrt()),
+    }
+
+
+def all_rows(x_RD: Tensor) -> Tensor:
+    """The rows of all ranks, at most 4096 of them, fp32 on the CPU."""
+    rows = x_RD.detach().float()[: max(2, MAX_ROWS // dist.get_world_size())].contiguous()
+    gathered = torch.empty(dist.get_world_size() * len(rows), rows.shape[1], device=rows.device)
+    dist.all_gather_into_tensor(gathered, rows)
+    return gathered.cpu()
+
+
+def health(target_BND: Tensor, predicted_RD: Tensor) -> dict[str, float]:
+    """`feature_health` of the images' mean target features and of the predicted blocks, over all ranks' images."""
+    found = {}
+    for name, rows in (("target", all_rows(target_BND.mean(1))), ("pred", all_rows(predicted_RD))):
+        found |= {f"{name}_{key}": value for key, value in feature_health(rows).items()}
+    return found
+
+
+def collapse_warning(found: dict[str, float]) -> str | None:
+    """Plain words where the features of different images have become the same, else None."""
+    for name, words in (("target", "the target encoder's features"), ("pred", "the predictor's outputs")):
+        if found[f"{name}_std"] < 1e-3:
+            return f"collapsing: {words} hardly differ between images (relative std {found[f'{name}_std']:.1e})"
+        if found[f"{name}_rank"] < 1.5:
+            return f"collapsing: {words} vary along a single direction (effective rank {found[f'{name}_rank']:.2f})"
+    return None
+
+
+class RunLog:
+    """Every rank feeds it each step; the first rank writes.
+
+    The losses stay on the device until `flush`, so a step waits for nothing. `first_step`: where the run begins; rows
+    of later steps, written before an interruption, are taken out of the files.
+    """
+
+    def __init__(
+        self, config: Config, first_step: int, last_step: int, steps_per_epoch: int, global_batch: int
+    ) -> None:
+        self.steps_per_epoch, self.global_batch, self.last_step = steps_per_epoch, global_batch, last_step
+        self.pending: list[tuple[int, Tensor, int, int, float, float]] = []
+        self.writes = dist.get_rank() == 0
+        self.last_line = 0.0
+        if self.writes:
+            folder, tag = Path(config.logging.folder), config.logging.write_tag
+            folder.mkdir(parents=True, exist_ok=True)
+            self.jsonl = _continue_file(
+                folder / f"{tag}.jsonl", lambda _, line: json.loads(line)["step"] < first_step, header=""
+            )
+            header = ",".join(CSV_COLUMNS) + "\n"
+            self.csv = _continue_file(folder / f"{tag}_r0.csv", lambda number, _: 0 < number <= first_step, header)
+            self.writers = _optional_writers(config, folder)
+        quiet = not (self.writes and sys.stderr.isatty())
+        self.bar = tqdm(initial=first_step, total=last_step, unit="step", disable=quiet, dynamic_ncols=True)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last step (a checkpoint, an evaluation) out of the images per second."""
+        self.clock = time.perf_counter()
+
+    def step(self, step: int, losses: Losses, context_tokens: int, target_tokens: int, data_wait: float) -> None:
+        """Notes a step: its losses on the device, the kept tokens, the seconds spent waiting for images."""
+        now = time.perf_counter()
+        terms = torch.stack([losses.total.detach(), *losses[1:]])
+        self.pending.append((step, terms, context_tokens, target_tokens, now - self.clock, data_wait))
+        self.clock = now
+        self.bar.update()
+
+    def flush(self, **more: float | None) -> None:
+        """Reads the noted losses, their mean over the ranks, and writes them; `more` goes with the last step's."""
+        if not self.pending:
+            return
+        steps, terms, contexts, targets, seconds, waits = zip(*self.pending, strict=True)
+        self.pending = []
+        table = torch.stack(terms)
+        dist.all_reduce(table)
+        values = (table / dist.get_world_size()).tolist()
+        if not self.writes:
+            return
+        for step, value, context, target, second in zip(steps, values, contexts, targets, seconds, strict=True):
+            epoch, iteration = divmod(step, self.steps_per_epoch)
+            self.csv.write(f"{epoch + 1},{iteration},{value[0]:.5f},{context},{target},{1000 * second:.0f}\n")
+        self.csv.flush()
+        self._write(
+            {
+                "step": steps[-1],
+                "epoch": steps[-1] / self.steps_per_epoch,
+                **dict(zip(("loss", "jepa", "sim", "std", "cov"), values[-1], strict=True)),
+                "images_per_second": self.global_batch * len(steps) / sum(seconds),
+                "step_ms": 1000 * sum(seconds) / len(steps),
+                "data_wait_ms": 1000 * sum(waits) / len(steps),
+                "context_tokens": contexts[-1],
+                **{key: value for key, value in more.items() if value is not None},
+            }
+        )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.jsonl.write(json.dumps(row) + "\n")
+        self.jsonl.flush()
+        for write in self.writers:
+            write(row)
+        line = {k: f"{row[k]:.3g}" for k in SHOWN if k in row}
+        self.bar.set_postfix(line, refresh=False)
+        now, done = time.monotonic(), row["step"] + 1
+        if self.bar.disable and (now - self.last_line > SECONDS_BETWEEN_LINES or done == self.last_step):
+            self.last_line = now
+            print(f"step {done}/{self.last_step}  " + "  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
+
+    def say(self, message: str) -> None:
+        """A line for people, from the first rank; the progress bar stays whole."""
+        if self.writes:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self.bar.close()
+        if self.writes:
+            self.jsonl.close()
+            self.csv.close()
+
+
+def _continue_file(path: Path, keep: Callable[[int, str], bool], header: str) -> TextIO:
+    """Opens a log for appending after dropping the lines that `keep(line number, line)` refuses."""
+    kept = [header]
+    if path.exists():
+        kept += [line for number, line in enumerate(path.read_text().splitlines(keepends=True)) if keep(number, line)]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+    return path.open("a")
+
+
+def _optional_writers(config: Config, folder: Path) -> list[Callable[[dict[str, Any]], None]]:
+    writers: list[Callable[[dict[str, Any]], None]] = []
+    if config.logging.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(folder / "tensorboard"))
+
+        def to_board(row: dict[str, Any]) -> None:
+            for key, value in row.items():
+                board.add_scalar(key, value, row["step"])
+
+        writers.append(to_board)
+    if config.logging.wandb:
+        import wandb
+
+        run = wandb.init(
+            project=config.logging.wandb,
+            name=config.logging.write_tag,
+            dir=str(folder),
+            config=config.model_dump(mode="json"),
+            resume="allow",
+        )
+        writers.append(lambda row: run.log(row, step=row["step"]))
+    return writers

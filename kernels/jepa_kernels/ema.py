@@ -1,0 +1,169 @@
+"""Exponential moving average of many tensors in one launch: t <- momentum * t + (1 - momentum) * s.
+
+Written t + (1 - momentum) * (s - t): the difference is scaled down before it is added, so the one rounding that
+counts is that of the result. float32, bfloat16 and float16 in any mixture, float32 inside. Floor: read t and s,
+write t. The CPU kernel is in csrc/ema.cpp.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tables import BLOCK, at, is_aligned, tables
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@torch.no_grad()
+def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float | Tensor) -> None:
+    """Moves every target towards its source, in place.
+
+    targets, sources: as many of each, pairwise of one shape, all on one device; float32, bfloat16 or float16 in
+        any mixture. Targets may have any dense layout (channels_last, transposed) and must not share memory.
+    momentum: in [0, 1]. A 0-d tensor on the device is read there: nothing waits for it, and a CUDA graph follows
+        it. Best in float64: rounded to float32, .9999 leaves a 1 - momentum that is 2e-4 of itself off.
+
+    Raises ValueError for anything else, before anything is written. A bfloat16 target moves only by more than
+    half of its last bit, so most of its values stand still from a momentum of about .996: keep it in float32.
+    """
+    targets, sources = list(targets), list(sources)
+    if len(targets) != len(sources):
+        raise ValueError(f"ema_: one source per target wanted, got {len(targets)} targets, {len(sources)} sources")
+    if not targets:
+        return
+    device = targets[0].device
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        _check(i, target, source, device)
+        if source.stride() != target.stride():
+            sources[i] = torch.empty_like(target, dtype=source.dtype).copy_(source)
+    torch.ops.jepa_kernels.ema_(targets, sources, _weight(momentum, device))
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in targets if not t.is_inference()])
+
+
+def _weight(momentum: float | Tensor, device: torch.device) -> Tensor:
+    if not isinstance(momentum, Tensor):
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"ema_: momentum must lie in [0, 1], got {momentum}")
+        return torch.tensor(1 - momentum, dtype=torch.float32)
+    if momentum.dim() != 0 or momentum.device not in (device, torch.device("cpu")):
+        raise ValueError(
+            f"ema_: momentum must be a number or a 0-d tensor on {device} or the CPU, "
+            f"got shape {tuple(momentum.shape)} on {momentum.device}"
+        )
+    return (1 - momentum).float()
+
+
+def _check(i: int, target: Tensor, source: Tensor, device: torch.device) -> None:
+    if target.shape != source.shape:
+        raise ValueError(
+            f"ema_: sources[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, got {tuple(source.shape)}"
+        )
+    if target.dtype not in _CODES or source.dtype not in _CODES:
+        raise ValueError(
+            f"ema_: float32, bfloat16 or float16 wanted, "
+            f"got {target.dtype} for targets[{i}] and {source.dtype} for sources[{i}]"
+        )
+    if target.device != device or source.device != device:
+        raise ValueError(
+            f"ema_: every tensor must be on {device} as targets[0] is, "
+            f"got targets[{i}] on {target.device} and sources[{i}] on {source.device}"
+        )
+    if not target.is_contiguous() and torch.empty_like(target, device="meta").stride() != target.stride():
+        raise ValueError(
+            f"ema_: targets[{i}] must fill its memory without gaps or overlaps, got shape {tuple(target.shape)} "
+            f"with strides {target.stride()}: average a contiguous() copy and copy_() it back"
+        )
+
+
+# --- reference: the definition, the fallback for devices without a kernel, the oracle of the tests
+
+
+def ema_ref(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        t = target.float()
+        target.copy_(t + weight * (source.float() - t))
+
+
+# --- triton
+
+
+@triton.jit
+def _load(address, code, start, offset, mask, ALIGNED: tl.constexpr):
+    if code == 0:
+        x = tl.load(at(address, tl.float32, start, ALIGNED) + offset, mask=mask)
+    elif code == 1:
+        x = tl.load(at(address, tl.bfloat16, start, ALIGNED) + offset, mask=mask).to(tl.float32)
+    else:
+        x = tl.load(at(address, tl.float16, start, ALIGNED) + offset, mask=mask).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _store(address, code, start, offset, x, mask, ALIGNED: tl.constexpr):
+    if code == 0:
+        tl.store(at(address, tl.float32, start, ALIGNED) + offset, x, mask=mask)
+    elif code == 1:
+        tl.store(at(address, tl.bfloat16, start, ALIGNED) + offset, x.to(tl.bfloat16), mask=mask)
+    else:
+        tl.store(at(address, tl.float16, start, ALIGNED) + offset, x.to(tl.float16), mask=mask)
+
+
+@triton.jit
+def _lerp(row, start, offset, weight, mask, ALIGNED: tl.constexpr):
+    target, source = tl.load(row + 1), tl.load(row + 2)
+    target_code, source_code = tl.load(row + 3), tl.load(row + 4)
+    t = _load(target, target_code, start, offset, mask, ALIGNED)
+    t += weight * (_load(source, source_code, start, offset, mask, ALIGNED) - t)
+    _store(target, target_code, start, offset, t, mask, ALIGNED)
+
+
+@triton.jit
+def _ema_kernel(
+    blocks,  # int32 [total, 2]: row, which block of it
+    rows,  # int64 [R, 5]: elements, addresses of target and source, their dtype codes
+    weight,  # float32: 1 - momentum, or a pointer to it
+    ON_DEVICE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    row = rows + tl.load(blocks + 2 * b) * 5
+    start = tl.load(blocks + 2 * b + 1).to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)
+    left = tl.load(row) - start
+    if ON_DEVICE:
+        weight = tl.load(weight)
+    if left >= BLOCK:  # no mask: it would break wide loads into single elements
+        _lerp(row, start, offset, weight, None, ALIGNED)
+    else:
+        _lerp(row, start, offset, weight, offset < left, ALIGNED)
+
+
+def ema_triton(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
+    rows = [
+        (t.numel(), t.data_ptr(), s.data_ptr(), _CODES[t.dtype], _CODES[s.dtype])
+        for t, s in zip(targets, sources, strict=True)
+    ]
+    blocks, table = tables(rows, targets[0].device)
+    if len(blocks):
+        on_device = weight.device.type != "cpu"
+        _ema_kernel[(len(blocks),)](
+            blocks,
+            table,
+            weight if on_device else weight.item(),
+            ON_DEVICE=on_device,
+            ALIGNED=is_aligned([address for row in rows for address in row[1:3]]),
+            BLOCK=BLOCK,
+        )
+
+
+# --- registration; csrc adds the CPU
+
+torch.library.define("jepa_kernels::ema_", "(Tensor(a!)[] targets, Tensor[] sources, Tensor weight) -> ()")
+torch.library.impl("jepa_kernels::ema_", "default", ema_ref)
+torch.library.impl("jepa_kernels::ema_", "cuda", ema_triton)
+torch.library.register_fake("jepa_kernels::ema_", lambda targets, sources, weight: None)

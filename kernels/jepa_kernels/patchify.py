@@ -1,0 +1,181 @@
+"""Cut the kept patches out of uint8 images, normalise, cast: the matrix that the patch embedding reads.
+
+    y[b, k, (c, py, px)] = (images[b, c, P*row + py, P*col + px] / 255 - mean[c]) / std[c]
+    row, col = divmod(index[b, k], W / P)
+
+Shapes: B images of H x W pixels, N = (H/P)(W/P) patches of P x P pixels in raster order, K kept. A row of y
+is in the order of a Conv2d weight [D, 3, P, P], so the embedding is y @ weight.flatten(1).T. The float image
+never exists: a kept pixel is read once as a byte and written once. The CPU kernel is in csrc/patchify.cpp.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import check_index
+
+
+def patchify(
+    images: Tensor,
+    index: Tensor | None = None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patch_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The patches of `images` named by `index`, normalised.
+
+    Args:
+        images: uint8 [B, 3, H, W] or [B, H, W, 3], any strides; H and W multiples of `patch_size`. Where
+            both readings fit, axis 1 holds the channels.
+        index: [B, K] int64 in raster order of the patch grid, values in 0..N-1; None keeps all N.
+        mean, std: of each channel, for pixels scaled to 0..1.
+        patch_size: P, in pixels.
+        dtype: of the result: float32, bfloat16 or float16. Computed in float32, rounded once.
+
+    Returns:
+        [B, K, 3*P*P], contiguous, without a gradient: bytes have none.
+
+    Raises:
+        ValueError: wrong rank, dtype or device, a size that P does not divide, an index out of range (read
+            on a CPU only; on a GPU the kernel asserts).
+    """
+    if images.ndim != 4 or images.dtype != torch.uint8 or (images.shape[1] != 3 and images.shape[3] != 3):
+        raise ValueError(
+            "patchify: images must be uint8 [B, 3, H, W] or [B, H, W, 3]; "
+            f"got {images.dtype} {list(images.shape)}"
+        )
+    if images.shape[1] != 3:
+        images = images.permute(0, 3, 1, 2)
+    B, _, H, W = images.shape
+    if patch_size < 1 or H % patch_size or W % patch_size:
+        raise ValueError(
+            f"patchify: patch_size must divide the image's {H} x {W} pixels; got {patch_size}. "
+            "Crop or resize the images first"
+        )
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"patchify: mean and std must be 3 numbers each, std > 0; got {mean} and {std}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"patchify: dtype must be float32, bfloat16 or float16; got {dtype}")
+    if index is not None:
+        check_index("patchify", "index", index, (B, None), (H // patch_size) * (W // patch_size), images)
+    scale = [1 / (255 * s) for s in std]
+    bias = [-m / s for m, s in zip(mean, std, strict=True)]
+    return torch.ops.jepa_kernels.patchify(images, index, scale, bias, patch_size, dtype)
+
+
+# --- reference: y = pixel * scale[c] + bias[c]
+
+
+def patchify_ref(
+    images_B3HW: Tensor,
+    index: Tensor | None,
+    scale: list[float],
+    bias: list[float],
+    P: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    B, _, H, W = images_B3HW.shape
+    grid = images_B3HW.reshape(B, 3, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)
+    bytes_BNL = grid.reshape(B, (H // P) * (W // P), 3 * P * P)
+    if index is not None:
+        bytes_BNL = bytes_BNL.gather(1, index[:, :, None].expand(-1, -1, 3 * P * P))
+    scale_L, bias_L = (
+        torch.tensor(v, dtype=torch.float32, device=images_B3HW.device).repeat_interleave(P * P)
+        for v in (scale, bias)
+    )
+    return (bytes_BNL.float() * scale_L + bias_L).to(dtype).contiguous()
+
+
+# --- triton: a run is P neighbouring pixels of one channel of one patch; a program writes RUNS of them
+
+
+@triton.jit(do_not_specialize=["K"])  # K changes from step to step
+def _patchify_kernel(
+    images,  # [B, 3, H, W] uint8
+    index,  # [B, K]; anything where INDEXED is false
+    y,  # [B, K, 3*P*P]
+    K,
+    grid_h,  # H / P
+    grid_w,  # W / P
+    images_b,  # strides of images
+    images_c,
+    images_h,
+    images_w,
+    scale_r,
+    scale_g,
+    scale_b,
+    bias_r,
+    bias_g,
+    bias_b,
+    INDEXED: tl.constexpr,
+    P: tl.constexpr,
+    RUNS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    program = tl.program_id(0)
+    tiles = tl.cdiv(K * 3 * P, RUNS)
+    b = (program // tiles).to(tl.int64)
+    run = (program % tiles) * RUNS + tl.arange(0, RUNS)
+    k, c, py = run // (3 * P), run // P % 3, run % P
+    px = tl.arange(0, BLOCK_P)
+    if INDEXED:
+        n = tl.load(index + b * K + k, mask=k < K, other=0)
+        tl.device_assert((n >= 0) & (n < grid_h * grid_w), "patchify: index out of range")
+        n = n.to(tl.int32)
+    else:
+        n = k
+    row, col = (n // grid_w * P + py).to(tl.int64), (n % grid_w * P).to(tl.int64)
+    inside = (k < K)[:, None] & (px < P)[None, :]
+    start = images + b * images_b + c.to(tl.int64) * images_c + row * images_h + col * images_w
+    pixel = tl.load(start[:, None] + px.to(tl.int64)[None, :] * images_w, mask=inside, other=0)
+    scale = tl.where(c == 0, scale_r, tl.where(c == 1, scale_g, scale_b))
+    bias = tl.where(c == 0, bias_r, tl.where(c == 1, bias_g, bias_b))
+    value = pixel.to(tl.float32) * scale[:, None] + bias[:, None]
+    to = y + (b * K * (3 * P) + run)[:, None] * P + px[None, :]
+    tl.store(to, value.to(y.dtype.element_ty), mask=inside)
+
+
+# Triton drops tl.device_assert unless it compiles for debugging; its overflow checks are not wanted with it.
+_WITH_ASSERTS = {"debug": True, "sanitize_overflow": False}
+
+
+def patchify_triton(
+    images: Tensor, index: Tensor | None, scale: list[float], bias: list[float], P: int, dtype: torch.dtype
+) -> Tensor:
+    y = _patchify_fake(images, index, scale, bias, P, dtype)
+    if y.numel():
+        B, K, _ = y.shape
+        block_p = triton.next_power_of_2(P)
+        runs = min(triton.next_power_of_2(K * 3 * P), max(1, 2048 // block_p))
+        patches = images if index is None else index.contiguous()
+        sizes = K, images.shape[2] // P, images.shape[3] // P, *images.stride()
+        options = index is not None, P, runs, block_p
+        with torch.cuda.device_of(images):
+            _patchify_kernel[(B * triton.cdiv(K * 3 * P, runs),)](
+                images, patches, y, *sizes, *scale, *bias, *options, **_WITH_ASSERTS
+            )
+    return y
+
+
+# --- registration
+
+torch.library.define(
+    "jepa_kernels::patchify",
+    "(Tensor images, Tensor? index, float[] scale, float[] bias, SymInt P, ScalarType dtype) -> Tensor",
+)
+torch.library.impl("jepa_kernels::patchify", "default", patchify_ref)
+torch.library.impl("jepa_kernels::patchify", "cuda", patchify_triton)
+
+
+@torch.library.register_fake("jepa_kernels::patchify")
+def _patchify_fake(
+    images: Tensor, index: Tensor | None, scale: list[float], bias: list[float], P: int, dtype: torch.dtype
+) -> Tensor:
+    B, _, H, W = images.shape
+    K = (H // P) * (W // P) if index is None else index.shape[1]
+    return images.new_empty(B, K, 3 * P * P, dtype=dtype)

@@ -1,0 +1,251 @@
+"""The predictor's input: visible tokens and mask tokens, positions added, one sequence per target block.
+
+    y[m*B + b, k]      = context[b, k] + pos[context_index[b, k]]        k < Kc
+    y[m*B + b, Kc + t] = mask_token    + pos[target_index[m, b, t]]      t < Kt
+
+Shapes: B images, M target blocks, Kc visible and Kt hidden tokens, N positions, D the predictor's width. One
+pass: y is written once, context is read once and again from cache for the other blocks. The CPU kernel is in
+csrc/predictor_tokens.cpp. I-JEPA, arXiv 2301.08243, section 3.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding
+
+from .checks import check_index
+
+
+def predictor_tokens(
+    context: Tensor, context_index: Tensor, target_index: Tensor, pos: Tensor, mask_token: Tensor
+) -> Tensor:
+    """One sequence [context, mask tokens] for every target block of every image.
+
+    Args:
+        context: [B, Kc, D], any floating dtype, any strides.
+        context_index: [B, Kc] int64, the position of each visible token, 0..N-1.
+        target_index: [M, B, Kt] int64, the positions to predict, 0..N-1.
+        pos: [N, D] position table, dtype of `context` or float32; it gets no gradient and may not require it.
+        mask_token: [D], dtype of `context` or float32.
+
+    Returns:
+        [M*B, Kc+Kt, D], contiguous, block-major rows, dtype of `context`; added in float32, rounded once.
+        Gradients reach `context` (summed over blocks) and `mask_token` (over all its copies), in float32 and
+        in a fixed order: the same bits every time.
+
+    Raises:
+        ValueError: wrong rank, dtype or device, sizes that differ, an index out of range (read on a CPU only;
+            on a GPU the kernel asserts), a `pos` that requires a gradient.
+    """
+    if context.ndim != 3 or not context.dtype.is_floating_point:
+        raise ValueError(
+            "predictor_tokens: context must be floating-point [B, Kc, D]; "
+            f"got {context.dtype} {list(context.shape)}"
+        )
+    B, Kc, D = context.shape
+    for name, tensor, ndim in (("pos", pos, 2), ("mask_token", mask_token, 1)):
+        right = tensor.dtype in (context.dtype, torch.float32) and tensor.device == context.device
+        if tensor.ndim != ndim or tensor.shape[-1] != D or not right:
+            raise ValueError(
+                f"predictor_tokens: {name} must be {'[N, D]' if ndim == 2 else '[D]'} with D = {D}, "
+                f"{context.dtype} or float32, on {context.device}; "
+                f"got {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
+            )
+    if pos.requires_grad:
+        raise ValueError("predictor_tokens: pos requires a gradient, and gets none here; pass pos.detach()")
+    check_index("predictor_tokens", "context_index", context_index, (B, Kc), pos.shape[0], context)
+    check_index("predictor_tokens", "target_index", target_index, (None, B, None), pos.shape[0], context)
+    return _PredictorTokens.apply(context, context_index, target_index, pos, mask_token)
+
+
+# --- reference
+
+
+def predictor_tokens_ref(
+    context_BKD: Tensor, context_index: Tensor, target_index: Tensor, pos_ND: Tensor, mask_token_D: Tensor
+) -> Tensor:
+    M, B, Kt = target_index.shape
+    _, Kc, D = context_BKD.shape
+    wide = torch.promote_types(context_BKD.dtype, torch.float32)
+    seen = context_BKD.to(wide) + embedding(context_index, pos_ND.to(wide))
+    hidden = mask_token_D.to(wide) + embedding(target_index, pos_ND.to(wide))
+    tokens = torch.cat([seen.expand(M, B, Kc, D), hidden], dim=2)
+    return tokens.reshape(M * B, Kc + Kt, D).to(context_BKD.dtype)
+
+
+def predictor_tokens_backward_ref(dy: Tensor, M: int, B: int, Kc: int) -> tuple[Tensor, Tensor]:
+    wide = dy.reshape(M, B, dy.shape[1], dy.shape[2]).to(torch.promote_types(dy.dtype, torch.float32))
+    return wide[:, :, :Kc].sum(0).to(dy.dtype), wide[:, :, Kc:].sum((0, 1, 2))
+
+
+# --- triton: a program writes ROWS x BLOCK_D of one sequence, the M sequences of an image one after another,
+#     so that its context comes out of the cache for all but the first
+
+
+@triton.jit(do_not_specialize=["Kc", "Kt"])  # both change from step to step
+def _predictor_tokens_kernel(
+    context,  # [B, Kc, D]
+    context_index,  # [B, Kc]
+    target_index,  # [M, B, Kt]
+    pos,  # [N, D]
+    mask_token,  # [D]
+    y,  # [M*B, Kc+Kt, D]
+    M,
+    B,
+    Kc,
+    Kt,
+    N,
+    D,
+    context_b,  # strides of context
+    context_k,
+    context_d,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    wide: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    program = tl.program_id(0)
+    S = Kc + Kt
+    columns, tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(S, ROWS)
+    b, m = (program // columns // tiles // M).to(tl.int64), program // columns // tiles % M
+    sequence = m * B + b
+    s = (program // columns % tiles) * ROWS + tl.arange(0, ROWS)
+    d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
+    seen, inside = s < Kc, (s < S)[:, None] & (d < D)[None, :]
+    n = tl.load(context_index + b * Kc + s, mask=seen, other=0)
+    n += tl.load(target_index + sequence * Kt + s - Kc, mask=(s >= Kc) & (s < S), other=0)
+    tl.device_assert((n >= 0) & (n < N), "predictor_tokens: context_index or target_index out of range")
+    at = context + b * context_b + s.to(tl.int64)[:, None] * context_k + d.to(tl.int64)[None, :] * context_d
+    token = tl.load(at, mask=seen[:, None] & (d < D)[None, :], other=0).to(wide)
+    mask = tl.load(mask_token + d, mask=d < D, other=0).to(wide)
+    token = tl.where(seen[:, None], token, mask[None, :])
+    token += tl.load(pos + n[:, None] * D + d[None, :], mask=inside, other=0).to(wide)
+    tl.store(y + (sequence * S + s)[:, None] * D + d[None, :], token.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["Kc", "S"])
+def _predictor_tokens_backward_kernel(
+    dy,  # [M*B, S, D]
+    d_context,  # [B, Kc, D]
+    partial,  # [B, tiles of S - FIRST, D]: sums of the mask tokens' rows, tile by tile
+    B,
+    Kc,
+    S,
+    D,
+    dy_s,  # strides of dy
+    dy_k,
+    dy_d,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program = tl.program_id(0)
+    columns, tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(S, ROWS)
+    b, tile = (program // columns // tiles).to(tl.int64), program // columns % tiles
+    s = tile * ROWS + tl.arange(0, ROWS)
+    d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (s < S)[:, None] & (d < D)[None, :]
+    at = dy + b * dy_s + s.to(tl.int64)[:, None] * dy_k + d.to(tl.int64)[None, :] * dy_d
+    total = tl.zeros((ROWS, BLOCK_D), partial.dtype.element_ty)
+    for m in tl.static_range(M):
+        total += tl.load(at + m * B.to(tl.int64) * dy_s, mask=inside, other=0).to(total.dtype)
+    seen = s < Kc
+    to = d_context + (b * Kc + s)[:, None] * D + d[None, :]
+    tl.store(to, total.to(d_context.dtype.element_ty), mask=seen[:, None] & (d < D)[None, :])
+    first = Kc // ROWS  # the first tile that holds a mask token
+    hidden = tl.sum(tl.where(seen[:, None], 0, total), 0)
+    tl.store(partial + (b * (tiles - first) + tile - first) * D + d, hidden, mask=(d < D) & (tile >= first))
+
+
+# Triton drops tl.device_assert unless it compiles for debugging; its overflow checks are not wanted with it.
+_WITH_ASSERTS = {"debug": True, "sanitize_overflow": False}
+
+
+def predictor_tokens_triton(
+    context: Tensor, context_index: Tensor, target_index: Tensor, pos: Tensor, mask_token: Tensor
+) -> Tensor:
+    (M, B, Kt), (_, Kc, D) = target_index.shape, context.shape
+    y = context.new_empty(M * B, Kc + Kt, D)
+    if y.numel():
+        rows, block_d = _tile(Kc + Kt, D, context.element_size())
+        grid = (M * B * triton.cdiv(Kc + Kt, rows) * triton.cdiv(D, block_d),)
+        tables = pos.contiguous(), mask_token.contiguous()
+        indices = context_index.contiguous(), target_index.contiguous()
+        sizes = M, B, Kc, Kt, pos.shape[0], D
+        with torch.cuda.device_of(context):
+            _predictor_tokens_kernel[grid](
+                context, *indices, *tables, y, *sizes, *context.stride(), rows, block_d, **_WITH_ASSERTS
+            )
+    return y
+
+
+def predictor_tokens_backward_triton(dy: Tensor, M: int, B: int, Kc: int) -> tuple[Tensor, Tensor]:
+    _, S, D = dy.shape
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    if not dy.numel():
+        return dy.new_zeros(B, Kc, D), dy.new_zeros(D, dtype=wide)
+    rows, block_d = _tile(S, D, wide.itemsize)
+    tiles = triton.cdiv(S, rows)
+    d_context = dy.new_empty(B, Kc, D)
+    partial = dy.new_empty(B * (tiles - Kc // rows), D, dtype=wide)
+    grid = (B * tiles * triton.cdiv(D, block_d),)
+    with torch.cuda.device_of(dy):
+        _predictor_tokens_backward_kernel[grid](
+            dy, d_context, partial, B, Kc, S, D, *dy.stride(), M, rows, block_d
+        )
+    return d_context, partial.sum(0)
+
+
+def _tile(rows: int, D: int, element_size: int) -> tuple[int, int]:
+    """ROWS, BLOCK_D of 8 KiB, four 16-byte accesses for each of 128 threads; BLOCK_D divides D if it can."""
+    block_d = min(max(D & -D, 64), 512)
+    return min(triton.next_power_of_2(rows), max(1, 8192 // (block_d * element_size))), block_d
+
+
+# --- registration
+
+torch.library.define(
+    "jepa_kernels::predictor_tokens",
+    "(Tensor context, Tensor context_index, Tensor target_index, Tensor pos, Tensor mask_token) -> Tensor",
+)
+torch.library.impl("jepa_kernels::predictor_tokens", "default", predictor_tokens_ref)
+torch.library.impl("jepa_kernels::predictor_tokens", "cuda", predictor_tokens_triton)
+torch.library.define(
+    "jepa_kernels::predictor_tokens_backward",
+    "(Tensor dy, SymInt M, SymInt B, SymInt Kc) -> (Tensor, Tensor)",
+)
+torch.library.impl("jepa_kernels::predictor_tokens_backward", "default", predictor_tokens_backward_ref)
+torch.library.impl("jepa_kernels::predictor_tokens_backward", "cuda", predictor_tokens_backward_triton)
+
+
+@torch.library.register_fake("jepa_kernels::predictor_tokens")
+def _predictor_tokens_fake(
+    context: Tensor, context_index: Tensor, target_index: Tensor, pos: Tensor, mask_token: Tensor
+) -> Tensor:
+    M, B, Kt = target_index.shape
+    return context.new_empty(M * B, context.shape[1] + Kt, context.shape[2])
+
+
+@torch.library.register_fake("jepa_kernels::predictor_tokens_backward")
+def _predictor_tokens_backward_fake(dy: Tensor, M: int, B: int, Kc: int) -> tuple[Tensor, Tensor]:
+    D = dy.shape[2]
+    return dy.new_empty(B, Kc, D), dy.new_empty(D, dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+class _PredictorTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, context: Tensor, context_index: Tensor, target_index: Tensor, pos: Tensor, mask: Tensor
+    ) -> Tensor:
+        ctx.sizes = target_index.shape[0], target_index.shape[1], context.shape[1]
+        ctx.mask_dtype = mask.dtype
+        return torch.ops.jepa_kernels.predictor_tokens(context, context_index, target_index, pos, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, Tensor]:
+        d_context, d_mask = torch.ops.jepa_kernels.predictor_tokens_backward(dy, *ctx.sizes)
+        return d_context, None, None, None, d_mask.to(ctx.mask_dtype)

@@ -1,0 +1,536 @@
+"""VICReg's invariance, variance and covariance between M views, in O(M) instead of O(M^2).
+
+Shapes: N rows (images), M views (C-JEPA's target blocks), D channels; W ranks, G = W*N rows of all of them.
+The definition is the mean of the two-view criterion over all ordered pairs of views. Variance and covariance
+of a view do not depend on its partner, and the squared distances between all views are those to their mean,
+so M covariances stand for 2*M*(M-1). Where rows are fewer than channels, the covariance (D x D) gives way to
+the Gram matrix (G x G), which has the same norm and gives the same gradient.
+
+Memory: the forward keeps nothing but statistics unless a gradient is wanted; then one matrix per view,
+min(G, D)^2 float32: never more than a float32 copy of z, and a second computation would cost half again the
+FLOPs of the backward.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def vicreg(
+    z: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Invariance, variance and covariance of M views, each the mean over ordered pairs of views.
+
+    With x[n, i] = z[n, i] - mean_n z[n, i] and C_i = x_i^T x_i / (N - 1):
+
+        invariance = 2/(M-1) * mean over n, d of sum_i (z[n, i, d] - mean_i z[n, i, d])^2
+        variance   = mean over i, d of max(0, gamma - sqrt(C_i[d, d] + eps))
+        covariance = 2/D * mean over i of sum_{a != b} C_i[a, b]^2
+
+    VICReg, arXiv 2105.04906, section 4 and its code; C-JEPA, arXiv 2410.19560, algorithm 1.
+
+    Args:
+        z: [N, M, D], any floating dtype, any strides. One view alone has no pair: its invariance is 0.
+        group: a process group whose ranks hold equally many rows each; the statistics are those of all rows.
+        gamma, eps: of the variance term.
+        precision: how a GPU multiplies float32: "ieee", "tf32x3" (three TF32 products, nearly as exact) or
+            "tf32".
+
+    Returns:
+        Three float32 scalars (float64 for float64 input), accumulated in that type, in a fixed order. With a
+        `group`, the same numbers on every rank, and gradients that sum over the ranks' losses: averaged over
+        ranks, as DDP and ZeRO do, they are those of one process with all rows. All ranks must call this,
+        and its backward, together.
+
+    Raises:
+        ValueError: wrong rank or dtype, fewer than 2 rows over all ranks; an unknown precision.
+    """
+    if group is not None and dist.get_world_size(group) == 1:
+        group = None
+    if z.ndim != 3 or not z.dtype.is_floating_point or z.shape[1] < 1 or z.shape[2] < 1:
+        raise ValueError(
+            "vicreg: z must be floating-point [N, M, D] with at least one view and one channel; "
+            f"got {z.dtype} {list(z.shape)}"
+        )
+    if z.shape[0] * _ranks(group) < 2:
+        raise ValueError(f"vicreg: z must have at least 2 rows over all ranks; got {list(z.shape)} on each")
+    if precision not in ("ieee", "tf32x3", "tf32"):
+        raise ValueError(f'vicreg: precision must be "ieee", "tf32x3" or "tf32"; got {precision!r}')
+    if torch.is_grad_enabled() and z.requires_grad:
+        return _VICReg.apply(z, gamma, eps, precision, group)
+    return _forward(z, gamma, eps, precision, group, keep=False)[0]
+
+
+def _ranks(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _wide(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+# --- reference
+
+
+def vicreg_moments_ref(z_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per view and channel the mean and the sum of squared deviations over rows; their sum over views."""
+    z = z_NMD.to(_wide(z_NMD))
+    mean_MD = z.mean(0)
+    return mean_MD, (z - mean_MD).square().sum(0), (z - z.mean(1, keepdim=True)).square().sum()
+
+
+def vicreg_products_ref(
+    z_NMD: Tensor, mean_MD: Tensor, scale: float, gram: bool, keep: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    """[M] squared norms of scale * x^T x, its diagonal zeroed, or of scale * x x^T; if asked, the matrix."""
+    x_MND = (z_NMD - mean_MD).transpose(0, 1)
+    if gram:
+        matrix = (x_MND @ x_MND.mT).mul_(scale)
+    else:
+        matrix = (x_MND.mT @ x_MND).mul_(scale)
+        matrix.diagonal(dim1=1, dim2=2).zero_()
+    return _squares(matrix), matrix if keep else matrix.new_empty(0)
+
+
+def vicreg_backward_ref(
+    z_NMD: Tensor,
+    mean_MD: Tensor,
+    matrix: Tensor,
+    weight_MD: Tensor,
+    pull: Tensor,
+    push: Tensor,
+    gram: bool,
+    first: int,
+    count: int,
+    precision: str,
+) -> Tensor:
+    """Rows first..first+count of pull * (z - mean over views) + weight * x + push * (x C, or K x)."""
+    rows = z_NMD[first : first + count]
+    x = rows - mean_MD
+    if gram:
+        mixed_MND = matrix[:, first : first + count] @ (z_NMD - mean_MD).transpose(0, 1)
+    else:
+        mixed_MND = x.transpose(0, 1) @ matrix
+    views = rows.to(x.dtype)
+    grad = pull * (views - views.mean(1, keepdim=True)) + weight_MD * x + push * mixed_MND.transpose(0, 1)
+    return torch.empty_like(rows).copy_(grad)
+
+
+def _squares(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix, dim=(1, 2)).square()
+
+
+# --- triton
+
+
+@triton.jit
+def _moments_kernel(
+    z,  # [N, M, D]
+    mean,  # [C, M, D], of the N/C rows of a chunk
+    scatter,  # [C, M, D], their squared deviations from it
+    spread,  # [C, D / BLOCK_D]
+    N,
+    M,
+    D,
+    stride_n,
+    stride_m,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    wide = mean.dtype.element_ty
+    chunk = tl.program_id(0)
+    row = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (row < N)[:, None] & (column < D)[None, :]
+    at = z + row.to(tl.int64)[:, None] * stride_n + column[None, :]
+    count = tl.minimum(N - chunk * BLOCK_N, BLOCK_N)
+
+    views = tl.zeros([BLOCK_N, BLOCK_D], wide)
+    for i in range(M):
+        x = tl.load(at + i * stride_m.to(tl.int64), mask, other=0).to(wide)
+        views += x
+        center = tl.sum(x, 0) / count
+        x = tl.where(mask, x - center[None, :], 0)
+        out = (chunk.to(tl.int64) * M + i) * D + column
+        tl.store(mean + out, center, column < D)
+        tl.store(scatter + out, tl.sum(x * x, 0), column < D)
+    views /= M
+    apart = tl.zeros([BLOCK_N, BLOCK_D], wide)
+    for i in range(M):  # from cache
+        x = tl.load(at + i * stride_m.to(tl.int64), mask, other=0).to(wide) - views
+        apart += x * x
+    tl.store(spread + chunk * tl.num_programs(1) + tl.program_id(1), tl.sum(apart))
+
+
+@triton.jit
+def _combine_kernel(
+    means,  # [C, S], S = M*D
+    scatters,  # [C, S]
+    mean,  # [S]
+    scatter,  # [S]
+    N,
+    C,
+    S,
+    ROWS: tl.constexpr,  # of a chunk
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    wide = mean.dtype.element_ty
+    column = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    total = tl.zeros([BLOCK_S], wide)
+    for first in range(0, C, BLOCK_C):
+        chunk = first + tl.arange(0, BLOCK_C)
+        mask = (chunk < C)[:, None] & (column < S)[None, :]
+        count = tl.minimum(N - chunk * ROWS, ROWS)
+        m = tl.load(means + chunk.to(tl.int64)[:, None] * S + column[None, :], mask, other=0)
+        total += tl.sum(m * count[:, None], 0)
+    center = total / N
+    total = tl.zeros([BLOCK_S], wide)
+    for first in range(0, C, BLOCK_C):
+        chunk = first + tl.arange(0, BLOCK_C)
+        mask = (chunk < C)[:, None] & (column < S)[None, :]
+        count = tl.minimum(N - chunk * ROWS, ROWS)
+        at = chunk.to(tl.int64)[:, None] * S + column[None, :]
+        off = tl.load(means + at, mask, other=0) - center[None, :]
+        within = tl.load(scatters + at, mask, other=0)
+        total += tl.sum(tl.where(mask, within + off * off * count[:, None], 0), 0)
+    tl.store(mean + column, center, column < S)
+    tl.store(scatter + column, total, column < S)
+
+
+@triton.jit
+def _products_kernel(
+    z,  # [N, M, D]; a side of the matrix is D long, summed over N; if GRAM, N long, summed over D
+    mean,  # [M, D]
+    matrix,  # [P, M, side, side], written if KEEP; the sum over P parts is the product
+    squares,  # [M, T * T], T = side / BLOCK
+    scale,
+    side,
+    length,  # of the sum
+    M,
+    D,
+    stride_side,
+    stride_sum,
+    stride_m,
+    part,  # length / P, a multiple of BLOCK_K
+    GRAM: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    wide = mean.dtype.element_ty
+    tiles = tl.cdiv(side, BLOCK)
+    p, q, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
+    place = squares + i.to(tl.int64) * tiles * tiles + tl.program_id(0)
+    if q < p:  # the mirror image of another tile
+        tl.store(place, 0.0)
+        return
+    a_side = (p * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    b_side = (q * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    z += i * stride_m.to(tl.int64)
+    mean += i * D
+    product = tl.zeros([BLOCK, BLOCK], wide)
+    if not GRAM:
+        a_mean = tl.load(mean + a_side, a_side < side, other=0)[:, None]
+        b_mean = tl.load(mean + b_side, b_side < side, other=0)[None, :]
+    start = tl.program_id(2) * part
+    for k0 in range(start, tl.minimum(start + part, length), BLOCK_K):
+        k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
+        a_mask = (a_side < side)[:, None] & (k < length)[None, :]
+        b_mask = (k < length)[:, None] & (b_side < side)[None, :]
+        if GRAM:
+            k_mean = tl.load(mean + k, k < length, other=0)
+            a_mean = k_mean[None, :]
+            b_mean = k_mean[:, None]
+        a = tl.load(z + a_side[:, None] * stride_side + k[None, :] * stride_sum, a_mask, other=0).to(wide)
+        b = tl.load(z + k[:, None] * stride_sum + b_side[None, :] * stride_side, b_mask, other=0).to(wide)
+        a = tl.where(a_mask, a - a_mean, 0)
+        b = tl.where(b_mask, b - b_mean, 0)
+        product = tl.dot(a, b, product, input_precision=PRECISION)
+    product *= scale
+    if not GRAM:
+        product = tl.where(a_side[:, None] == b_side[None, :], 0, product)
+    if KEEP:
+        mask = (a_side < side)[:, None] & (b_side < side)[None, :]
+        matrix += (tl.program_id(2) * M + i).to(tl.int64) * side * side
+        tl.store(matrix + a_side[:, None] * side + b_side[None, :], product, mask)
+        if p < q:
+            tl.store(matrix + b_side[None, :] * side + a_side[:, None], product, mask)
+    times = tl.where(p < q, 2, 1)
+    tl.store(place, tl.sum(product * product) * times)
+
+
+@triton.jit
+def _backward_kernel(
+    z,  # [G, M, D]
+    mean,  # [M, D]
+    matrix,  # [M, D, D]; if GRAM, [M, G, G]
+    weight,  # [M, D]
+    pull,  # scalar
+    push,  # scalar
+    grad,  # [N, M, D], rows first..first+N
+    first,
+    N,
+    M,
+    D,
+    length,  # of the matrix
+    stride_n,
+    stride_m,
+    grad_stride_n,
+    grad_stride_m,
+    GRAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    wide = mean.dtype.element_ty
+    across = tl.cdiv(D, BLOCK_D)
+    row = (tl.program_id(0) // across * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    column = tl.program_id(0) % across * BLOCK_D + tl.arange(0, BLOCK_D)
+    i = tl.program_id(1)
+    mask = (row < N)[:, None] & (column < D)[None, :]
+    mean += i * D
+    matrix += i.to(tl.int64) * length * length
+    view = z + i * stride_m.to(tl.int64)
+    column_mean = tl.load(mean + column, column < D, other=0)[None, :]
+
+    mixed = tl.zeros([BLOCK_N, BLOCK_D], wide)
+    for k0 in range(0, length, BLOCK_K):
+        k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
+        a_mask = (row < N)[:, None] & (k < length)[None, :]
+        b_mask = (k < length)[:, None] & (column < D)[None, :]
+        if GRAM:
+            a = tl.load(matrix + (first + row)[:, None] * length + k[None, :], a_mask, other=0)
+            b = tl.load(view + k[:, None] * stride_n + column[None, :], b_mask, other=0).to(wide)
+            b = tl.where(b_mask, b - column_mean, 0)
+        else:
+            a = tl.load(view + (first + row)[:, None] * stride_n + k[None, :], a_mask, other=0).to(wide)
+            a = tl.where(a_mask, a - tl.load(mean + k, k < length, other=0)[None, :], 0)
+            b = tl.load(matrix + k[:, None] * length + column[None, :], b_mask, other=0)
+        mixed = tl.dot(a, b, mixed, input_precision=PRECISION)
+
+    at = (first + row)[:, None] * stride_n + column[None, :]
+    x = tl.load(view + at, mask, other=0).to(wide)
+    views = tl.zeros([BLOCK_N, BLOCK_D], wide)
+    for j in range(M):
+        views += tl.load(z + at + j * stride_m.to(tl.int64), mask, other=0).to(wide)
+    y = tl.load(push) * mixed + tl.load(pull) * (x - views / M)
+    y += tl.load(weight + i * D + column, column < D, other=0)[None, :] * (x - column_mean)
+    grad += i * grad_stride_m.to(tl.int64) + row[:, None] * grad_stride_n + column[None, :]
+    tl.store(grad, y.to(grad.dtype.element_ty), mask)
+
+
+def vicreg_moments_triton(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    z = _unit_stride(z)
+    (N, M, D), rows, columns = z.shape, 64, 64
+    chunks, across = triton.cdiv(N, rows), triton.cdiv(D, columns)
+    means, scatters = z.new_empty(2, chunks, M, D, dtype=_wide(z))
+    mean, scatter = z.new_empty(2, M, D, dtype=_wide(z))
+    spread = mean.new_empty(chunks, across)
+    _moments_kernel[chunks, across](
+        z, means, scatters, spread, N, M, D, z.stride(0), z.stride(1), rows, columns, num_warps=4
+    )
+    _combine_kernel[triton.cdiv(M * D, 64),](
+        means, scatters, mean, scatter, N, chunks, M * D, rows, 32, 64, num_warps=4
+    )
+    return mean, scatter, spread.sum()
+
+
+def vicreg_products_triton(
+    z: Tensor, mean: Tensor, scale: float, gram: bool, keep: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    z = _unit_stride(z)
+    N, M, D = z.shape
+    side, length, strides = (N, D, (z.stride(0), 1)) if gram else (D, N, (1, z.stride(0)))
+    block, block_k = 64, _block_k(precision)
+    tiles = triton.cdiv(side, block)
+    # Few tiles with long sums (small batch, wide projector) would leave a GPU idle: sum in parts then.
+    parts = max(1, min(256 // (M * tiles * (tiles + 1) // 2), length // 256))
+    part = triton.cdiv(triton.cdiv(length, parts), block_k) * block_k
+    parts = triton.cdiv(length, part)
+    matrix = mean.new_empty((parts, M, side, side) if keep or parts > 1 else 0)
+    squares = mean.new_empty(M, tiles * tiles)
+    _products_kernel[tiles * tiles, M, parts](
+        z, mean, matrix, squares, scale, side, length, M, D, *strides, z.stride(1), part,
+        gram, keep or parts > 1, precision, block, block_k, num_warps=4,
+    )  # fmt: skip
+    if parts == 1:
+        return squares.sum(1), matrix[0] if keep else matrix
+    matrix = matrix.sum(0)
+    return _squares(matrix), matrix if keep else matrix.new_empty(0)
+
+
+def vicreg_backward_triton(
+    z: Tensor,
+    mean: Tensor,
+    matrix: Tensor,
+    weight: Tensor,
+    pull: Tensor,
+    push: Tensor,
+    gram: bool,
+    first: int,
+    count: int,
+    precision: str,
+) -> Tensor:
+    grad = torch.empty_like(z[first : first + count])
+    if not count:
+        return grad
+    out = grad if grad.stride(2) == 1 else torch.empty_like(grad, memory_format=torch.contiguous_format)
+    z, (_, M, D), block = _unit_stride(z), z.shape, 64
+    _backward_kernel[triton.cdiv(count, block) * triton.cdiv(D, block), M](
+        z, mean, matrix, weight, pull, push, out, first, count, M, D, matrix.shape[1],
+        z.stride(0), z.stride(1), out.stride(0), out.stride(1),
+        gram, precision, block, block, _block_k(precision), num_warps=8,
+    )  # fmt: skip
+    return grad if out is grad else grad.copy_(out)
+
+
+def _block_k(precision: str) -> int:
+    return 32 if precision == "tf32" else 16  # the others keep more in registers
+
+
+def _unit_stride(z: Tensor) -> Tensor:
+    return z if z.stride(2) == 1 else z.contiguous()
+
+
+# --- registration
+
+torch.library.define(
+    "jepa_kernels::vicreg_moments", "(Tensor z) -> (Tensor mean, Tensor scatter, Tensor spread)"
+)
+torch.library.impl("jepa_kernels::vicreg_moments", "default", vicreg_moments_ref)
+torch.library.impl("jepa_kernels::vicreg_moments", "cuda", vicreg_moments_triton)
+torch.library.define(
+    "jepa_kernels::vicreg_products",
+    "(Tensor z, Tensor mean, float scale, bool gram, bool keep, str precision)"
+    " -> (Tensor squares, Tensor matrix)",
+)
+torch.library.impl("jepa_kernels::vicreg_products", "default", vicreg_products_ref)
+torch.library.impl("jepa_kernels::vicreg_products", "cuda", vicreg_products_triton)
+torch.library.define(
+    "jepa_kernels::vicreg_backward",
+    "(Tensor z, Tensor mean, Tensor matrix, Tensor weight, Tensor pull, Tensor push, bool gram,"
+    " SymInt first, SymInt count, str precision) -> Tensor",
+)
+torch.library.impl("jepa_kernels::vicreg_backward", "default", vicreg_backward_ref)
+torch.library.impl("jepa_kernels::vicreg_backward", "cuda", vicreg_backward_triton)
+
+
+@torch.library.register_fake("jepa_kernels::vicreg_moments")
+def _vicreg_moments_fake(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mean = z.new_empty(z.shape[1:], dtype=_wide(z))
+    return mean, torch.empty_like(mean), mean.new_empty(())
+
+
+@torch.library.register_fake("jepa_kernels::vicreg_products")
+def _vicreg_products_fake(
+    z: Tensor, mean: Tensor, scale: float, gram: bool, keep: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    N, M, D = z.shape
+    side = N if gram else D
+    return mean.new_empty(M), mean.new_empty((M, side, side) if keep else 0)
+
+
+@torch.library.register_fake("jepa_kernels::vicreg_backward")
+def _vicreg_backward_fake(
+    z: Tensor,
+    mean: Tensor,
+    matrix: Tensor,
+    weight: Tensor,
+    pull: Tensor,
+    push: Tensor,
+    gram: bool,
+    first: int,
+    count: int,
+    precision: str,
+) -> Tensor:
+    return torch.empty_like(z[first : first + count])
+
+
+# --- the three steps put together, over one process or all
+
+
+def _forward(
+    z: Tensor, gamma: float, eps: float, precision: str, group: dist.ProcessGroup | None, keep: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The three terms; and for the backward z (gram: all rows), mean, variance and matrix."""
+    ops = torch.ops.jepa_kernels
+    N, M, D = z.shape
+    G = N * _ranks(group)
+    gram = G < D
+    # Two ways to the statistics of all rows; what a rank receives per view decides. Gather the rows: G x D of
+    # z's type, and every rank does all the work. Or all-reduce a D x D matrix, which travels twice.
+    reduce = group is not None and not gram and G * z.element_size() > 2 * 4 * D
+    rows = z
+    if group is not None and not reduce:
+        rows = z.new_empty(G, M, D)
+        dist.all_gather_into_tensor(rows, z.contiguous(), group=group)
+    mean, scatter, spread = ops.vicreg_moments(rows)
+    if reduce:
+        own = mean
+        shared = torch.cat([mean.flatten() * (N / G), spread[None]])
+        dist.all_reduce(shared, group=group)
+        mean, spread = shared[:-1].view(M, D), shared[-1]
+        scatter = scatter + N * (own - mean).square()
+    var = scatter / (G - 1)
+    squares, matrix = ops.vicreg_products(rows, mean, 1 / (G - 1), gram, keep or reduce, precision)
+    if reduce:
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        diagonal.copy_(var)  # it travels where the matrix has nothing
+        dist.all_reduce(matrix, group=group)
+        var = diagonal.clone()
+        diagonal.zero_()
+        squares = _squares(matrix)
+    elif gram:
+        squares = squares - var.square().sum(1)
+    invariance = spread * (2 / (max(1, M - 1) * G * D))
+    variance = (gamma - (var + eps).sqrt()).relu().mean()
+    covariance = squares.mean() * (2 / D)
+    return (invariance, variance, covariance), (rows if gram else z, mean, var, matrix)
+
+
+class _VICReg(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, gamma: float, eps: float, precision: str, group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        terms, saved = _forward(z, gamma, eps, precision, group, keep=True)
+        ctx.save_for_backward(*saved)
+        ctx.N, ctx.options = z.shape[0], (gamma, eps, precision, group)
+        return terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        z, mean, var, matrix = ctx.saved_tensors
+        gamma, eps, precision, group = ctx.options
+        N, (M, D) = ctx.N, mean.shape
+        G = N * _ranks(group)
+        gram = G < D
+        grad = torch.stack(grads)
+        if group is not None:
+            dist.all_reduce(grad, group=group)  # every rank's losses depend on these rows
+        first = N * dist.get_rank(group) if gram and group is not None else 0
+        by_invariance, by_variance, by_covariance = grad.unbind()
+        pull = by_invariance * (4 / (max(1, M - 1) * G * D))
+        push = by_covariance * (8 / (M * D * (G - 1)))
+        std = (var + eps).sqrt()
+        weight = torch.where(std < gamma, by_variance * (-1 / (M * D * (G - 1))) / std, 0)
+        if gram:  # K x / (G - 1) = x C with the diagonal of C
+            weight = weight - push * var
+        dz = torch.ops.jepa_kernels.vicreg_backward(
+            z, mean, matrix, weight, pull, push, gram, first, N, precision
+        )
+        return dz, None, None, None, None
