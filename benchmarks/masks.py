@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "engine"))
+sys.path[:0] = [str(ROOT / folder) for folder in ("kernels", "engine")]
 
-from jepa.masks import MODES, Masks, MaskSpec, sample_masks, sample_masks_ref  # noqa: E402
+from jepa.masks import MODES, Masks, MaskSpec, sample_masks, sample_masks_ref
 
 SEED = 0
 
@@ -96,16 +96,12 @@ def machine() -> dict[str, str | int | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--grid", type=int, nargs=2, default=(16, 16), metavar=("H", "W"), help="patches (ViT-H/14: 16 16)"
     )
     parser.add_argument("--batch", type=int, default=128, help="images per rank")
-    parser.add_argument(
-        "--global-batch", type=int, default=2048, help="images that the ranks' common cut runs over"
-    )
+    parser.add_argument("--global-batch", type=int, default=2048, help="images that the ranks' common cut runs over")
     parser.add_argument("--reference", type=Path, help="a checkout of facebookresearch/ijepa")
     parser.add_argument("--turns", type=int, default=31)
     parser.add_argument("--out", type=Path, help="JSON")
@@ -121,9 +117,7 @@ def main() -> None:
     # name, threads, steps per turn, one step -> patches kept
     contenders: list[tuple[str, int, int, Callable[[int], int]]] = []
     if args.reference:
-        contenders.append(
-            ("published sampler", 1, 1, published(args.reference, specs["reference"], args.batch))
-        )
+        contenders.append(("published sampler", 1, 1, published(args.reference, specs["reference"], args.batch)))
     for mode in MODES:
         contenders.append((f"specification, {mode}", 1, 1, ours(sample_masks_ref, specs[mode], args.batch)))
     for mode, threads in itertools.product(MODES, sorted({1, cores})):

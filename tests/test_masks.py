@@ -36,9 +36,7 @@ def contexts(masks) -> list[list[list[int]]]:
 
 
 def same(a, b) -> bool:
-    return all(
-        x is y or (torch.equal(x, y) and x.dtype == y.dtype == torch.int64) for x, y in zip(a, b, strict=True)
-    )
+    return all(x is y or (torch.equal(x, y) and x.dtype == y.dtype == torch.int64) for x, y in zip(a, b, strict=True))
 
 
 # --- C++ and specification, bit for bit
@@ -200,9 +198,7 @@ def assert_equal_means(ours, theirs):
 def test_block_sizes(grid, mode):
     spec, seed, steps = MaskSpec(*grid, mode=mode), fresh_seed(), 20_000
     drawn = [block_sizes(spec, seed=seed, step=step) for step in range(steps)]
-    for law, counts in zip(
-        (context_law(spec), target_law(spec)), map(Counter, zip(*drawn, strict=True)), strict=True
-    ):
+    for law, counts in zip((context_law(spec), target_law(spec)), map(Counter, zip(*drawn, strict=True)), strict=True):
         for size in law.keys() | counts.keys():
             p = law.get(size, 0.0)
             # 1e-3: the integration of the law.
@@ -303,9 +299,7 @@ def test_a_target_is_given_up_after_twenty_failures():
     for ty, tx in itertools.product(range(3), repeat=2):
         kept = np.ones((8, 8))
         kept[ty : ty + 6, tx : tx + 6] = 0
-        counts = np.array(
-            [kept[y : y + 3, x : x + 3].sum() for y, x in itertools.product(range(6), repeat=2)]
-        )
+        counts = np.array([kept[y : y + 3, x : x + 3].sum() for y, x in itertools.product(range(6), repeat=2)])
         assert counts.max() < 9
         given_up.append((counts <= 6).mean() ** 20)
     p = np.mean(given_up)
@@ -317,9 +311,7 @@ def test_a_target_is_given_up_after_twenty_failures():
     ("grid", "batch", "kept", "before", "per_target"),
     [((16, 16), 128, 69, 110, 44), ((14, 14), 128, 51, 82, 33), ((28, 28), 16, 271, 358, 137)],
 )
-def test_reference_keeps_what_the_published_sampler_was_measured_to_keep(
-    grid, batch, kept, before, per_target
-):
+def test_reference_keeps_what_the_published_sampler_was_measured_to_keep(grid, batch, kept, before, per_target):
     spec, seed, steps = MaskSpec(*grid), fresh_seed(), 400
     drawn = [sample_masks(spec, seed=seed, step=step, first=0, batch=batch) for step in range(steps)]
     uncut = [sample_masks(spec, seed=seed, step=step, first=0, batch=1) for step in range(4 * steps)]
@@ -461,9 +453,7 @@ def test_a_batch_that_does_not_exist_is_refused(sample, name, where):
 def test_kernel_refuses_what_would_write_out_of_bounds():
     if not torch._C._dispatch_has_kernel_for_dispatch_key("jepa_masks::sample", "CPU"):
         pytest.skip("built without csrc")
-    good = dict(
-        sizes=[[15, 15], [6, 6]], mode="reference", height=16, width=16, contexts=1, targets=4, min_keep=10
-    )
+    good = dict(sizes=[[15, 15], [6, 6]], mode="reference", height=16, width=16, contexts=1, targets=4, min_keep=10)
     good |= dict(allow_overlap=False, seed=0, step=0, first=0, batch=4, cut_first=0, cut_count=4)
     for bad in (
         dict(sizes=[[16, 15], [6, 6]]),
