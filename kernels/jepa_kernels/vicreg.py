@@ -475,7 +475,7 @@ def _forward(
     gram = G < D
     # Two ways to the statistics of all rows; what a rank receives per view decides. Gather the rows: G x D of
     # z's type, and every rank does all the work. Or all-reduce a D x D matrix, which travels twice.
-    reduce = group is not None and not gram and G * z.element_size() > 2 * 4 * D
+    reduce = group is not None and not gram and G * z.element_size() > 2 * D * _wide(z).itemsize
     rows = z
     if group is not None and not reduce:
         rows = z.new_empty(G, M, D)
