@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("kernels", "engine")]
 
-from jepa.config import parse_config
 from torch import Tensor, nn
 
+from jepa.config import parse_config
 from jepa.objective import JepaModel
 
 TOLERANCE = 1e-5

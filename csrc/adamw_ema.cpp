@@ -12,15 +12,14 @@ struct Step {  // a row of the coefficients
     float decay, lr, rsqrt_bias2, weight, scale, apply;
 };
 
-JEPA_VECTOR_CLONES void adamw(float* __restrict p, const float* __restrict g, float* __restrict m,
-                              float* __restrict v, int64_t n, const Step& s, float beta1_c, float beta2,
-                              float beta2_c, float eps) {
+JEPA_VECTOR_CLONES void adamw(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v,
+                              int64_t n, const Step& s, float beta1_c, float beta2_c, float eps) {
     const float decay = s.decay, lr = s.lr, rsqrt_bias2 = s.rsqrt_bias2, scale = s.scale;
     for (int64_t i = 0; i < n; ++i) {
         const float gradient = scale * g[i];
-        m[i] += beta1_c * (gradient - m[i]);
-        v[i] = beta2 * v[i] + beta2_c * gradient * gradient;
-        p[i] = decay * p[i] - lr * m[i] / (std::sqrt(v[i]) * rsqrt_bias2 + eps);
+        m[i] = lerp(m[i], gradient, beta1_c);
+        v[i] = lerp(v[i], gradient * gradient, beta2_c);
+        p[i] -= decay * p[i] + lr * m[i] / (std::sqrt(v[i]) * rsqrt_bias2 + eps);
     }
 }
 
@@ -36,7 +35,7 @@ void adamw_ema(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
         float* p = pointer<float>(params[i]) + from;
         adamw(p, read(grads[i], from, n, buffer), pointer<float>(exp_avgs[i]) + from,
               pointer<float>(exp_avg_sqs[i]) + from, n, steps[i], static_cast<float>(1 - beta1),
-              static_cast<float>(beta2), static_cast<float>(1 - beta2), static_cast<float>(eps));
+              static_cast<float>(1 - beta2), static_cast<float>(eps));
         if (!weight_copies.empty()) write(weight_copies[i], from, n, p);
         if (emas.empty()) return;
         float* e = pointer<float>(emas[i]) + from;

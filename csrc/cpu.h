@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -33,6 +34,26 @@ T* pointer(const Tensor& t) {
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+template <class T>
+static JEPA_VECTOR_CLONES void add_row(const T* term, Wide<T>* total, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) total[i] += static_cast<Wide<T>>(term[i]);
+}
+
+template <class T>
+static JEPA_VECTOR_CLONES void round_row(const Wide<T>* total, T* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(total[i]);
+}
+
+// x [A, R, D] as it is where its rows are contiguous, else a copy.
+inline Tensor with_rows(const Tensor& x) {
+    return x.size(2) > 1 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x;
+}
+
+// Rows for one task: 64 KiB.
+inline int64_t grain(int64_t row_bytes) {
+    return std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, row_bytes));
+}
+
 // Calls f(T()) with the type of a floating dtype.
 template <class F>
 void dispatch(ScalarType dtype, const F& f) {
@@ -50,8 +71,8 @@ void dispatch(ScalarType dtype, const F& f) {
     }
 }
 
-// Nothing is read through an index that has not passed here. Before any parallel_for: what is thrown inside one
-// loses its text.
+// Nothing is read through an index that has not passed here. Before any parallel_for: what is thrown inside
+// one loses its text.
 inline const int64_t* checked_index(const Tensor& index, int64_t rows, const char* name) {
     STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_contiguous(), name, " must be int64");
     const auto* at = pointer<const int64_t>(index);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -9,32 +10,16 @@
 namespace jepa {
 namespace {
 
-constexpr int64_t kGrainBytes = 1 << 16;  // written by a task
-
-int64_t grain(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
-
-Tensor rows_of(const Tensor& x) { return x.size(2) > 1 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x; }
-
 void check_shapes(const Tensor& x, const Tensor& index) {
     STD_TORCH_CHECK(x.dim() == 3 && index.dim() == 2 && x.size(0) == index.size(0),
                     "gather: x must be [B, N, D] and index [B, K]");
-}
-
-template <class T>
-JEPA_VECTOR_CLONES void add(const T* term, Wide<T>* total, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) total[i] += static_cast<Wide<T>>(term[i]);
-}
-
-template <class T>
-JEPA_VECTOR_CLONES void round_to(const Wide<T>* total, T* to, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(total[i]);
 }
 
 }  // namespace
 
 Tensor gather(const Tensor& x_BND, const Tensor& index_BK) {
     check_shapes(x_BND, index_BK);
-    const Tensor x = rows_of(x_BND), index = torch::stable::contiguous(index_BK);
+    const Tensor x = with_rows(x_BND), index = torch::stable::contiguous(index_BK);
     const int64_t B = index.size(0), K = index.size(1), D = x.size(2);
     const auto* n = checked_index(index, x.size(1), "gather: index");
     const Tensor y = torch::stable::new_empty(x, {B, K, D});
@@ -55,7 +40,7 @@ Tensor gather(const Tensor& x_BND, const Tensor& index_BK) {
 Tensor gather_backward(const Tensor& dy_BKD, const Tensor& index_BK, int64_t N) {
     check_shapes(dy_BKD, index_BK);
     STD_TORCH_CHECK(dy_BKD.size(1) == index_BK.size(1), "gather_backward: dy must be [B, K, D] beside index [B, K]");
-    const Tensor dy = rows_of(dy_BKD), index = torch::stable::contiguous(index_BK);
+    const Tensor dy = with_rows(dy_BKD), index = torch::stable::contiguous(index_BK);
     const int64_t B = index.size(0), K = index.size(1), D = dy.size(2);
     const auto* index_at = checked_index(index, N, "gather_backward: index");
     const Tensor dx = torch::stable::new_empty(dy, {B, N, D});
@@ -65,7 +50,7 @@ Tensor gather_backward(const Tensor& dy_BKD, const Tensor& index_BK, int64_t N) 
         const auto* from = pointer<const T>(dy);
         auto* to = pointer<T>(dx);
         torch::stable::parallel_for(0, B * N, grain(D * sizeof(T)), [&](int64_t begin, int64_t end) {
-            std::vector<int64_t> first(N), next(K);  // of each row its first term, of each term the next: -1 ends
+            std::vector<int64_t> first(N), next(K);  // the first term of a row, the next of a term: -1 ends
             std::vector<Wide<T>> total(D);
             int64_t b = -1;
             for (int64_t i = begin; i < end; ++i) {
@@ -84,8 +69,8 @@ Tensor gather_backward(const Tensor& dy_BKD, const Tensor& index_BK, int64_t N) 
                     std::memcpy(static_cast<void*>(to + i * D), term(k), D * sizeof(T));
                 } else {
                     std::fill(total.begin(), total.end(), 0);
-                    for (int64_t t = k; t >= 0; t = next[t]) add(term(t), total.data(), D);
-                    round_to(total.data(), to + i * D, D);
+                    for (int64_t t = k; t >= 0; t = next[t]) add_row(term(t), total.data(), D);
+                    round_row(total.data(), to + i * D, D);
                 }
             }
         });

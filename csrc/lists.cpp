@@ -23,9 +23,8 @@ using torch::headeronly::Half;
 
 }  // namespace
 
-JEPA_VECTOR_CLONES void lerp(float* __restrict target, const float* __restrict source, float weight,
-                             int64_t n) {
-    for (int64_t i = 0; i < n; ++i) target[i] += weight * (source[i] - target[i]);
+JEPA_VECTOR_CLONES void lerp(float* __restrict target, const float* __restrict source, float weight, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) target[i] = lerp(target[i], source[i], weight);
 }
 
 float* read(const Tensor& t, int64_t from, int64_t n, float* buffer) {

@@ -9,9 +9,14 @@
 
 namespace jepa {
 
-constexpr int64_t kPiece = 2048;  // elements: five float32 arrays of this length fit 48 KiB
+constexpr int64_t kPiece = 4096;  // elements: five float32 arrays of this length fit any second-level cache
 
-// target[i] += weight * (source[i] - target[i])
+// a + weight * (b - a) from the nearer end, as torch.lerp: exact at both.
+inline float lerp(float a, float b, float weight) {
+    return weight < 0.5f ? a + weight * (b - a) : b - (1 - weight) * (b - a);
+}
+
+// The same for n elements: target[i] = lerp(target[i], source[i], weight).
 void lerp(float* target, const float* source, float weight, int64_t n);
 
 // Elements [from, from + n) of a float32, bfloat16 or float16 tensor, as float32: in place, or converted into

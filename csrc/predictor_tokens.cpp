@@ -14,18 +14,6 @@ JEPA_VECTOR_CLONES void add_position(const A* token, const Wide<T>* pos, T* to, 
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(static_cast<Wide<T>>(token[i]) + pos[i]);
 }
 
-template <class T>
-JEPA_VECTOR_CLONES void add(const T* term, Wide<T>* total, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) total[i] += static_cast<Wide<T>>(term[i]);
-}
-
-template <class T>
-JEPA_VECTOR_CLONES void round_to(const Wide<T>* total, T* to, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(total[i]);
-}
-
-Tensor rows_of(const Tensor& x) { return x.size(2) > 1 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x; }
-
 // pos and the mask token are small next to the result: widened once, not once a row.
 Tensor widened(const Tensor& table, ScalarType dtype) {
     return torch::stable::contiguous(
@@ -46,8 +34,10 @@ Tensor predictor_tokens(const Tensor& context_BKD, const Tensor& context_index, 
                         pos_ND.size(1) == D && mask_token_D.size(0) == D,
                     "predictor_tokens: sizes differ");
     const auto dtype = context_BKD.scalar_type();
-    const Tensor context = rows_of(context_BKD), pos = widened(pos_ND, dtype), mask = widened(mask_token_D, dtype);
-    const Tensor seen = torch::stable::contiguous(context_index), hidden = torch::stable::contiguous(target_index);
+    const Tensor context = with_rows(context_BKD);
+    const Tensor pos = widened(pos_ND, dtype), mask = widened(mask_token_D, dtype);
+    const Tensor seen = torch::stable::contiguous(context_index);
+    const Tensor hidden = torch::stable::contiguous(target_index);
     const auto* seen_at = checked_index(seen, N, "predictor_tokens: context_index");
     const auto* hidden_at = checked_index(hidden, N, "predictor_tokens: target_index");
     const Tensor y = torch::stable::new_empty(context, {M * B, S, D});
@@ -58,7 +48,7 @@ Tensor predictor_tokens(const Tensor& context_BKD, const Tensor& context_index, 
         const auto* table = pointer<const Wide<T>>(pos);
         const auto* mask_row = pointer<const Wide<T>>(mask);
         auto* to = pointer<T>(y);
-        torch::stable::parallel_for(0, M * B, 1, [&](int64_t begin, int64_t end) {
+        torch::stable::parallel_for(0, M * B, grain(S * D * sizeof(T)), [&](int64_t begin, int64_t end) {
             for (int64_t q = begin; q < end; ++q) {
                 const int64_t b = q % B;
                 for (int64_t k = 0; k < Kc; ++k) {
@@ -78,7 +68,7 @@ Tensor predictor_tokens(const Tensor& context_BKD, const Tensor& context_index, 
 std::tuple<Tensor, Tensor> predictor_tokens_backward(const Tensor& dy_QSD, int64_t M, int64_t B, int64_t Kc) {
     STD_TORCH_CHECK(dy_QSD.dim() == 3 && dy_QSD.size(0) == M * B && Kc >= 0 && Kc <= dy_QSD.size(1),
                     "predictor_tokens_backward: dy must be [M*B, Kc+Kt, D]");
-    const Tensor dy = rows_of(dy_QSD);
+    const Tensor dy = with_rows(dy_QSD);
     const int64_t S = dy.size(1), D = dy.size(2);
     const auto dtype = dy.scalar_type();
     const auto wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -90,7 +80,7 @@ std::tuple<Tensor, Tensor> predictor_tokens_backward(const Tensor& dy_QSD, int64
         const auto* from = pointer<const T>(dy);
         auto* to = pointer<T>(d_context);
         auto* partial_at = pointer<Wide<T>>(partial);
-        torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+        torch::stable::parallel_for(0, B, grain(M * S * D * sizeof(T)), [&](int64_t begin, int64_t end) {
             std::vector<Wide<T>> total(D);
             for (int64_t b = begin; b < end; ++b) {
                 const auto row = [&](int64_t m, int64_t s) {
@@ -98,15 +88,15 @@ std::tuple<Tensor, Tensor> predictor_tokens_backward(const Tensor& dy_QSD, int64
                 };
                 for (int64_t k = 0; k < Kc; ++k) {
                     std::fill(total.begin(), total.end(), 0);
-                    for (int64_t m = 0; m < M; ++m) add(row(m, k), total.data(), D);
-                    round_to(total.data(), to + (b * Kc + k) * D, D);
+                    for (int64_t m = 0; m < M; ++m) add_row(row(m, k), total.data(), D);
+                    round_row(total.data(), to + (b * Kc + k) * D, D);
                 }
                 for (int64_t m = 0; m < M; ++m) {
-                    for (int64_t s = Kc; s < S; ++s) add(row(m, s), partial_at + b * D, D);
+                    for (int64_t s = Kc; s < S; ++s) add_row(row(m, s), partial_at + b * D, D);
                 }
             }
         });
-        for (int64_t b = 0; b < B; ++b) add(partial_at + b * D, pointer<Wide<T>>(d_mask), D);
+        for (int64_t b = 0; b < B; ++b) add_row(partial_at + b * D, pointer<Wide<T>>(d_mask), D);
     });
     return {d_context, d_mask};
 }

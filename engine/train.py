@@ -11,16 +11,16 @@ import os
 import sys
 
 import torch
+
+from jepa import checkpoint, distributed, zero
 from jepa.budget import report
 from jepa.config import Config, ConfigError, load_config
 from jepa.data import Loader, open_images
-from jepa.probe import OnlineProbe
-from jepa.schedules import Schedules
-
-from jepa import checkpoint, distributed, zero
 from jepa.masks import sample_masks
 from jepa.metrics import RunLog, collapse_warning, health
 from jepa.objective import JepaModel
+from jepa.probe import OnlineProbe
+from jepa.schedules import Schedules
 from jepa.teacher import Teacher
 
 
@@ -29,12 +29,31 @@ class TrainingError(RuntimeError):
 
 
 def train(config: Config, resume: str | None) -> None:
+    if config.mask.mode == "packed":
+        raise ConfigError(["mask.mode = 'packed': the sampler draws it, the encoder cannot run it yet; give unbiased"])
     ranks = distributed.start(config.engine.device)
     micro_batch, accumulation, global_batch = config.batch(ranks.world_size)
-    loader = Loader(open_images(config.data.folder), config, ranks.rank, ranks.world_size, ranks.device)
+    data = config.data
+    loader = Loader(
+        open_images(data.folder),
+        crop_size=data.crop_size,
+        crop_scale=data.crop_scale,
+        horizontal_flip=data.use_horizontal_flip,
+        batch_size=micro_batch,
+        accumulation=accumulation,
+        seed=config.engine.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+        decoder=data.decoder,
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
+        max_bad_fraction=data.max_bad_fraction,
+    )
     schedules = Schedules(config, loader.steps_per_epoch)
-    last_step = min(schedules.total_steps, config.engine.max_steps or schedules.total_steps)
-    probe = OnlineProbe(config, ranks) if config.eval.every else None
+    all_steps = config.optimization.epochs * loader.steps_per_epoch
+    last_step = min(all_steps, config.engine.max_steps or all_steps)
+    probe = OnlineProbe(config, ranks.rank, ranks.world_size, ranks.device) if config.eval.every else None
 
     torch.manual_seed(config.engine.seed)
     model = JepaModel(config).to(ranks.device)
@@ -49,28 +68,29 @@ def train(config: Config, resume: str | None) -> None:
     log = RunLog(config, progress.step, last_step, loader.steps_per_epoch, global_batch)
     log.say(
         f"{config.meta.model_name} ({config.loss.objective}), {len(loader.source)} images, {global_batch} a step on "
-        f"{ranks.world_size} x {ranks.device.type}; steps {progress.step} to {last_step} of {schedules.total_steps}"
+        f"{ranks.world_size} x {ranks.device.type}; steps {progress.step} to {last_step} of {all_steps}"
     )
     skipped_in_a_row = 0
-    batches = loader.iterate(progress.step)
-    while progress.step < last_step:
-        step, waited = progress.step, 0.0
-        lr, weight_decay, momentum = schedules(progress.applied)
+    batches = loader.batches(progress.step, last_step)
+    for step in range(progress.step, last_step):
+        waited_before = loader.wait_seconds
+        lr = schedules.lr(progress.applied)
+        weight_decay = schedules.weight_decay(progress.applied)
+        momentum = schedules.momentum(progress.applied)
         zero.schedule(engine, lr, weight_decay, momentum)
 
-        for micro in range(accumulation):
-            batch = next(batches)
-            waited += batch.waited
+        for _ in range(accumulation):
+            _, micro, batch = next(batches)
             first = (micro * ranks.world_size + ranks.rank) * micro_batch
             masks = sample_masks(config.mask_spec, seed=config.engine.seed, step=step, first=first, batch=micro_batch)
             context, target = (index.to(ranks.device, non_blocking=True) for index in (masks.context, masks.target))
             features = teacher(batch.images)
             output = engine(batch.images, context, target, features)
             engine.backward(output.losses.total)
-            applied, grad_norm = zero.step(engine)
+            applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
 
         progress.count(applied, global_batch)
-        log.step(step, output.losses, context.shape[-1], target.shape[-1], waited)
+        log.step(step, output.losses, context.shape[-1], target.shape[-1], loader.wait_seconds - waited_before)
         if applied:
             skipped_in_a_row = 0
             teacher.refresh()
@@ -98,7 +118,6 @@ def train(config: Config, resume: str | None) -> None:
         if found or saver.due(progress.step):
             log.restart_clock()
 
-    batches.close()
     log.close()
 
 
@@ -116,7 +135,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if args.resume and "=" in args.resume and not os.path.exists(args.resume):  # --resume section.key=value
+        args.overrides.append(args.resume)
+        args.resume = "latest"
+    return args
 
 
 def main() -> int:
@@ -126,7 +149,8 @@ def main() -> int:
         if args.dry_run:
             print(report(config, args.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
-        train(config, args.resume or config.resume_from)
+        meta = config.meta
+        train(config, args.resume or (meta.read_checkpoint or "latest" if meta.load_checkpoint else None))
     except (ConfigError, checkpoint.CheckpointError, TrainingError, ValueError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"engine/train.py, rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)

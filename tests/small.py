@@ -1,5 +1,6 @@
 """What several tests need: a run small enough for them, and real processes that form a group."""
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable
@@ -8,6 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+
+from jepa import zero
 from jepa.config import Config, parse_config
 
 MAPPING = {
@@ -24,7 +28,7 @@ MAPPING = {
 
 
 def small_config(*overrides: str) -> Config:
-    """A C-JEPA of 32 px images, patch 4, encoder 24 x 2 and predictor 16 x 2, in fp32; `section.key=value` changes it."""
+    """A C-JEPA of 32 px images, patch 4, encoder 24 x 2, predictor 16 x 2, in fp32, changed by `section.key=value`."""
     return parse_config(MAPPING, list(overrides))
 
 
@@ -48,3 +52,22 @@ def _one_rank(rank: int, world_size: int, folder: str, work: Callable[..., Any],
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def whole_weights(engine: object, kind: str = "weight") -> dict[str, Tensor]:
+    """The fp32 weights, or a kind of optimizer state, of all parameters by name, put together from all ranks."""
+    mine = []
+    for flat in zero.flats(engine):
+        values = flat.weight if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)
+        if values is not None:
+            line = values.detach().flatten()
+            mine += [(p.name, p.start, line[p.offset : p.offset + p.length].clone()) for p in flat.pieces]
+    everything = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, mine)
+    sizes: dict[str, int] = {}
+    for name, start, values in itertools.chain(*everything):
+        sizes[name] = max(sizes.get(name, 0), start + len(values))
+    whole = {name: torch.full((size,), float("nan")) for name, size in sizes.items()}
+    for name, start, values in itertools.chain(*everything):
+        whole[name][start : start + len(values)] = values
+    return whole

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from jepa.vit import Predictor, VisionTransformer
 from torch import Tensor
+
+from jepa.vit import Predictor, VisionTransformer
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 

@@ -17,8 +17,9 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .config import Config
+from .config import Config, parse_config
 from .vit import VisionTransformer, build_encoder
 from .zero import Flat, flats, refresh_training_weights
 
@@ -106,8 +107,9 @@ class Saver:
         for path in paths:
             try:
                 state = read_state(path)
-                verify_together(path, state)
-            except CheckpointError as error:
+                mine = state["files"][dist.get_rank() :: dist.get_world_size()]
+                _together(partial(verify, path, mine))
+            except (CheckpointError, OSError) as error:
                 damage.append(str(error))
                 continue
             if damage and dist.get_rank() == 0:
@@ -155,44 +157,59 @@ class Saver:
 
         Raises CheckpointError on every rank if any rank failed to write; what was there before is then untouched.
         """
-        rank, final, engine = dist.get_rank(), self.folder / name, self.engine
-        partial = self.folder / f".{name}.partial"
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
+        final, unfinished, first = self.folder / name, self.folder / f".{name}.partial", dist.get_rank() == 0
+
+        def prepare() -> None:
+            if first:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+
+        def finish() -> None:
+            if first:
+                _write_json(unfinished / "state.json", self._state(progress, files))
+                _swap(unfinished, final)
+
         try:
-            mine: dict[str, Any] = _write_rank(partial, engine)
+            _together(prepare)
+            files = _together(lambda: _write_rank(unfinished, self.engine))
+            _together(finish)
         except OSError as error:
-            mine = {"error": f"rank {rank}: {error}"}
-        files: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(files, mine)
-        failures = [f["error"] for f in files if "error" in f]
-        if rank == 0 and not failures:
-            shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
-            state = {
-                "format": FORMAT,
-                **asdict(progress),
-                "global_batch": self.config.batch(dist.get_world_size()).global_batch,
-                "config": self.config.model_dump(mode="json"),
-                "versions": {"torch": torch.__version__, "python": platform.python_version()},
-                "shapes": shapes,
-                "files": files,
-            }
-            try:
-                _write_json(partial / "state.json", state)
-                _swap(partial, final)
-            except OSError as error:
-                failures = [f"rank 0: {error}"]
-        outcome: list[Any] = [failures]
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[0]:
-            if rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+            if first:
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(
-                f"the checkpoint {final} could not be written ({'; '.join(outcome[0])}); what was saved before is whole"
-            )
+                f"the checkpoint {final} could not be written ({error}); those written before are whole"
+            ) from error
         return final
+
+    def _state(self, progress: Progress, files: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            **asdict(progress),
+            "global_batch": self.config.batch(dist.get_world_size()).global_batch,
+            "config": self.config.model_dump(mode="json"),
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "shapes": shapes_of(self.engine),
+            "files": files,
+        }
+
+
+def shapes_of(engine: Any) -> dict[str, list[int]]:
+    """The parameters' shapes by name; ZeRO-3 empties the parameters themselves."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+
+
+def _together(work: Callable[[], Any]) -> list[Any]:
+    """What `work` returned on each rank. Raises OSError on all ranks where it raised one on any: none waits in vain."""
+    outcome: tuple[Any, str | None]
+    try:
+        outcome = work(), None
+    except (OSError, safetensors.SafetensorError) as error:
+        outcome = None, f"rank {dist.get_rank()}: {error}"
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    if failures := [failure for _, failure in outcomes if failure]:
+        raise OSError("; ".join(failures))
+    return [result for result, _ in outcomes]
 
 
 def _write_rank(folder: Path, engine: Any) -> dict[str, Any]:
@@ -224,7 +241,7 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
     `state` is its state.json; the files are taken to be verified. Raises CheckpointError, before anything is changed,
     where they hold another model.
     """
-    ours = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
+    ours = shapes_of(engine)
     if ours != state["shapes"]:
         names = sorted(set(ours) ^ set(state["shapes"])) or [n for n in ours if ours[n] != state["shapes"][n]]
         raise CheckpointError(
@@ -292,27 +309,14 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path, files: list[dict[str, Any]]) -> None:
-    """Compares rank files with the sizes and the SHA-256 in state.json. Raises CheckpointError at a difference."""
+    """Compares rank files with the sizes and the SHA-256 in state.json. Raises OSError at a difference."""
     for file in files:
         part = path / file["name"]
         if not part.is_file() or part.stat().st_size != file["bytes"]:
             found = f"{part.stat().st_size} bytes" if part.is_file() else "missing"
-            raise CheckpointError(f"{part} is damaged: wanted {file['bytes']} bytes, found {found}")
+            raise OSError(f"{part} is damaged: wanted {file['bytes']} bytes, found {found}")
         if _sha256(part) != file["sha256"]:
-            raise CheckpointError(f"{part} is damaged: its contents do not match the SHA-256 in state.json")
-
-
-def verify_together(path: Path, state: dict[str, Any]) -> None:
-    """`verify`, the files shared out among the ranks; raises on all of them if one finds damage."""
-    damage: list[Any] = [None] * dist.get_world_size()
-    mine = None
-    try:
-        verify(path, state["files"][dist.get_rank() :: dist.get_world_size()])
-    except CheckpointError as error:
-        mine = str(error)
-    dist.all_gather_object(damage, mine)
-    if any(damage):
-        raise CheckpointError("; ".join(d for d in damage if d))
+            raise OSError(f"{part} is damaged: its contents do not match the SHA-256 in state.json")
 
 
 def candidates(folder: Path, tag: str) -> list[Path]:
@@ -334,7 +338,7 @@ def load_encoder(path: str | Path, which: str = "target_encoder") -> tuple[Visio
     """
     path = Path(path)
     state = read_state(path)
-    config, reader = Config.model_validate(state["config"]), Reader(path, state)
+    config, reader = parse_config(state["config"], source=str(path / "state.json")), Reader(path, state)
     kinds = {"target_encoder": "ema" if state["applied"] else "weight", "encoder": "weight"}
     if which not in kinds:
         raise ValueError(f"which: given {which!r}, wanted one of {sorted(kinds)}")

@@ -81,7 +81,7 @@ def random_boxes(sizes_B2: np.ndarray, uniform_BK: np.ndarray, scale: tuple[floa
 
 
 def centre_views(sizes_B2: np.ndarray, crop: int, resize: int) -> np.ndarray:
-    """What torchvision's Resize(resize) and CenterCrop(crop) show of an image, in its pixels: float [B, 4]."""
+    """What torchvision's Resize(resize) and CenterCrop(crop) show of an image, in its pixels: [B, 4]."""
     resized_B2 = resize * sizes_B2 // sizes_B2.min(axis=1, keepdims=True)
     scale_B2 = sizes_B2 / resized_B2
     start_B2 = np.rint((resized_B2 - crop) / 2)
@@ -92,7 +92,7 @@ class Decoder:
     """Encoded images to one uint8 tensor, on the CPU's cores or on the GPU (JPEGs by its engine for them).
 
     `kind`: "auto" (the GPU, if `device` is one), "cpu" or "gpu". `threads`: at most, and no more than the
-    cores that this process may use. One call runs at a time, others wait.
+    cores that this process may use. `options`: what DALI's decoder is told. One call runs at a time, others wait.
     Raises ValueError when the GPU is asked for and `device` is none.
     """
 
@@ -107,15 +107,13 @@ class Decoder:
         self.threads = max(1, min(threads, len(os.sched_getaffinity(0))))
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._options: dict[str, Any] = {"device": "cpu"}
+        self.options: dict[str, Any] = {"device": "cpu"}
         if self.on_gpu:
             index = torch.cuda.current_device() if self.device.index is None else self.device.index
-            self._context = ndd.EvalContext(
-                num_threads=self.threads, device_id=index, cuda_stream=self._stream
-            )
+            self._context = ndd.EvalContext(num_threads=self.threads, device_id=index, cuda_stream=self._stream)
             # All JPEGs on one engine: sharing them among two would let an image's bytes depend on its batch.
-            self._options = {"device": "gpu", "hw_decoder_load": 1.0, "jpeg_fancy_upsampling": True}
-            self._options["affine"] = False  # the ranks of a machine would all bind to the same cores
+            self.options = {"device": "gpu", "hw_decoder_load": 1.0, "jpeg_fancy_upsampling": True}
+            self.options["affine"] = False  # the ranks of a machine would all bind to the same cores
         else:
             with ndd.Device("cpu"):
                 self._context = ndd.EvalContext(num_threads=self.threads)
@@ -140,7 +138,7 @@ class Decoder:
                 shape=ndd.as_batch(box_B4[:, 2:].copy()),
                 axes=[0, 1],
                 adjust_orientation=False,
-                **self._options,
+                **self.options,
             )
             pixels = ndd.resize(
                 pixels,
@@ -206,6 +204,12 @@ def _ahead(function: Callable[..., T], arguments: Iterator[A], depth: int) -> It
             yield given, result, time.perf_counter() - asked
     finally:
         workers.shutdown(cancel_futures=True)
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"damaged or not an image; DALI: {error}".rstrip(" :\n")
 
 
 class Loader:
@@ -321,16 +325,14 @@ class Loader:
                 self._crops([index], uniform_K[None])
                 return index
             except (OSError, RuntimeError) as error:
-                self._note_bad(index, str(error))
+                self._note_bad(index, _reason(error))
         raise ValueError(f"data: not one of the {len(order)} images of {self.source.path} can be decoded")
 
     def _note_bad(self, index: int, reason: str) -> None:
         if index in self.bad:
             return
         self.bad[index] = reason
-        logger.warning(
-            "%s cannot be used (%s); the next good image replaces it", self.source.name(index), reason
-        )
+        logger.warning("%s cannot be used (%s); the next good image replaces it", self.source.name(index), reason)
         bad, seen = len(self.bad), int(self._seen.sum())
         if bad >= ENOUGH_BAD and bad > self.max_bad_fraction * seen:
             first = "".join(f"\n  {self.source.name(i)}: {why}" for i, why in islice(self.bad.items(), 5))
@@ -375,7 +377,7 @@ def eval_batches(
             decode(read([index]), crop_size, frame)
             return True
         except (OSError, RuntimeError) as error:
-            logger.warning("%s cannot be used (%s); it is left out", source.name(index), error)
+            logger.warning("%s cannot be used (%s); it is left out", source.name(index), _reason(error))
             return False
 
     def load(chunk: list[int]) -> tuple[list[int], Tensor | None]:
@@ -390,7 +392,5 @@ def eval_batches(
     for _, (good, images), _ in _ahead(load, chunks, depth=2):
         if images is not None:
             _use_here(images)
-            labels = (
-                None if source.labels is None else torch.from_numpy(source.labels[good]).to(images.device)
-            )
+            labels = None if source.labels is None else torch.from_numpy(source.labels[good]).to(images.device)
             yield images, labels

@@ -7,6 +7,7 @@ plain `python` sets nothing and is a run of one.
 import os
 import re
 import socket
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -64,6 +65,8 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> Ranks:
     `device`: "auto" (the GPU where there is one), "cuda" or "cpu".
     Raises ValueError when a GPU is asked for and there is none for this process.
     """
+    # The collectives' newer names are unknown to torch 2.10.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     environment = launch_environment(dict(os.environ))
     os.environ.update(environment)
     local, gpus = int(environment["LOCAL_RANK"]), torch.cuda.device_count()

@@ -44,7 +44,8 @@ class MaskSpec:
     """The law of the masks, under the key names of I-JEPA's YAML; the defaults are its ImageNet settings.
 
     Scales are shares of the grid's area, aspect ratios are height / width; a context's is 1.
-    `min_keep`: a context has more patches than this before the cut. It does not bind the targets.
+    `min_keep`: a context has more patches than this before the cut. It does not bind the targets (where one is
+    not larger than that, the published sampler never returns).
     Raises ValueError for a law that cannot be drawn, so that sampling never fails and never loops.
     """
 
@@ -168,7 +169,7 @@ def _sample(
             f"{first} .. {first + batch - 1}, and lie in 0 .. 2^32 - 1: give cut=(0, global batch size)"
         )
     context, target, lengths = op(
-        torch.tensor(block_sizes(spec, seed=seed, step=step)),
+        torch.tensor(block_sizes(spec, seed=seed, step=step), device="cpu"),
         spec.mode,
         spec.height,
         spec.width,
@@ -245,18 +246,18 @@ def _sample_ref(
 
     drawn = {image: draw(image) for image in range(cut_first, cut_first + cut_count)}
     images = range(first, first + batch)
-    lengths = torch.tensor([[len(drawn[image][0][e]) for image in images] for e in range(contexts)])
-    target = torch.tensor([[drawn[image][1][m] for image in images] for m in range(targets)])
+    lengths = sizes.new_tensor([[len(drawn[image][0][e]) for image in images] for e in range(contexts)])
+    target = sizes.new_tensor([[drawn[image][1][m] for image in images] for m in range(targets)])
     if mode == "packed":
         flat = [patch for e in range(contexts) for image in images for patch in drawn[image][0][e]]
-        return torch.tensor(flat), target, lengths
+        return sizes.new_tensor(flat), target, lengths
 
     shortest = min(len(kept) for all_kept, _ in drawn.values() for kept in all_kept)
     cut = []
     for image in images:
         words = _words(seed, step, image, CUTS)
         cut.append([shorten(words, kept, shortest) for kept in drawn[image][0]])
-    return torch.tensor(cut).transpose(0, 1).contiguous(), target, lengths
+    return sizes.new_tensor(cut).transpose(0, 1).contiguous(), target, lengths
 
 
 def _words(seed: int, step: int, image: int, stream: int) -> Iterator[int]:

@@ -67,7 +67,7 @@ def all_rows(x_RD: Tensor) -> Tensor:
 
 def health(target_BND: Tensor, predicted_RD: Tensor) -> dict[str, float]:
     """`feature_health` of the images' mean target features and of the predicted blocks, over all ranks' images."""
-    found = {}
+    found: dict[str, float] = {}
     for name, rows in (("target", all_rows(target_BND.mean(1))), ("pred", all_rows(predicted_RD))):
         found |= {f"{name}_{key}": value for key, value in feature_health(rows).items()}
     return found

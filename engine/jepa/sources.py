@@ -124,9 +124,7 @@ def _walk(root: str) -> tuple[list[str], list[str]]:
 def _leads_up(folder: str, name: str) -> bool:
     """Whether `name` is a link to a folder that it lies in, which a walk would follow for ever."""
     path = os.path.join(folder, name)
-    return os.path.islink(path) and (os.path.realpath(folder) + os.sep).startswith(
-        os.path.realpath(path) + os.sep
-    )
+    return os.path.islink(path) and (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(path) + os.sep)
 
 
 def _number(classes: Sequence[str | None]) -> tuple[np.ndarray | None, list[str]]:
@@ -154,9 +152,7 @@ def _from_list(path: str) -> ImageSource:
     classes = [label.strip() or None for _, _, label in entries]
     if None in classes and any(classes):
         line = classes.index(None)
-        raise ValueError(
-            f"images: {path} gives some images a class after a tab, but not {entries[line][0]!r}"
-        )
+        raise ValueError(f"images: {path} gives some images a class after a tab, but not {entries[line][0]!r}")
     return _from_files(path, [os.path.join(folder, name) for name, _, _ in entries], classes)
 
 
@@ -181,9 +177,7 @@ def _from_tars(path: str, shards: list[str]) -> ImageSource:
     indices = [_index(shard) for shard in shards]
     unsaved = [shard for shard, (_, saved) in zip(shards, indices, strict=True) if not saved]
     if unsaved:
-        logger.warning(
-            "the index of %d tars is kept in memory only: cannot write beside %s", len(unsaved), unsaved[0]
-        )
+        logger.warning("the index of %d tars is kept in memory only: cannot write beside %s", len(unsaved), unsaved[0])
     columns = [columns for columns, _ in indices]
     members, offset, size, text = (np.concatenate([c[key] for c in columns]) for key in columns[0])
     if len(members) == 0:

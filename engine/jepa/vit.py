@@ -170,6 +170,7 @@ class VisionTransformer(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         last = self.blocks[-1]
+        assert isinstance(last, Block)
         q, k, _ = last.attn.heads(last.norm1(x))
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 

@@ -6,7 +6,10 @@ has the same layout, because AdamWEMA keeps it by tensor. The teacher and the ch
 know nothing else of DeepSpeed's optimizers.
 """
 
+import contextlib
+import logging
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +36,7 @@ def start(model: JepaModel, config: Config) -> Any:
     """The DeepSpeed engine around the model, with AdamWEMA as its optimizer."""
     import deepspeed
 
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # what it warns of, a foreign optimizer and skipped steps, is meant
     # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing; it is forgotten here.
     optimizer = AdamWEMA(
         param_groups(model),
@@ -42,7 +46,10 @@ def start(model: JepaModel, config: Config) -> Any:
         weight_decay=0.0,
     )
     settings = deepspeed_config(config, dist.get_world_size())
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if config.engine.zero_stage == 0 and config.precision == "fp32":
+        settings["gradient_clipping"] = 0.0  # `step` clips
+    with contextlib.redirect_stdout(sys.stderr):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     optimizer.state.clear()
     return engine
 
@@ -53,26 +60,27 @@ def schedule(engine: Any, lr: float, weight_decay: float, momentum: float) -> No
         group |= {"lr": lr, "momentum": momentum, "weight_decay": weight_decay if group["decays"] else 0.0}
 
 
-def step(engine: Any) -> tuple[bool, float | None]:
+def step(engine: Any, clip_grad: float | None = None) -> tuple[bool, float | None]:
     """Ends a micro-batch; at the end of an accumulation, updates the weights unless the gradient is not finite.
 
     Returns whether the weights moved, and the gradient's norm before clipping (None where DeepSpeed does not tell).
+    `clip_grad` is the largest norm; DeepSpeed knows it too, but in fp32 without ZeRO it hands the optimizer back bare,
+    and the gradient is looked at and clipped here.
     """
-    if not engine.is_gradient_accumulation_boundary():
-        engine.step()
-        return False, None
     norm = None
-    if isinstance(engine.optimizer, AdamWEMA):  # fp32 without ZeRO: nobody else looks at the gradient
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+    if isinstance(engine.optimizer, AdamWEMA) and engine.is_gradient_accumulation_boundary():
+        parameters = [p for p in engine.module.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total)
         if not math.isfinite(norm):
-            engine.module.zero_grad(set_to_none=True)
-            engine.step()
-            return False, norm
+            for parameter in parameters:
+                parameter.grad = None  # the optimizer leaves such parameters alone
+        elif clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, total)
     engine.step()
     if norm is None and engine.get_global_grad_norm() is not None:
         norm = float(engine.get_global_grad_norm())
-    return engine.was_step_applied(), norm
+    return engine.was_step_applied() and (norm is None or math.isfinite(norm)), norm
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,13 @@
-"""AdamW and the exponential moving average of the weights, in one pass over memory (arXiv 1711.05101, alg.
-2).
+"""AdamW and the exponential moving average of the weights in one pass over memory (arXiv 1711.05101, alg. 2).
 
     g <- grad_scale * g
-    m <- m + (1 - beta1) (g - m);    v <- beta2 v + (1 - beta2) g^2
+    m <- beta1 m + (1 - beta1) g;    v <- beta2 v + (1 - beta2) g^2
     p <- (1 - lr * weight_decay) p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
-    e <- e + (1 - momentum) (p - e)
+    e <- momentum e + (1 - momentum) p
 
-The last line is momentum * e + (1 - momentum) * p, with the one rounding that counts left: that of the
-result.
-Bytes per parameter: 28 for AdamW (p, m, v read and written, g read), 8 for e; 2 less for a 16-bit gradient,
-    2 more
-for each 16-bit copy. The CPU kernel is in csrc/adamw_ema.cpp.
+Averages are computed as x + (1 - beta) (new - x), and p by subtracting what is small from it: the one rounding that
+counts is that of the result. Bytes per parameter: 28 for AdamW (p, m, v read and written, g read) and 8 for e; 2 less
+for a 16-bit gradient, 2 more for each 16-bit copy. The CPU kernel is in csrc/adamw_ema.cpp.
 """
 
 from collections import defaultdict
@@ -22,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import BLOCK, at, is_aligned, tables, upload
+from .tables import BLOCK, at, is_aligned, lerp, tables, upload
 
 Number: TypeAlias = float | Tensor
 
@@ -32,18 +29,17 @@ _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 class AdamWEMA(torch.optim.Optimizer):
     """`torch.optim.AdamW` that also keeps the exponential moving average of the weights.
 
-    params: float32 parameters or groups of them; a group may set any option below for itself. Gradients in
+    params: float32 parameters or groups of them; a group may set any option below for itself. Gradients may be
         float32, bfloat16 or float16 (`p.grad_dtype`).
-    lr, weight_decay, momentum: numbers or 0-d tensors. Change them in `param_groups`, or the tensors in
-        place, before any step: nothing is compiled again, and one on the device is read there.
-    momentum: of the average, which starts as a copy of the weights before their first update. ema=False:
-        none.
-    capturable: the step counters lie on the device: a CUDA graph can hold the step, `found_inf` can undo it.
+    lr, weight_decay, momentum: numbers or 0-d tensors. Set them in `param_groups`, or a tensor in place, before
+        any step: nothing is compiled again, and a tensor on the device is read there.
+    momentum: of the average, which starts as a copy of the weights before their first update.
+    ema: whether there is an average.
+    capturable: keeps the step counters on the device, so a CUDA graph can hold a step and `found_inf` undo it.
 
-    `state[p]` holds `step` (float32, 0-d) and, float32 in the layout of p, `exp_avg`, `exp_avg_sq` and
-    `ema`. A parameter without a gradient is left out of the step, and so is its average. Weights in 16 bits
-    are refused: AdamW's updates vanish in them. Keep float32 ones here, and let `set_copies` write those in
-        16 bits.
+    `state[p]` holds `step` (float32, 0-d) and, float32 in the layout of p, `exp_avg`, `exp_avg_sq` and `ema`. A
+    parameter without a gradient is left out of the step, and so is its average. Weights in 16 bits are refused:
+    AdamW's updates vanish in them. Keep float32 ones here and let `set_copies` write the others.
     """
 
     def __init__(
@@ -76,9 +72,8 @@ class AdamWEMA(torch.optim.Optimizer):
     def set_copies(self, param: Tensor, *, weight: Tensor | None = None, ema: Tensor | None = None) -> None:
         """From the next step on, also writes the new weight and its average here, in the same pass.
 
-        weight, ema: bfloat16, float16 or float32, of param's shape, strides and device; None: no copy. They
-            stay
-        the caller's: fill them with a first value; no state_dict holds them.
+        weight, ema: bfloat16, float16 or float32, with param's shape, strides and device; None: no copy. They
+            stay the caller's: give them a first value; no state_dict holds them.
         """
         group = next((g for g in self.param_groups if any(param is p for p in g["params"])), None)
         if group is None:
@@ -107,28 +102,32 @@ class AdamWEMA(torch.optim.Optimizer):
     ) -> Any:
         """Updates every parameter that has a gradient, and its average; returns the closure's loss.
 
-        grad_scale: multiplies the gradients as they are read: 1 / loss scale, a clipping factor, their
-            product.
-        found_inf: 0-d tensor; if it is not 0, nothing is changed, as decided on the device. The step counters
-            must lie there: parameters on the CPU, or capturable=True.
+        grad_scale: multiplies the gradients as they are read: 1 / loss scale, a clipping factor or their product.
+        found_inf: 0-d tensor; where it is not 0 nothing changes, and nobody waits to learn it. The step counters
+            must lie where the parameters do: on the CPU, or capturable=True.
         """
-        self._cuda_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for params in self._batches(group):
-                self._update(group, params, grad_scale, found_inf)
+        batches = [(group, params) for group in self.param_groups for params in self._batches(group, found_inf)]
+        for group, params in batches:  # nothing is written before everything is checked
+            self._update(group, params, grad_scale, found_inf)
         return loss
 
-    def _batches(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
-        """The parameters to update; together those whose tensors agree in device and dtypes."""
+    def _batches(self, group: dict[str, Any], found_inf: Tensor | None) -> Iterable[list[Tensor]]:
+        """The parameters to update, their state complete; together those that agree in device and dtypes."""
         batches: defaultdict[Any, list[Tensor]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
                 _check(p)
                 self._prepare(p, group)
+                step = self.state[p]["step"]
+                if found_inf is not None and step.device != p.device:
+                    raise ValueError(
+                        f"AdamWEMA.step: found_inf needs the step counters on {p.device} beside the parameters, got "
+                        f"them on {step.device}: create the optimizer with capturable=True"
+                    )
                 copies = self._copies.get(p, (None, None))
                 batches[(p.device, p.grad.dtype, *(c if c is None else c.dtype for c in copies))].append(p)
         return batches.values()
@@ -151,11 +150,6 @@ class AdamWEMA(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         copies = [self._copies.get(p, (None, None)) for p in params]
         steps = [state["step"] for state in states]
-        if found_inf is not None and steps[0].device != params[0].device:
-            raise ValueError(
-                f"AdamWEMA.step: found_inf is obeyed on {params[0].device}, and the step counters must lie there, "
-                f"got them on {steps[0].device}: create the optimizer with capturable=True"
-            )
         torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float().reshape(()))
         weight_copies = [weight for weight, _ in copies if weight is not None]
         ema_copies = [ema for _, ema in copies if ema is not None]
@@ -181,13 +175,11 @@ def _check_options(options: dict[str, Any]) -> None:
         value = options[name]
         if isinstance(value, Tensor):
             if value.dim() != 0:
-                raise ValueError(
-                    f"AdamWEMA: {name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}"
-                )
+                raise ValueError(f"AdamWEMA: {name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
         elif not 0 <= value <= (1 if name == "momentum" else float("inf")):
             raise ValueError(f"AdamWEMA: {name} must not be negative (momentum: nor above 1), got {value}")
-    if not all(0 <= beta < 1 for beta in options["betas"]):
-        raise ValueError(f"AdamWEMA: both betas must lie in [0, 1), got {options['betas']}")
+    if len(options["betas"]) != 2 or not all(0 <= beta < 1 for beta in options["betas"]):
+        raise ValueError(f"AdamWEMA: betas must be two numbers in [0, 1), got {options['betas']}")
 
 
 def _check(p: Tensor) -> None:
@@ -231,7 +223,7 @@ def _coefficients(
 ) -> Tensor:
     """[R, 6] float32: what the update of each parameter multiplies by, worked out in float64.
 
-    1 - lr * weight_decay, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), 1 - momentum, grad_scale, 1 to apply or
+    lr * weight_decay, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), 1 - momentum, grad_scale, 1 to apply or
     0. On the CPU, or on the device as soon as one of the numbers lies there, so that nothing waits for it.
     """
     beta1, beta2 = options["betas"]
@@ -243,7 +235,7 @@ def _coefficients(
     t = torch.stack(steps)
     t = (upload(t, device) if on_device and t.device.type == "cpu" else t).double()
     rows = t.new_empty(len(steps), 6)
-    rows[:, 0] = 1 - lr * weight_decay
+    rows[:, 0] = lr * weight_decay
     rows[:, 1] = lr / (1 - beta1**t)
     rows[:, 2] = (1 - beta2**t).rsqrt()
     rows[:, 3] = 1 - momentum
@@ -271,14 +263,15 @@ def adamw_ema_ref(
     for i, p in enumerate(params):
         decay, lr, rsqrt_bias2, weight, scale, apply = coefficients[i].to(p.device)
         g = grads[i].float() * scale
-        m = exp_avgs[i] + (1 - beta1) * (g - exp_avgs[i])
-        v = beta2 * exp_avg_sqs[i] + (1 - beta2) * g * g
-        new = decay * p - lr * m / (v.sqrt() * rsqrt_bias2 + eps)
+        m = torch.lerp(exp_avgs[i], g, 1 - beta1)
+        v = torch.lerp(exp_avg_sqs[i], g * g, 1 - beta2)
+        new = p - (decay * p + lr * m / (v.sqrt() * rsqrt_bias2 + eps))
         writes = [(p, new), (exp_avgs[i], m), (exp_avg_sqs[i], v)]
+        if weight_copies:
+            writes.append((weight_copies[i], new))
         if emas:
-            ema = emas[i] + weight * (new - emas[i])
-            writes += [(emas[i], ema), *((copies[i], ema) for copies in [ema_copies] if copies)]
-        writes += [(copies[i], new) for copies in [weight_copies] if copies]
+            ema = torch.lerp(emas[i], new, weight)
+            writes += [(emas[i], ema)] + ([(ema_copies[i], ema)] if ema_copies else [])
         for old, value in writes:
             old.copy_(torch.where(apply != 0, value, old))
 
@@ -287,42 +280,11 @@ def adamw_ema_ref(
 
 
 @triton.jit
-def _update_block(
-    row, c, start, offset, mask, beta1_c, beta2, beta2_c, eps,
-    GRAD: tl.constexpr, EMA: tl.constexpr, WEIGHT_COPY: tl.constexpr, EMA_COPY: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    p_at = at(tl.load(row + 1), tl.float32, start, ALIGNED) + offset
-    g_at = at(tl.load(row + 2), GRAD, start, ALIGNED) + offset
-    m_at = at(tl.load(row + 3), tl.float32, start, ALIGNED) + offset
-    v_at = at(tl.load(row + 4), tl.float32, start, ALIGNED) + offset
-    g = tl.load(g_at, mask=mask).to(tl.float32) * tl.load(c + 4)
-    m = tl.load(m_at, mask=mask)
-    v = tl.load(v_at, mask=mask)
-    p = tl.load(p_at, mask=mask)
-    m += beta1_c * (g - m)
-    v = beta2 * v + beta2_c * g * g
-    p = tl.load(c) * p - tl.load(c + 1) * m / (tl.sqrt(v) * tl.load(c + 2) + eps)
-    tl.store(m_at, m, mask=mask)
-    tl.store(v_at, v, mask=mask)
-    tl.store(p_at, p, mask=mask)
-    if EMA:
-        e_at = at(tl.load(row + 5), tl.float32, start, ALIGNED) + offset
-        e = tl.load(e_at, mask=mask)
-        e += tl.load(c + 3) * (p - e)
-        tl.store(e_at, e, mask=mask)
-        if EMA_COPY is not None:
-            tl.store(at(tl.load(row + 7), EMA_COPY, start, ALIGNED) + offset, e.to(EMA_COPY), mask=mask)
-    if WEIGHT_COPY is not None:
-        tl.store(at(tl.load(row + 6), WEIGHT_COPY, start, ALIGNED) + offset, p.to(WEIGHT_COPY), mask=mask)
-
-
-@triton.jit
 def _adamw_ema_kernel(
     blocks,  # int32 [total, 2]: row, which block of it
     rows,  # int64 [R, 8]: elements, addresses of p, g, m, v, e and the copies of p and e (0: none)
     coefficients,  # float32 [R, 6]
     beta1_c,  # 1 - beta1
-    beta2,
     beta2_c,  # 1 - beta2
     eps,
     GRAD: tl.constexpr,
@@ -336,45 +298,40 @@ def _adamw_ema_kernel(
     r = tl.load(blocks + 2 * b).to(tl.int64)
     start = tl.load(blocks + 2 * b + 1).to(tl.int64) * BLOCK
     row = rows + r * 8
-    c = coefficients + r * 6
-    offset = tl.arange(0, BLOCK)
     left = tl.load(row) - start
-    if tl.load(c + 5) != 0:
-        if left >= BLOCK:  # no mask: it would break wide loads into single elements
-            _update_block(
-                row,
-                c,
-                start,
-                offset,
-                None,
-                beta1_c,
-                beta2,
-                beta2_c,
-                eps,
-                GRAD,
-                EMA,
-                WEIGHT_COPY,
-                EMA_COPY,
-                ALIGNED,
-            )
-        else:
-            mask = offset < left
-            _update_block(
-                row,
-                c,
-                start,
-                offset,
-                mask,
-                beta1_c,
-                beta2,
-                beta2_c,
-                eps,
-                GRAD,
-                EMA,
-                WEIGHT_COPY,
-                EMA_COPY,
-                ALIGNED,
-            )
+    c = coefficients + r * 6
+    decay, lr, rsqrt_bias2 = tl.load(c), tl.load(c + 1), tl.load(c + 2)
+    weight, scale, apply = tl.load(c + 3), tl.load(c + 4), tl.load(c + 5)
+    offset = tl.arange(0, BLOCK)
+    for WHOLE in tl.static_range(2):  # a mask would break the wide loads of a whole block into single elements
+        if (apply != 0) & ((left >= BLOCK) == WHOLE):
+            mask = None if WHOLE else offset < left
+            p_at = at(tl.load(row + 1), tl.float32, start, ALIGNED) + offset
+            g_at = at(tl.load(row + 2), GRAD, start, ALIGNED) + offset
+            m_at = at(tl.load(row + 3), tl.float32, start, ALIGNED) + offset
+            v_at = at(tl.load(row + 4), tl.float32, start, ALIGNED) + offset
+            e_at = at(tl.load(row + 5), tl.float32, start, ALIGNED) + offset
+            g = tl.load(g_at, mask=mask).to(tl.float32) * scale
+            m = tl.load(m_at, mask=mask)
+            v = tl.load(v_at, mask=mask)
+            p = tl.load(p_at, mask=mask)
+            if EMA:
+                e = tl.load(e_at, mask=mask)
+            m = lerp(m, g, beta1_c)
+            v = lerp(v, g * g, beta2_c)
+            p -= decay * p + lr * m / (tl.sqrt(v) * rsqrt_bias2 + eps)
+            tl.store(m_at, m, mask=mask)
+            tl.store(v_at, v, mask=mask)
+            tl.store(p_at, p, mask=mask)
+            if WEIGHT_COPY is not None:
+                copy_at = at(tl.load(row + 6), WEIGHT_COPY, start, ALIGNED) + offset
+                tl.store(copy_at, p.to(WEIGHT_COPY), mask=mask)
+            if EMA:
+                e = lerp(e, p, weight)
+                tl.store(e_at, e, mask=mask)
+                if EMA_COPY is not None:
+                    copy_at = at(tl.load(row + 7), EMA_COPY, start, ALIGNED) + offset
+                    tl.store(copy_at, e.to(EMA_COPY), mask=mask)
 
 
 def adamw_ema_triton(
@@ -400,7 +357,6 @@ def adamw_ema_triton(
             rows,
             upload(coefficients, params[0].device) if coefficients.device.type == "cpu" else coefficients,
             1 - beta1,
-            beta2,
             1 - beta2,
             eps,
             GRAD=_TRITON[grads[0].dtype],

@@ -1,12 +1,13 @@
-"""What the ops that take an index ask of it, before anything is launched."""
+"""What the ops that take an index ask of it: before a launch, and in a kernel whose index nobody has read."""
 
 import torch
 from torch import Tensor
 
+# Launch options: Triton drops tl.device_assert unless it compiles for debugging, which would check sums as well.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
 
-def check_index(
-    op: str, name: str, index: Tensor, sizes: tuple[int | None, ...], rows: int, like: Tensor
-) -> None:
+
+def check_index(op: str, name: str, index: Tensor, sizes: tuple[int | None, ...], rows: int, like: Tensor) -> None:
     """Raises `ValueError` unless `index` is int64, of these sizes (None: any), beside `like`, in 0..rows-1.
 
     Values are read on a CPU only: on a GPU that would wait for it, so there the kernel asserts. A compiled

@@ -1,10 +1,8 @@
 """Exponential moving average of many tensors in one launch: t <- momentum * t + (1 - momentum) * s.
 
-Written t + (1 - momentum) * (s - t): the difference is scaled down before it is added, so the one rounding
-that
-counts is that of the result. float32, bfloat16 and float16 in any mixture, float32 inside. Floor: read t and
-    s,
-write t. The CPU kernel is in csrc/ema.cpp.
+Computed as torch.lerp does, t + (1 - momentum) * (s - t): the difference is scaled down before it is added, so the
+one rounding that counts is that of the result. float32, bfloat16 and float16 in any mixture, float32 inside.
+Floor: read t and s, write t. The CPU kernel is in csrc/ema.cpp.
 """
 
 from collections.abc import Iterable
@@ -14,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import BLOCK, at, is_aligned, tables
+from .tables import BLOCK, at, is_aligned, lerp, tables
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -23,21 +21,17 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float | Tensor) -> None:
     """Moves every target towards its source, in place.
 
-    targets, sources: as many of each, pairwise of one shape, all on one device; float32, bfloat16 or float16
-        in any mixture. Targets may have any dense layout (channels_last, transposed) and must not share
-        memory.
-    momentum: in [0, 1]. A 0-d tensor on the device is read there: nothing waits for it, and a CUDA graph
-        follows its changes. Best in float64: rounded to float32, .9999 leaves a 1 - momentum that is 2e-4 of
-            itself off.
+    targets, sources: as many of each, pairwise of one shape, all on one device; float32, bfloat16 or float16 in
+        any mixture. Targets may have any dense layout (channels_last, transposed) and must not share memory.
+    momentum: in [0, 1]. A 0-d tensor on the device is read there: nothing waits for it, and a CUDA graph follows
+        it. Best in float64: rounded to float32, .9999 leaves a 1 - momentum that is 2e-4 of itself off.
 
-    A bfloat16 target moves only by steps larger than half of its last bit, so most of its values stand still
-    from a momentum of about .996: keep averages in float32.
+    Raises ValueError for anything else, before anything is written. A bfloat16 target moves only by more than
+    half of its last bit, so most of its values stand still from a momentum of about .996: keep it in float32.
     """
     targets, sources = list(targets), list(sources)
     if len(targets) != len(sources):
-        raise ValueError(
-            f"ema_: one source per target wanted, got {len(targets)} targets, {len(sources)} sources"
-        )
+        raise ValueError(f"ema_: one source per target wanted, got {len(targets)} targets, {len(sources)} sources")
     if not targets:
         return
     device = targets[0].device
@@ -66,8 +60,7 @@ def _weight(momentum: float | Tensor, device: torch.device) -> Tensor:
 def _check(i: int, target: Tensor, source: Tensor, device: torch.device) -> None:
     if target.shape != source.shape:
         raise ValueError(
-            f"ema_: sources[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, "
-            f"got {tuple(source.shape)}"
+            f"ema_: sources[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, got {tuple(source.shape)}"
         )
     if target.dtype not in _CODES or source.dtype not in _CODES:
         raise ValueError(
@@ -91,8 +84,7 @@ def _check(i: int, target: Tensor, source: Tensor, device: torch.device) -> None
 
 def ema_ref(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
     for target, source in zip(targets, sources, strict=True):
-        t = target.float()
-        target.copy_(t + weight * (source.float() - t))
+        target.copy_(torch.lerp(target.float(), source.float(), weight.to(target.device)))
 
 
 # --- triton
@@ -120,15 +112,6 @@ def _store(address, code, start, offset, x, mask, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _lerp(row, start, offset, weight, mask, ALIGNED: tl.constexpr):
-    target, source = tl.load(row + 1), tl.load(row + 2)
-    target_code, source_code = tl.load(row + 3), tl.load(row + 4)
-    t = _load(target, target_code, start, offset, mask, ALIGNED)
-    t += weight * (_load(source, source_code, start, offset, mask, ALIGNED) - t)
-    _store(target, target_code, start, offset, t, mask, ALIGNED)
-
-
-@triton.jit
 def _ema_kernel(
     blocks,  # int32 [total, 2]: row, which block of it
     rows,  # int64 [R, 5]: elements, addresses of target and source, their dtype codes
@@ -138,16 +121,20 @@ def _ema_kernel(
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    row = rows + tl.load(blocks + 2 * b) * 5
+    row = rows + tl.load(blocks + 2 * b).to(tl.int64) * 5
     start = tl.load(blocks + 2 * b + 1).to(tl.int64) * BLOCK
-    offset = tl.arange(0, BLOCK)
     left = tl.load(row) - start
+    target, source = tl.load(row + 1), tl.load(row + 2)
+    target_code, source_code = tl.load(row + 3), tl.load(row + 4)
     if ON_DEVICE:
         weight = tl.load(weight)
-    if left >= BLOCK:  # no mask: it would break wide loads into single elements
-        _lerp(row, start, offset, weight, None, ALIGNED)
-    else:
-        _lerp(row, start, offset, weight, offset < left, ALIGNED)
+    offset = tl.arange(0, BLOCK)
+    for WHOLE in tl.static_range(2):  # a mask would break the wide loads of a whole block into single elements
+        if (left >= BLOCK) == WHOLE:
+            mask = None if WHOLE else offset < left
+            t = _load(target, target_code, start, offset, mask, ALIGNED)
+            s = _load(source, source_code, start, offset, mask, ALIGNED)
+            _store(target, target_code, start, offset, lerp(t, s, weight), mask, ALIGNED)
 
 
 def ema_triton(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:

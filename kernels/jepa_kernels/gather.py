@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_index
+from .checks import ASSERTING, check_index
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def _gather_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Each row of dx looks for itself in the index: no atomics, no zeroing beforehand, repeats in the order of k.
+    # Each row of dx looks for itself in the index: no atomics, no zeroing first, repeats in the order of k.
     wide: tl.constexpr = tl.float64 if dy.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0)
     columns, tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(N, ROWS)
@@ -123,9 +123,8 @@ def gather_triton(x: Tensor, index: Tensor) -> Tensor:
     if y.numel():
         rows, block_d = _tile(K, D, x.element_size())
         grid = (B * triton.cdiv(K, rows) * triton.cdiv(D, block_d),)
-        _gather_kernel[grid](
-            x, index.contiguous(), y, N, K, D, *x.stride(), rows, block_d, debug=True, sanitize_overflow=False
-        )
+        with torch.cuda.device_of(x):
+            _gather_kernel[grid](x, index.contiguous(), y, N, K, D, *x.stride(), rows, block_d, **ASSERTING)
     return y
 
 
@@ -135,12 +134,13 @@ def gather_backward_triton(dy: Tensor, index: Tensor, N: int) -> Tensor:
     if dx.numel():
         rows, block_d = _tile(N, D, max(4, dy.element_size()))  # the sums are at least float32
         grid = (B * triton.cdiv(N, rows) * triton.cdiv(D, block_d),)
-        _gather_backward_kernel[grid](dy, index.contiguous(), dx, N, K, D, *dy.stride(), rows, 128, block_d)
+        with torch.cuda.device_of(dy):
+            _gather_backward_kernel[grid](dy, index.contiguous(), dx, N, K, D, *dy.stride(), rows, 128, block_d)
     return dx
 
 
 def _tile(rows: int, D: int, element_size: int) -> tuple[int, int]:
-    """ROWS, BLOCK_D of 8 KiB: four 16-byte accesses for each of 128 threads. BLOCK_D divides D where it can."""
+    """ROWS, BLOCK_D of 8 KiB, four 16-byte accesses for each of 128 threads; BLOCK_D divides D if it can."""
     block_d = min(max(D & -D, 64), 512)
     return min(triton.next_power_of_2(rows), max(1, 8192 // (block_d * element_size))), block_d
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_index
+from .checks import ASSERTING, check_index
 
 
 def patchify(
@@ -46,8 +46,7 @@ def patchify(
     """
     if images.ndim != 4 or images.dtype != torch.uint8 or (images.shape[1] != 3 and images.shape[3] != 3):
         raise ValueError(
-            "patchify: images must be uint8 [B, 3, H, W] or [B, H, W, 3]; "
-            f"got {images.dtype} {list(images.shape)}"
+            f"patchify: images must be uint8 [B, 3, H, W] or [B, H, W, 3]; got {images.dtype} {list(images.shape)}"
         )
     if images.shape[1] != 3:
         images = images.permute(0, 3, 1, 2)
@@ -85,8 +84,7 @@ def patchify_ref(
     if index is not None:
         bytes_BNL = bytes_BNL.gather(1, index[:, :, None].expand(-1, -1, 3 * P * P))
     scale_L, bias_L = (
-        torch.tensor(v, dtype=torch.float32, device=images_B3HW.device).repeat_interleave(P * P)
-        for v in (scale, bias)
+        torch.tensor(v, dtype=torch.float32, device=images_B3HW.device).repeat_interleave(P * P) for v in (scale, bias)
     )
     return (bytes_BNL.float() * scale_L + bias_L).to(dtype).contiguous()
 
@@ -148,23 +146,13 @@ def patchify_triton(
         B, K, _ = y.shape
         block_p = triton.next_power_of_2(P)
         runs = min(triton.next_power_of_2(K * 3 * P), max(1, 2048 // block_p))
-        _patchify_kernel[(B * triton.cdiv(K * 3 * P, runs),)](
-            images,
-            images if index is None else index.contiguous(),
-            y,
-            K,
-            images.shape[2] // P,
-            images.shape[3] // P,
-            *images.stride(),
-            *scale,
-            *bias,
-            index is not None,
-            P,
-            runs,
-            block_p,
-            debug=True,
-            sanitize_overflow=False,
-        )
+        patches = images if index is None else index.contiguous()
+        sizes = K, images.shape[2] // P, images.shape[3] // P, *images.stride()
+        options = index is not None, P, runs, block_p
+        with torch.cuda.device_of(images):
+            _patchify_kernel[(B * triton.cdiv(K * 3 * P, runs),)](
+                images, patches, y, *sizes, *scale, *bias, *options, **ASSERTING
+            )
     return y
 
 

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding
 
-from .checks import check_index
+from .checks import ASSERTING, check_index
 
 
 def predictor_tokens(
@@ -42,8 +43,7 @@ def predictor_tokens(
     """
     if context.ndim != 3 or not context.dtype.is_floating_point:
         raise ValueError(
-            "predictor_tokens: context must be floating-point [B, Kc, D]; "
-            f"got {context.dtype} {list(context.shape)}"
+            f"predictor_tokens: context must be floating-point [B, Kc, D]; got {context.dtype} {list(context.shape)}"
         )
     B, Kc, D = context.shape
     for name, tensor, ndim in (("pos", pos, 2), ("mask_token", mask_token, 1)):
@@ -70,8 +70,8 @@ def predictor_tokens_ref(
     M, B, Kt = target_index.shape
     _, Kc, D = context_BKD.shape
     wide = torch.promote_types(context_BKD.dtype, torch.float32)
-    seen = context_BKD.to(wide) + pos_ND.to(wide)[context_index]
-    hidden = mask_token_D.to(wide) + pos_ND.to(wide)[target_index]
+    seen = context_BKD.to(wide) + embedding(context_index, pos_ND.to(wide))
+    hidden = mask_token_D.to(wide) + embedding(target_index, pos_ND.to(wide))
     tokens = torch.cat([seen.expand(M, B, Kc, D), hidden], dim=2)
     return tokens.reshape(M * B, Kc + Kt, D).to(context_BKD.dtype)
 
@@ -129,7 +129,7 @@ def _predictor_tokens_kernel(
 def _predictor_tokens_backward_kernel(
     dy,  # [M*B, S, D]
     d_context,  # [B, Kc, D]
-    partial,  # [B, tiles of S - FIRST, D]: sums of the mask tokens' rows, tile by tile
+    partial,  # [B, tiles from the first with a mask token on, D]: their sums, tile by tile
     B,
     Kc,
     S,
@@ -147,14 +147,14 @@ def _predictor_tokens_backward_kernel(
     s = tile * ROWS + tl.arange(0, ROWS)
     d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (s < S)[:, None] & (d < D)[None, :]
-    at = dy + b * dy_s + s.to(tl.int64)[:, None] * dy_k + d.to(tl.int64)[None, :] * dy_d
+    at = dy + s.to(tl.int64)[:, None] * dy_k + d.to(tl.int64)[None, :] * dy_d
     total = tl.zeros((ROWS, BLOCK_D), partial.dtype.element_ty)
     for m in tl.static_range(M):
-        total += tl.load(at + m * B.to(tl.int64) * dy_s, mask=inside, other=0).to(total.dtype)
+        total += tl.load(at + (m * B + b) * dy_s, mask=inside, other=0).to(total.dtype)
     seen = s < Kc
     to = d_context + (b * Kc + s)[:, None] * D + d[None, :]
     tl.store(to, total.to(d_context.dtype.element_ty), mask=seen[:, None] & (d < D)[None, :])
-    first = Kc // ROWS  # the first tile that holds a mask token
+    first = Kc // ROWS
     hidden = tl.sum(tl.where(seen[:, None], 0, total), 0)
     tl.store(partial + (b * (tiles - first) + tile - first) * D + d, hidden, mask=(d < D) & (tile >= first))
 
@@ -167,25 +167,13 @@ def predictor_tokens_triton(
     if y.numel():
         rows, block_d = _tile(Kc + Kt, D, context.element_size())
         grid = (M * B * triton.cdiv(Kc + Kt, rows) * triton.cdiv(D, block_d),)
-        _predictor_tokens_kernel[grid](
-            context,
-            context_index.contiguous(),
-            target_index.contiguous(),
-            pos.contiguous(),
-            mask_token.contiguous(),
-            y,
-            M,
-            B,
-            Kc,
-            Kt,
-            pos.shape[0],
-            D,
-            *context.stride(),
-            rows,
-            block_d,
-            debug=True,
-            sanitize_overflow=False,
-        )
+        tables = pos.contiguous(), mask_token.contiguous()
+        indices = context_index.contiguous(), target_index.contiguous()
+        sizes = M, B, Kc, Kt, pos.shape[0], D
+        with torch.cuda.device_of(context):
+            _predictor_tokens_kernel[grid](
+                context, *indices, *tables, y, *sizes, *context.stride(), rows, block_d, **ASSERTING
+            )
     return y
 
 
@@ -199,14 +187,13 @@ def predictor_tokens_backward_triton(dy: Tensor, M: int, B: int, Kc: int) -> tup
     d_context = dy.new_empty(B, Kc, D)
     partial = dy.new_empty(B * (tiles - Kc // rows), D, dtype=wide)
     grid = (B * tiles * triton.cdiv(D, block_d),)
-    _predictor_tokens_backward_kernel[grid](
-        dy, d_context, partial, B, Kc, S, D, *dy.stride(), M, rows, block_d
-    )
+    with torch.cuda.device_of(dy):
+        _predictor_tokens_backward_kernel[grid](dy, d_context, partial, B, Kc, S, D, *dy.stride(), M, rows, block_d)
     return d_context, partial.sum(0)
 
 
 def _tile(rows: int, D: int, element_size: int) -> tuple[int, int]:
-    """ROWS, BLOCK_D of 8 KiB: four 16-byte accesses for each of 128 threads. BLOCK_D divides D where it can."""
+    """ROWS, BLOCK_D of 8 KiB, four 16-byte accesses for each of 128 threads; BLOCK_D divides D if it can."""
     block_d = min(max(D & -D, 64), 512)
     return min(triton.next_power_of_2(rows), max(1, 8192 // (block_d * element_size))), block_d
 

@@ -1,11 +1,9 @@
-"""Many tensors, one launch: which addresses a kernel works on, as tables in the device's memory.
+"""Many tensors, one launch: the addresses that a kernel works on, as tables in the device's memory.
 
-A list of tensors is cut into blocks of `BLOCK` elements. Program b of the launch reads `blocks[b] = (row,
-k)`, then `rows[row] = (elements, address, ...)`, and works on elements k * BLOCK and up of those addresses.
-Both
-tables are cached by what they hold: tensors that stay in place cost a look-up, and new ones (gradients,
-    mostly)
-a small copy that the host does not wait for.
+A list of tensors is cut into blocks of `BLOCK` elements. Program b of a launch reads `blocks[b] = (row, k)`, then
+`rows[row] = (elements, address, ...)`, and works on elements k * BLOCK and up of those addresses. Both tables are
+cached by what they hold: tensors that stay in place cost a look-up, and new ones (gradients, mostly) a small copy
+that the host does not wait for.
 """
 
 from collections.abc import Sequence
@@ -20,9 +18,7 @@ BLOCK = 1024  # per program of four warps: two 16-byte loads of each float32 ten
 
 Row = tuple[int, ...]
 
-_captured: list[
-    tuple[Tensor, Tensor]
-] = []  # a CUDA graph holds addresses: what it reads must outlive the caches
+_captured: list[tuple[Tensor, Tensor]] = []  # a CUDA graph holds addresses: what it reads must outlive the caches
 
 
 def tables(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -47,14 +43,21 @@ def at(address, dtype: tl.constexpr, start, ALIGNED: tl.constexpr):
     return pointer + start
 
 
+@triton.jit
+def lerp(a, b, weight):
+    """a + weight * (b - a) from the nearer end, as torch.lerp: exact at both."""
+    return tl.where(weight < 0.5, a + weight * (b - a), b - (1 - weight) * (b - a))
+
+
 def upload(table: Tensor, device: torch.device) -> Tensor:
     """Copies to the device without waiting for it."""
     if device.type != "cuda":
         return table
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "jepa_kernels: a CUDA graph is being captured on tensors not seen before. Run the same step once "
-            "before, on the same tensors (gradients too: zero_grad(set_to_none=False) keeps them in place)"
+            "jepa_kernels: a CUDA graph under capture would replay addresses or numbers of this moment. Run the "
+            "same step once before the capture, on the same tensors (zero_grad(set_to_none=False) keeps gradients "
+            "in place); an optimizer needs capturable=True"
         )
     return table.pin_memory().to(device, non_blocking=True)
 

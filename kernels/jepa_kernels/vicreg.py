@@ -40,7 +40,7 @@ def vicreg(
     VICReg, arXiv 2105.04906, section 4 and its code; C-JEPA, arXiv 2410.19560, algorithm 1.
 
     Args:
-        z: [N, M, D], any floating dtype, any strides; M >= 2.
+        z: [N, M, D], any floating dtype, any strides. One view alone has no pair: its invariance is 0.
         group: a process group whose ranks hold equally many rows each; the statistics are those of all rows.
         gamma, eps: of the variance term.
         precision: how a GPU multiplies float32: "ieee", "tf32x3" (three TF32 products, nearly as exact) or
@@ -53,13 +53,13 @@ def vicreg(
         and its backward, together.
 
     Raises:
-        ValueError: wrong rank or dtype, fewer than 2 views or, over all ranks, 2 rows; an unknown precision.
+        ValueError: wrong rank or dtype, fewer than 2 rows over all ranks; an unknown precision.
     """
     if group is not None and dist.get_world_size(group) == 1:
         group = None
-    if z.ndim != 3 or not z.dtype.is_floating_point or z.shape[1] < 2 or z.shape[2] < 1:
+    if z.ndim != 3 or not z.dtype.is_floating_point or z.shape[1] < 1 or z.shape[2] < 1:
         raise ValueError(
-            "vicreg: z must be floating-point [N, M, D] with at least M = 2 views to compare and D = 1; "
+            "vicreg: z must be floating-point [N, M, D] with at least one view and one channel; "
             f"got {z.dtype} {list(z.shape)}"
         )
     if z.shape[0] * _ranks(group) < 2:
@@ -498,7 +498,7 @@ def _forward(
         squares = _squares(matrix)
     elif gram:
         squares = squares - var.square().sum(1)
-    invariance = spread * (2 / ((M - 1) * G * D))
+    invariance = spread * (2 / (max(1, M - 1) * G * D))
     variance = (gamma - (var + eps).sqrt()).relu().mean()
     covariance = squares.mean() * (2 / D)
     return (invariance, variance, covariance), (rows if gram else z, mean, var, matrix)
@@ -527,7 +527,7 @@ class _VICReg(torch.autograd.Function):
             dist.all_reduce(grad, group=group)  # every rank's losses depend on these rows
         first = N * dist.get_rank(group) if gram and group is not None else 0
         by_invariance, by_variance, by_covariance = grad.unbind()
-        pull = by_invariance * (4 / ((M - 1) * G * D))
+        pull = by_invariance * (4 / (max(1, M - 1) * G * D))
         push = by_covariance * (8 / (M * D * (G - 1)))
         std = (var + eps).sqrt()
         weight = torch.where(std < gamma, by_variance * (-1 / (M * D * (G - 1))) / std, 0)

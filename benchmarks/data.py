@@ -1,0 +1,250 @@
+"""How fast images are made ready: read, decode, random resized crop to uint8, with nothing else running.
+
+    python benchmarks/data.py --images PATH [--crop 224] [--batch 64] [--threads 1 2 4] [--model-rate R] [--out X.json]
+
+All lines make crops of the same images, interleaved; medians of several rounds. The pixels are first compared with
+Pillow's. "imperative" is the mode of DALI that the loader uses, "pipeline" its other one, both fed from memory with the
+same boxes; "Pillow" is what torchvision does, on one core; "loader" is the real thing, files and all. Where there is a
+GPU its decoder is measured too, with none, DALI's default share and all of the JPEGs on the fixed-function engine.
+`--model-rate` (the images/s that the model takes, of benchmarks/throughput.py) adds a verdict: which is the limit?
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("kernels", "engine")]
+
+from nvidia.dali import fn, pipeline_def
+from PIL import Image
+
+from jepa.data import Decoder, Loader, open_images, random_boxes
+
+SCALE = (0.3, 1.0)  # of the published recipe
+LARGEST_DIFFERENCE = 1.0  # mean grey levels of an image, ours against Pillow's (on a GPU: another IDCT)
+SHARES = (0.0, 0.65, 1.0)  # of the JPEGs, to the GPU's fixed-function engine; DALI's default is 0.65
+
+
+@dataclass
+class Work:
+    """One batch: encoded images and the box, (top, left, height, width), to take of each."""
+
+    encoded: list[np.ndarray]
+    boxes: np.ndarray
+
+
+@dataclass
+class Line:
+    """One row of the table. `run` makes all batches once and says how many images these are."""
+
+    name: str
+    threads: int
+    run: Callable[[], int]
+    first: Callable[[], np.ndarray] | None = None  # the pixels of the first batch, for the check
+    drain: Callable[[], object] = lambda: None  # before the clock starts: uses up what lies ready
+
+
+def main() -> int:
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="a folder, a .txt list or tars")
+    parser.add_argument("--crop", type=int, default=224, help="pixels (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="images (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=4, help="batches a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the median counts (default: %(default)s)")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores}), help="default: %(default)s")
+    parser.add_argument("--model-rate", type=float, help="images/s that the model takes")
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    args = parser.parse_args()
+
+    source = open_images(args.images)
+    rng = np.random.default_rng(0)
+    indices = np.resize(rng.permutation(len(source)), (args.batches, args.batch))
+    works = [work_of([source.read(i) for i in row], rng) for row in indices]
+    kilobytes = np.mean([len(e) for work in works for e in work.encoded]) / 1024
+    print(
+        f"{args.images}: {indices.size} crops of {args.crop} px a round, batch {args.batch}, {kilobytes:.0f} KB a file"
+    )
+
+    lines = [Line("Pillow", 1, lambda: sum(len(with_pillow(work, args.crop)) for work in works))]
+    for threads in args.threads:
+        lines += [imperative(works, args.crop, threads), pipeline(works, args.crop, threads)]
+        if torch.cuda.is_available():
+            for share in SHARES:
+                lines += [imperative(works, args.crop, threads, share), pipeline(works, args.crop, threads, share)]
+        lines.append(through_loader(args, threads))
+    differences = check(lines, with_pillow(works[0], args.crop))
+    rows = measure(lines, args.rounds)
+    show(rows, args.model_rate)
+    if args.out:
+        args.out.write_text(json.dumps(about(args) | {"difference": differences, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+def work_of(encoded: list[np.ndarray], rng: np.random.Generator) -> Work:
+    sizes = np.array([Image.open(io.BytesIO(e.tobytes())).size[::-1] for e in encoded])
+    return Work(encoded, random_boxes(sizes, rng.random((len(sizes), 24)), SCALE))
+
+
+def with_pillow(work: Work, crop: int) -> np.ndarray:
+    images = []
+    for encoded, (top, left, height, width) in zip(work.encoded, work.boxes.tolist(), strict=True):
+        image = Image.open(io.BytesIO(encoded.tobytes())).convert("RGB").crop((left, top, left + width, top + height))
+        images.append(np.asarray(image.resize((crop, crop), Image.Resampling.BILINEAR)))
+    return np.stack(images)
+
+
+def imperative(works: list[Work], crop: int, threads: int, share: float | None = None) -> Line:
+    decoder = Decoder("auto", "cpu" if share is None else "cuda", threads)
+    if share is not None:
+        decoder.options["hw_decoder_load"] = share
+
+    def make(work: Work) -> torch.Tensor:
+        whole = (work.boxes * [0, 0, 1, 1]).astype(np.float32)
+        return decoder(work.encoded, crop, lambda sizes: (work.boxes, whole))
+
+    name = "imperative" if share is None else f"imperative, GPU {share:.0%} engine"
+    return Line(name, threads, lambda: sum(len(make(work)) for work in works), lambda: make(works[0]).cpu().numpy())
+
+
+def pipeline(works: list[Work], crop: int, threads: int, share: float | None = None) -> Line:
+    ahead, feed = 2, cycle(works)
+    options: dict[str, Any] = {"device": "cpu"}
+    if share is not None:
+        options = {"device": "mixed", "hw_decoder_load": share, "jpeg_fancy_upsampling": True}
+
+    def next_work() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        work = next(feed)
+        return work.encoded, work.boxes[:, :2].copy(), work.boxes[:, 2:].copy()
+
+    @pipeline_def(batch_size=len(works[0].encoded), num_threads=threads, prefetch_queue_depth=ahead)
+    def graph():  # type: ignore[no-untyped-def]
+        encoded, start, shape = fn.external_source(source=next_work, num_outputs=3, batch=True)
+        pixels = fn.decoders.image_slice(
+            encoded, start=start, shape=shape, axes=[0, 1], adjust_orientation=False, **options
+        )
+        return fn.resize(pixels, size=[crop, crop], antialias=True)
+
+    built = graph(device_id=None if share is None else torch.cuda.current_device())
+    built.build()
+
+    def first() -> np.ndarray:
+        (pixels,) = built.run()
+        return np.asarray((pixels if share is None else pixels.as_cpu()).as_tensor())
+
+    def run() -> int:
+        number = sum(len(built.run()[0]) for _ in works)
+        if share is not None:
+            torch.cuda.synchronize()
+        return number
+
+    name = "pipeline" if share is None else f"pipeline, GPU {share:.0%} engine"
+    return Line(name, threads, run, first, drain=lambda: [built.run() for _ in range(ahead)])
+
+
+def through_loader(args: argparse.Namespace, threads: int) -> Line:
+    """The real thing: files are read, batches are prepared ahead, on the device that trains."""
+    loader = Loader(
+        open_images(args.images),
+        crop_size=args.crop,
+        crop_scale=SCALE,
+        batch_size=args.batch,
+        num_workers=threads,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    return Line("loader", threads, lambda: sum(len(b.images) for _, _, b in loader.batches(0, args.batches)))
+
+
+def check(lines: list[Line], expected: np.ndarray) -> dict[str, float]:
+    """The mean difference to Pillow's crops of each line, in grey levels. Nothing is timed if one is too large."""
+    differences = {}
+    for line in lines:
+        if line.first is not None:
+            gap = np.abs(line.first().astype(int) - expected.astype(int)).mean(axis=(1, 2, 3)).max()
+            differences[f"{line.name}, {line.threads} threads"] = float(gap)
+            if gap > LARGEST_DIFFERENCE:
+                sys.exit(f"{line.name}: an image differs from Pillow's by {gap:.2f} grey levels on average: not timed")
+    worst = max(differences.values())
+    print(f"crops equal Pillow's: no image differs by more than {worst:.2f} grey levels on average")
+    return differences
+
+
+def settle() -> None:
+    """Waits until nothing runs in the background any more: a pipeline goes on filling its queue."""
+    busy = 1.0
+    while busy > 0.005:
+        before = time.process_time()
+        time.sleep(0.05)
+        busy = time.process_time() - before
+
+
+def measure(lines: list[Line], rounds: int) -> list[dict[str, Any]]:
+    seconds: list[list[float]] = [[] for _ in lines]
+    work: list[list[float]] = [[] for _ in lines]
+    number = [line.run() for line in lines]  # warm-up
+    for _ in range(rounds):
+        for line, elapsed, busy in zip(lines, seconds, work, strict=True):
+            settle()
+            line.drain()
+            begin, begin_busy = time.perf_counter(), time.process_time()
+            line.run()
+            elapsed.append(time.perf_counter() - begin)
+            busy.append(time.process_time() - begin_busy)
+    return [
+        {
+            "name": line.name,
+            "threads": line.threads,
+            "images_per_second": n / statistics.median(elapsed),
+            "images_per_core_second": n / statistics.median(busy),
+        }
+        for line, n, elapsed, busy in zip(lines, number, seconds, work, strict=True)
+    ]
+
+
+def show(rows: list[dict[str, Any]], model_rate: float | None) -> None:
+    print(f"{'':32}{'threads':>8}{'images/s':>10}{'per core-second':>17}")
+    for row in rows:
+        rates = f"{row['images_per_second']:10.0f}{row['images_per_core_second']:17.0f}"
+        print(f"{row['name']:32}{row['threads']:8}{rates}")
+    if model_rate is not None:
+        rate = max(row["images_per_second"] for row in rows if row["name"] == "loader")
+        limit = "the model" if rate >= model_rate else "the data"
+        print(f"loader {rate:.0f} images/s, model {model_rate:.0f}: {limit} is the limit ({rate / model_rate:.2f} x)")
+
+
+def about(args: argparse.Namespace) -> dict[str, object]:
+    """What a number needs beside it: command, commit, machine, versions."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    with open("/proc/cpuinfo") as lines:
+        cpu = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+        )
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit.stdout.strip(),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: version(name) for name in ("nvidia-dali-cuda130", "numpy", "pillow", "torch")},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

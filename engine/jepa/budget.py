@@ -1,0 +1,189 @@
+"""What a run needs, from its config alone: parameters, operations, memory. `train.py --dry-run` prints it.
+
+Operations are of the matrix products only, 2 per multiply-add. A block of width D with hidden width F on n tokens:
+    n (8 D^2 + 4 D F)    queries, keys, values 6 D^2, output 2 D^2, the two layers of the MLP 4 D F
+    + 4 n^2 D            scores and their product with the values
+A backward costs twice its forward: a product for the input's gradient and one for the weight's. Patches need none.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import pairwise
+from json import dumps
+
+from .config import BUCKET, Config, Size, deepspeed_config
+from .masks import MaskSpec, sample_masks
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Trained parameters. The fixed positions are not among them, nor is the target encoder, a copy of the encoder."""
+
+    encoder: int
+    predictor: int
+    projector: int
+
+    @property
+    def total(self) -> int:
+        return self.encoder + self.predictor + self.projector
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations for one image."""
+
+    target: float  # the target encoder's forward, on all patches
+    context: float  # the encoder's forward and backward
+    predictor: float  # forward and backward
+    regularizer: float  # projector and covariances, forward and backward
+
+    @property
+    def total(self) -> float:
+        return self.target + self.context + self.predictor + self.regularizer
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. All but the activations are exact up to DeepSpeed's padding."""
+
+    weights: float
+    gradients: float
+    master: float  # fp32 copies of the weights
+    moments: float  # AdamW's two, fp32
+    ema: float  # of the encoder, fp32
+    teacher: float  # the target encoder's weights
+    buckets: float  # DeepSpeed's communication buffer
+    activations: float  # an estimate
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+def parameters(config: Config) -> Parameters:
+    D, Dp = config.vit.embed_dim, config.predictor.embed_dim
+    patch = 3 * config.mask.patch_size**2
+    encoder = patch * D + D + config.vit.depth * _block_parameters(config.vit) + 2 * D
+    predictor = (
+        (D * Dp + Dp) + Dp + config.predictor.depth * _block_parameters(config.predictor) + 2 * Dp + (Dp * D + D)
+    )
+    widths = _projector_widths(config)
+    linear = sum(n * m + m for n, m in pairwise(widths))
+    return Parameters(encoder, predictor, linear + sum(2 * m for m in widths[1:-1]))
+
+
+def mean_tokens(config: Config) -> tuple[float, float]:
+    """Mean patches kept in a context and in a target block, of micro-batches drawn from the law of the run's masks."""
+    return _mean_tokens(config.mask_spec, config.data.batch_size)
+
+
+def flops_per_image(config: Config, tokens: tuple[float, float] | None = None) -> Flops:
+    """`tokens`: patches kept in a context and in a target block; by default their means under the config's masks."""
+    context, target = tokens or mean_tokens(config)
+    E, M, N = config.mask.num_enc_masks, config.mask.num_pred_masks, config.grid**2
+    D, Dp = config.vit.embed_dim, config.predictor.embed_dim
+    embed = 2 * 3 * config.mask.patch_size**2 * D  # of one patch
+    predictor = _block_flops(config.predictor, context + target) + 2 * target * Dp * D
+    widths = _projector_widths(config)
+    project = sum(2 * n * m for n, m in pairwise(widths))
+    covariance = 2 * widths[-1] ** 2 if widths else 0
+    return Flops(
+        target=N * embed + _block_flops(config.vit, N),
+        context=E * (2 * context * embed + 3 * _block_flops(config.vit, context)),
+        predictor=3 * E * (2 * context * D * Dp + M * predictor),
+        regularizer=E * M * (3 * project + 2 * covariance),
+    )
+
+
+def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, float] | None = None) -> Memory:
+    """ZeRO shards over the ranks: master weights, moments and EMA from stage 1, gradients from 2, weights from 3.
+
+    The teacher is whole on every rank, twice at stage 3, where it cannot lie in the buffer that it is gathered into.
+    Activations: what the blocks keep for the backward (with attention unmaterialised, GELU and layer norms in eager
+    mode: 8 D + 2 F values a token), and the widest of the target encoder's tensors.
+    """
+    stage, ranks, count = config.engine.zero_stage, world_size, parameters(config)
+    size = 2 if config.precision == "bf16" else 4
+    context, target = tokens or mean_tokens(config)
+
+    def kept(vit: Size, rows: float) -> float:
+        return rows * vit.depth * (8 * vit.embed_dim + 2 * _hidden(vit)) * size
+
+    B, E, M, N = config.data.batch_size, config.mask.num_enc_masks, config.mask.num_pred_masks, config.grid**2
+    trained = kept(config.vit, B * E * context) + kept(config.predictor, B * E * M * (context + target))
+    sharded = ranks if stage else 1
+    return Memory(
+        weights=size * count.total / (ranks if stage == 3 else 1),
+        gradients=size * count.total / (ranks if stage >= 2 else 1),
+        master=0 if stage == 0 and size == 4 else 4 * count.total / sharded,
+        moments=8 * count.total / sharded,
+        ema=4 * count.encoder / sharded,
+        teacher=size * count.encoder * (2 if stage == 3 and ranks > 1 else 1),
+        buckets=size * BUCKET if stage else 0,
+        activations=trained + B * N * (2 * config.vit.embed_dim + 2 * _hidden(config.vit)) * size,
+    )
+
+
+def report(config: Config, world_size: int) -> str:
+    """The resolved YAML, DeepSpeed's JSON, and the tables of this file, as text. Raises ConfigError."""
+    batch = config.batch(world_size)
+    tokens = mean_tokens(config)
+    counts, flops, memory = (
+        parameters(config),
+        flops_per_image(config, tokens),
+        memory_per_rank(config, world_size, tokens),
+    )
+    ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
+    return "\n\n".join(
+        [
+            config.to_yaml().rstrip(),
+            "DeepSpeed: " + dumps(deepspeed_config(config, world_size), indent=2),
+            f"{batch.micro_batch} images x {batch.accumulation} accumulated x {ranks} = {batch.global_batch} a step\n"
+            f"{config.grid**2} patches an image; on average {tokens[0]:.1f} in a context, {tokens[1]:.1f} in a target",
+            _table("parameters (million)", asdict(counts), counts.total, 1e6),
+            _table("GFLOP per image", asdict(flops), flops.total, 1e9),
+            _table(
+                f"memory per rank (GiB), {ranks}, ZeRO {config.engine.zero_stage}, {config.precision}; "
+                "activations are an estimate",
+                asdict(memory),
+                memory.total,
+                2**30,
+            ),
+        ]
+    )
+
+
+def _table(title: str, rows: dict[str, float], total: float, unit: float) -> str:
+    return "\n".join([title, *(f"  {name:<12}{n / unit:>12.3f}" for name, n in {**rows, "total": total}.items())])
+
+
+@lru_cache
+def _mean_tokens(spec: MaskSpec, batch: int) -> tuple[float, float]:
+    contexts = targets = 0.0
+    steps = max(16, 2**17 // batch)
+    for step in range(steps):
+        masks = sample_masks(spec, seed=0, step=step, first=0, batch=batch)
+        contexts += masks.context.numel() / (spec.num_enc_masks * batch)
+        targets += masks.target.shape[-1]
+    return contexts / steps, targets / steps
+
+
+def _hidden(vit: Size) -> int:
+    return int(vit.embed_dim * vit.mlp_ratio)
+
+
+def _block_parameters(vit: Size) -> int:
+    D, F = vit.embed_dim, _hidden(vit)
+    return (3 * D * D + 3 * D) + (D * D + D) + (2 * D * F + F + D) + 4 * D  # qkv, proj, MLP, two norms
+
+
+def _block_flops(vit: Size, tokens: float) -> float:
+    """Of all blocks, forward, on one sequence."""
+    D, F = vit.embed_dim, _hidden(vit)
+    return vit.depth * (tokens * (8 * D * D + 4 * D * F) + 4 * tokens**2 * D)
+
+
+def _projector_widths(config: Config) -> list[int]:
+    """Width of the projector's input and of each of its layers' outputs; empty where there is none."""
+    D = config.vit.embed_dim
+    return [D, *(config.loss.projector or [D] * 3)] if config.has_projector else []

@@ -1,0 +1,45 @@
+"""Learning rate, weight decay and teacher momentum of a step: functions of its number, nothing to fast-forward.
+
+As the published I-JEPA code sets them (arXiv 2301.08243), whose first step already uses the second point of the
+curves of learning rate and weight decay, but the first of the momentum's.
+"""
+
+import math
+
+from .config import Config
+
+
+class Schedules:
+    """The curves of a run whose epochs have `steps_per_epoch` optimizer steps. Steps count from 0.
+
+    The curves span ipe_scale x epochs; past their end they stay at the final value. `engine.max_steps` stops a run
+    early and does not shorten them.
+    """
+
+    def __init__(self, config: Config, steps_per_epoch: int) -> None:
+        if steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch is {steps_per_epoch}; it must be at least 1: fewer images than a batch?")
+        self._given = config.optimization
+        self._length = self._given.ipe_scale * self._given.epochs * steps_per_epoch
+        self._warmup = int(self._given.warmup * steps_per_epoch)
+
+    def lr(self, step: int) -> float:
+        """Linear from start_lr to lr over the warm-up, then half a cosine to final_lr."""
+        o, i = self._given, step + 1
+        if i < self._warmup:
+            return o.start_lr + (o.lr - o.start_lr) * i / self._warmup
+        return _cosine(o.lr, o.final_lr, i - self._warmup, int(self._length) - self._warmup)
+
+    def weight_decay(self, step: int) -> float:
+        """Half a cosine from weight_decay to final_weight_decay."""
+        return _cosine(self._given.weight_decay, self._given.final_weight_decay, step + 1, int(self._length))
+
+    def momentum(self, step: int) -> float:
+        """Linear from ema[0] to ema[1]."""
+        first, last = self._given.ema
+        return first + (last - first) * min(1.0, step / self._length)
+
+
+def _cosine(first: float, last: float, step: int, length: int) -> float:
+    progress = min(1.0, step / max(1, length))
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,517 @@
+"""AdamWEMA: against float64 and torch.optim.AdamW, over many steps; and what an optimizer must survive."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+from torch.nn import Parameter
+
+from jepa_kernels import AdamWEMA
+from jepa_kernels.adamw_ema import adamw_ema_ref, adamw_ema_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel: on a CPU, in the interpreter
+OP = torch.ops.jepa_kernels.adamw_ema_
+HALVES = [torch.bfloat16, torch.float16]
+SHAPES = [(3, 5), (0,), (1,), (1023,), (1024,), (1025,), (4, 3, 7, 7), (64, 67)]
+implementations = pytest.mark.parametrize(
+    ("step", "device"),
+    [(OP, "cpu"), (adamw_ema_ref, "cpu"), (adamw_ema_triton, DEVICE)],
+    ids=["cpu", "reference", "triton"],
+)
+
+
+@pytest.fixture(params=["dispatched", "triton"])
+def device(request, monkeypatch) -> str:
+    """Runs the optimizer on what the dispatcher picks for the CPU, then on the Triton kernel."""
+    if request.param == "dispatched":
+        return "cpu"
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.ops.jepa_kernels, "adamw_ema_", adamw_ema_triton)
+    return DEVICE
+
+
+def parameters(device: str = "cpu", shapes: list[tuple[int, ...]] = SHAPES) -> list[Parameter]:
+    return [Parameter(torch.randn(shape, device=device)) for shape in shapes]
+
+
+def twins(params: list[Parameter]) -> list[Parameter]:
+    return [Parameter(p.detach().clone()) for p in params]
+
+
+def set_gradients(*many: list[Parameter]) -> None:
+    for same in zip(*many, strict=True):
+        g = torch.randn_like(same[0]) * 10 ** torch.empty(()).uniform_(-4, 0).item()
+        for p in same:
+            p.grad = g.clone()
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def everything(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [t.detach().clone() for p in params for t in (p, *optimizer.state[p].values())]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def exact_adamw(p, g, m, v, t, lr, betas, eps, weight_decay):
+    """One step in float64, from the paper's algorithm 2."""
+    m.mul_(betas[0]).add_(g, alpha=1 - betas[0])
+    v.mul_(betas[1]).add_(g * g, alpha=1 - betas[1])
+    m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+    p.sub_(lr * (m_hat / (v_hat.sqrt() + eps) + weight_decay * p))
+
+
+@implementations
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_one_step_against_float64(step, device, dtype):
+    """At most 1.25 times the error of rounding the exact answer, in every output."""
+    t, lr, betas, eps, weight_decay, momentum, scale = 7, 1e-3, (0.9, 0.999), 1e-8, 0.05, 0.996, 0.37
+    p, e = ([torch.randn(shape) for shape in SHAPES] for _ in range(2))
+    m = [torch.randn(shape) * 1e-2 for shape in SHAPES]
+    v = [torch.rand(shape) * 1e-4 for shape in SHAPES]
+    g = [(torch.randn(shape) * 1e-2).to(dtype) for shape in SHAPES]
+    copies = [torch.full(shape, torch.nan, dtype=dtype) for shape in SHAPES]
+    exact = [[x.double() for x in xs] for xs in (p, m, v, e)]
+    for p_, g_, m_, v_, e_ in zip(exact[0], g, *exact[1:], strict=True):
+        exact_adamw(p_, g_.double() * scale, m_, v_, t, lr, betas, eps, weight_decay)
+        e_.add_((1 - momentum) * (p_ - e_))
+    row = [lr * weight_decay, lr / (1 - betas[0] ** t), (1 - betas[1] ** t) ** -0.5, 1 - momentum, scale, 1]
+    lists = [[x.clone().to(device) for x in xs] for xs in (p, g, m, v, e, copies, copies)]
+    step(*lists, torch.tensor([row] * len(SHAPES)), *betas, eps)
+    p2, g2, m2, v2, e2, weight_copies, ema_copies = ([x.cpu() for x in xs] for xs in lists)
+    assert equal(g, g2)
+    for answers, results in zip(exact, (p2, m2, v2, e2), strict=True):
+        answer, result = (torch.cat([x.flatten() for x in xs]) for xs in (answers, results))
+        assert rms(result - answer) <= 1.25 * rms(answer.float() - answer)
+    for copies, originals in ((weight_copies, p2), (ema_copies, e2)):
+        if step is adamw_ema_triton and DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts off
+            originals = [(x.view(torch.int32) & ~0xFFFF).view(torch.float32) for x in originals]
+        assert equal(copies, [x.to(dtype) for x in originals])
+
+
+@implementations
+def test_a_row_that_does_not_apply_is_left_alone(step, device):
+    lists = [[torch.randn(n, device=device) for n in (5, 1030)] for _ in range(7)]
+    lists[1][0][2] = torch.inf
+    before = copy.deepcopy(lists)
+    step(*lists, torch.tensor([[1e-5, 1e-2, 1.0, 0.1, 1.0, 0.0], [1e-5, 1e-2, 1.0, 0.1, 1.0, 1.0]]), 0.9, 0.99, 1e-8)
+    for name, old, new in zip("pgmvewc", before, lists, strict=True):
+        assert torch.equal(new[0], old[0])
+        assert torch.equal(new[1], old[1]) == (name == "g")
+
+
+def test_agrees_with_adamw_and_averages_its_weights(device):
+    """Against torch.optim.AdamW and a float64 average, with a schedule in every group; one group has no average."""
+    params = parameters(device)
+    others = twins(params)
+    averages = [p.detach().double() for p in params]
+    halves = [slice(0, 4), slice(4, None)]
+    ours = AdamWEMA(
+        [{"params": params[halves[0]], "ema": False}, {"params": params[halves[1]], "betas": (0.8, 0.95), "eps": 1e-6}]
+    )
+    stock = torch.optim.AdamW(
+        [{"params": others[halves[0]]}, {"params": others[halves[1]], "betas": (0.8, 0.95), "eps": 1e-6}]
+    )
+    for step in range(30):
+        momentum = 0.9 + 0.1 * step / 30
+        for a, b in zip(ours.param_groups, stock.param_groups, strict=True):
+            a["lr"] = b["lr"] = 1e-2 * (step + 1) / 30
+            a["weight_decay"] = b["weight_decay"] = 0.4 * step / 30
+            a["momentum"] = momentum
+        set_gradients(params, others)
+        ours.step()
+        stock.step()
+        for p, average in zip(params, averages, strict=True):
+            average.add_((1 - momentum) * (p.detach().double() - average))
+    for i, (p, q) in enumerate(zip(params, others, strict=True)):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(ours.state[p][name], stock.state[q][name], rtol=2e-6, atol=1e-8)
+        if i in range(*halves[0].indices(len(params))):
+            assert "ema" not in ours.state[p]
+        else:
+            assert rms(ours.state[p]["ema"].double() - averages[i]) < 4 * 2**-24 * rms(averages[i])
+
+
+def test_many_steps_against_float64():
+    """A thousand steps: p, both moments and the average stay as close as fp32 storage can."""
+    options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.04}
+    p = Parameter(torch.randn(3001))
+    optimizer = AdamWEMA([p], **options, momentum=0.99)
+    exact = [p.detach().double(), torch.zeros(3001).double(), torch.zeros(3001).double()]
+    average = exact[0].clone()
+    target = torch.randn(3001)
+    for t in range(1, 1001):
+        p.grad = p.detach() - target + 0.1 * torch.randn(3001)
+        exact_adamw(exact[0], p.grad.double(), *exact[1:], t, **options)
+        average.add_(0.01 * (exact[0] - average))
+        optimizer.step()
+    state = optimizer.state[p]
+    for result, answer in zip(
+        (p.detach(), state["exp_avg"], state["exp_avg_sq"], state["ema"]), (*exact, average), strict=True
+    ):
+        assert rms(result.double() - answer) < 30 * 2**-24 * rms(answer)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_16_bit_gradients_are_read_as_they_are(device, dtype):
+    halves = parameters(device)
+    floats = twins(halves)
+    optimizers = [AdamWEMA(params, weight_decay=0.1) for params in (halves, floats)]
+    for p in halves:
+        p.grad_dtype = dtype
+    for _ in range(3):
+        for a, b in zip(halves, floats, strict=True):
+            a.grad = torch.randn_like(a).to(dtype)
+            b.grad = a.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert equal(*map(everything, optimizers))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_grad_scale_is_folded_in(device, as_tensor):
+    scaled = parameters(device)
+    plain = twins(scaled)
+    optimizers = [AdamWEMA(params) for params in (scaled, plain)]
+    set_gradients(scaled, plain)
+    for p in scaled:
+        p.grad *= 1024
+    optimizers[0].step(grad_scale=torch.tensor(2.0**-10, device=device) if as_tensor else 2.0**-10)
+    optimizers[1].step()
+    assert equal(*map(everything, optimizers))
+
+
+def test_found_inf_undoes_a_step(device):
+    params = parameters(device)
+    optimizer = AdamWEMA(params, capturable=True)
+    copies = [torch.empty_like(p, dtype=torch.float16) for p in params]
+    for p, half in zip(params, copies, strict=True):
+        optimizer.set_copies(p, weight=half)
+    set_gradients(params)
+    optimizer.step(found_inf=torch.zeros((), device=device))
+    before = everything(optimizer) + [half.clone() for half in copies]
+    params[-1].grad[0, 0] = torch.nan
+    optimizer.step(found_inf=torch.ones((), device=device))
+    assert equal(before, everything(optimizer) + copies)
+    params[-1].grad[0, 0] = 0
+    optimizer.step(found_inf=torch.zeros((), device=device))
+    assert optimizer.state[params[0]]["step"].item() == 2
+    assert not equal(before, everything(optimizer) + copies)
+
+
+def test_numbers_may_be_tensors_and_change_in_place(device):
+    names = ("lr", "weight_decay", "momentum")
+    with_tensors = parameters(device)
+    with_numbers = twins(with_tensors)
+    tensors = {name: torch.tensor(0.5, dtype=torch.float64, device=device) for name in names}
+    optimizers = [AdamWEMA(with_tensors, **tensors, capturable=True), AdamWEMA(with_numbers, capturable=True)]
+    for _ in range(3):
+        for name in names:
+            value = torch.rand((), dtype=torch.float64).item()
+            tensors[name].fill_(value)
+            optimizers[1].param_groups[0][name] = value
+        set_gradients(with_tensors, with_numbers)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert equal(*map(everything, optimizers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_copies_follow(dtype):
+    params = parameters()
+    optimizer = AdamWEMA(params, lr=0.5)
+    copies = [[torch.full_like(p, torch.nan, dtype=dtype) for p in params] for _ in range(2)]
+    optimizer.set_copies(params[0], weight=copies[0][0])
+    for p, weight, ema in list(zip(params, *copies, strict=True))[1:]:
+        optimizer.set_copies(p, weight=weight, ema=ema)
+    for _ in range(2):
+        set_gradients(params)
+        optimizer.step()
+        assert equal(copies[0], [p.detach().to(dtype) for p in params])
+        assert equal(copies[1][1:], [optimizer.state[p]["ema"].to(dtype) for p in params[1:]])
+    assert copies[1][0].isnan().all()
+    optimizer.set_copies(params[2])
+    old = copies[0][2].clone()
+    optimizer.step()
+    assert torch.equal(copies[0][2], old) and not torch.equal(old, params[2].detach().to(dtype))
+
+
+def test_any_dense_layout(device):
+    """A step depends on the values, not on the strides of weight and gradient."""
+    shape = (4, 3, 6, 5)
+    layouts = [lambda x: x, lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mT.contiguous().mT]
+    value, gradients = torch.randn(shape, device=device), [torch.randn(shape, device=device) for _ in range(2)]
+    results = []
+    for layout in layouts:
+        for gradient_layout in [*layouts, lambda x: x.repeat(1, 1, 1, 2)[..., :5]]:
+            p = Parameter(layout(value.clone()))
+            optimizer = AdamWEMA([p], weight_decay=0.1)
+            for g in gradients:
+                p.grad = gradient_layout(g.clone())
+                optimizer.step()
+            assert p.stride() == optimizer.state[p]["ema"].stride() == layout(value).stride()
+            results.append(everything(optimizer))
+    assert all(equal(results[0], result) for result in results[1:])
+
+
+def test_a_parameter_without_a_gradient_is_left_out():
+    params = parameters()
+    optimizer = AdamWEMA(params)
+    set_gradients(params)
+    params[3].grad = None
+    optimizer.step()
+    assert params[3] not in optimizer.state
+    set_gradients(params)
+    optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in params] == [2, 2, 2, 1, 2, 2, 2, 2]
+    fresh = AdamWEMA([Parameter(torch.randn(3))])
+    fresh.step()
+    assert not fresh.state
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_state_survives_saving(device, capturable):
+    first = parameters(device)
+    optimizer = AdamWEMA(
+        [{"params": first[:3], "lr": 1e-2}, {"params": first[3:], "ema": False}], capturable=capturable
+    )
+    for _ in range(3):
+        set_gradients(first)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    second = twins(first)
+    restored = AdamWEMA([{"params": second[:3]}, {"params": second[3:]}])
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    copied = copy.deepcopy(optimizer)
+    third = [p for group in copied.param_groups for p in group["params"]]
+    for _ in range(3):
+        set_gradients(first, second, third)
+        for each in (optimizer, restored, copied):
+            each.step()
+        assert equal(everything(optimizer), everything(restored)) and equal(everything(optimizer), everything(copied))
+
+
+def test_takes_over_from_adamw():
+    params = parameters()
+    others = twins(params)
+    stock, ours = torch.optim.AdamW(params), AdamWEMA(others, momentum=0.9)
+    for step in range(4):
+        set_gradients(params, others)
+        if step == 2:
+            ours.load_state_dict(copy.deepcopy(stock.state_dict()))
+            for p, q in zip(params, others, strict=True):
+                q.data.copy_(p.data)
+        stock.step()
+        if step >= 2:
+            ours.step()
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        assert ours.state[q]["step"] == 4 and ours.state[q]["ema"].shape == q.shape
+    assert ours.param_groups[0]["momentum"] == 0.9
+
+
+def test_does_not_depend_on_threads():
+    start, threads, results = parameters(shapes=[(70_001,), (3,), (300, 300)]), torch.get_num_threads(), []
+    set_gradients(start)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        params = twins(start)
+        for p, q in zip(params, start, strict=True):
+            p.grad = q.grad
+        optimizer = AdamWEMA(params)
+        for _ in range(3):
+            optimizer.step()
+        results.append(everything(optimizer))
+    torch.set_num_threads(threads)
+    assert equal(results[0], results[1]) and equal(results[0], results[2])
+
+
+def test_closure_and_backward_through_old_weights():
+    p = Parameter(torch.randn(4))
+    optimizer = AdamWEMA([p], lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss
+
+    expected = (p.detach() ** 2).sum()
+    assert torch.equal(optimizer.step(closure).detach(), expected)
+    loss = (p * p).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_under_ddp(tmp_path):
+    """Gradients that are views into DDP's buckets; the result is that without DDP."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.GELU(), torch.nn.Linear(13, 3))
+        twin = copy.deepcopy(model)
+        parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        optimizers = [AdamWEMA(model.parameters()), AdamWEMA(twin.parameters())]
+        for _ in range(3):
+            x = torch.randn(5, 7)
+            for each, optimizer in zip((parallel, twin), optimizers, strict=True):
+                optimizer.zero_grad()
+                each(x).square().mean().backward()
+                optimizer.step()
+        assert equal(*map(everything, optimizers))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+def test_opcheck(device):
+    def lists(*like: Tensor) -> list[Tensor]:
+        return [torch.rand_like(x) for x in like]
+
+    rows = torch.tensor([[1e-5, 1e-3, 1.1, 0.1, 0.5, 1.0]] * 2)
+    for like in ((torch.empty(3, 5), torch.empty(7)), (torch.empty(5, 3).T, torch.empty(2, 3, 4).permute(2, 0, 1))):
+        like = [x.to(device) for x in like]
+        halves = [x.bfloat16() for x in like]
+        opcheck(
+            OP,
+            (
+                lists(*like),
+                halves,
+                *(lists(*like) for _ in range(3)),
+                lists(*halves),
+                lists(*halves),
+                rows,
+                0.9,
+                0.99,
+                1e-8,
+            ),
+        )
+        opcheck(OP, (*(lists(*like) for _ in range(4)), [], [], [], rows, 0.9, 0.99, 1e-8))
+
+
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+def test_a_step_compiles_whole(device):
+    compiled = parameters(device)
+    eager = twins(compiled)
+    optimizers = [AdamWEMA(params, capturable=True) for params in (compiled, eager)]
+    step = torch.compile(lambda: optimizers[0].step(), fullgraph=True)
+    for _ in range(3):
+        set_gradients(compiled, eager)
+        step()
+        optimizers[1].step()
+    for a, b in zip(*map(everything, optimizers), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has no queue to wait for and no graphs")
+def test_on_a_gpu_no_wait_no_compilation_and_graphs():
+    params = parameters("cuda")
+    eager = twins(params)
+    lr = torch.tensor(1e-3, device="cuda", dtype=torch.float64)
+    optimizers = [AdamWEMA(params, lr=lr, capturable=True), AdamWEMA(eager, capturable=True)]
+    set_gradients(params, eager)
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for value in (2e-3, 3e-3):
+            for p, q in zip(params, eager, strict=True):
+                p.grad, q.grad = p.grad.clone(), q.grad.clone()  # at new addresses
+            optimizers[1].param_groups[0]["lr"] = value
+            lr.fill_(value)
+            for optimizer in optimizers:
+                optimizer.step(grad_scale=torch.ones((), device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert equal(*map(everything, optimizers))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizers[0].step()
+    for value in (4e-3, 5e-3):
+        lr.fill_(value)
+        optimizers[1].param_groups[0]["lr"] = value
+        graph.replay()
+        optimizers[1].step()
+    assert equal(*map(everything, optimizers))
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"lr": -1.0}, "lr.*-1"),
+        ({"lr": float("nan")}, "lr.*nan"),
+        ({"lr": torch.ones(1)}, r"lr.*\(1,\)"),
+        ({"momentum": 1.5}, "momentum.*1.5"),
+        ({"betas": (0.9, 1.0)}, r"betas.*1\.0"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+    ],
+)
+def test_bad_options_are_named(options, names):
+    with pytest.raises(ValueError, match=names):
+        AdamWEMA([Parameter(torch.ones(2))], **options)
+    with pytest.raises(ValueError, match=names):
+        AdamWEMA([{"params": [Parameter(torch.ones(2))], **options}])
+
+
+def bad_parameters() -> list[tuple[Parameter, str]]:
+    half, sparse, gaps, double, complex_ = (
+        Parameter(torch.ones(4, dtype=torch.bfloat16)),
+        Parameter(torch.ones(4, 2)),
+        Parameter(torch.ones(4, 4)[:, ::2]),
+        Parameter(torch.ones(4, dtype=torch.float64)),
+        Parameter(torch.ones(4, dtype=torch.complex64)),
+    )
+    for p in (half, gaps, double, complex_):
+        p.grad = torch.ones_like(p)
+    sparse.grad = torch.eye(4, 2).to_sparse()
+    return [
+        (half, "bfloat16.*set_copies"),
+        (sparse, "dense.*sparse"),
+        (gaps, "gaps"),
+        (double, "float64"),
+        (complex_, "complex64"),
+    ]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_a_bad_parameter_is_named_and_nothing_is_written(which):
+    bad, names = bad_parameters()[which]
+    good = Parameter(torch.ones(3))
+    good.grad = torch.ones(3)
+    optimizer = AdamWEMA([{"params": [good]}, {"params": [bad]}])
+    with pytest.raises(ValueError, match=names):
+        optimizer.step()
+    assert torch.equal(good.detach(), torch.ones(3))
+
+
+def test_bad_copies_and_states_are_named():
+    p, q = Parameter(torch.randn(4, 3)), Parameter(torch.randn(2))
+    optimizer = AdamWEMA([{"params": [p]}, {"params": [q], "ema": False}])
+    for param, options, names in (
+        (Parameter(torch.ones(2)), {}, "param"),
+        (q, {"ema": torch.ones(2)}, "ema=False"),
+        (p, {"weight": torch.ones(3, 4)}, r"weight.*\(4, 3\).*\(3, 4\)"),
+        (p, {"weight": torch.ones(3, 4).T}, r"weight.*strides \(3, 1\)"),
+        (p, {"ema": torch.ones(4, 3, dtype=torch.int8)}, "ema.*int8"),
+        (p, {"ema": torch.ones(4, 3, device="meta")}, "ema.*meta"),
+    ):
+        with pytest.raises(ValueError, match=names):
+            optimizer.set_copies(param, **options)
+    p.grad = torch.ones(4, 3)
+    optimizer.step()
+    optimizer.state[p]["ema"] = torch.ones(12)
+    with pytest.raises(ValueError, match=r"state.*\(4, 3\).*\(12,\)"):
+        optimizer.step()

@@ -1,0 +1,179 @@
+"""The losses against their definitions in float64, and two ranks against one."""
+
+import copy
+import math
+from collections.abc import Iterable
+from itertools import permutations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from jepa.masks import sample_masks
+from jepa.objective import GlobalBatchNorm, JepaModel, Losses, mean_pairwise_cosine
+from small import run_ranks, small_config
+
+
+def batch(images: int, *overrides: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random images, masks of the config and target features."""
+    config = small_config(*overrides)
+    pixels = torch.randint(0, 256, (images, 32, 32, 3), dtype=torch.uint8)
+    masks = sample_masks(config.mask_spec, seed=int(torch.randint(2**31, ())), step=3, first=0, batch=images)
+    return pixels, masks.context, masks.target, torch.randn(images, 64, 24) * 3 + 1
+
+
+def general_model(*overrides: str) -> JepaModel:
+    """A model away from its initialisation, where biases are zero and features nearly constant."""
+    model = JepaModel(small_config(*overrides))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def norm_of(gradient: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(g.double().square().sum().item() for g in gradient))
+
+
+def projected(model: JepaModel, x: Tensor) -> Tensor:
+    """The projector in float64, batch norm by its definition."""
+    assert model.projector is not None
+    for layer in model.projector:
+        if isinstance(layer, torch.nn.Linear):
+            x = x @ layer.weight.double().T + layer.bias.double()
+        elif isinstance(layer, GlobalBatchNorm):
+            variance = ((x - x.mean(0)) ** 2).mean(0)
+            x = (x - x.mean(0)) / torch.sqrt(variance + 1e-5) * layer.weight.double() + layer.bias.double()
+        else:
+            x = x.clamp_min(0)
+    return x
+
+
+def variance_term(z: Tensor) -> Tensor:
+    return (1 - torch.sqrt(z.var(0) + 1e-4)).clamp_min(0).mean()
+
+
+def covariance_term(z: Tensor) -> Tensor:
+    C = torch.cov(z.T)
+    return (C**2).sum() / len(C) - (C.diagonal() ** 2).sum() / len(C)
+
+
+def wanted_losses(model: JepaModel, pixels: Tensor, context: Tensor, target: Tensor, h: Tensor) -> Losses:
+    """Algorithm 1 and its options, literally: every ordered pair of different blocks, in float64."""
+    loss, M, B = model.loss, len(target), len(pixels)
+    per_context = []
+    for seen in context:
+        z = model.encoder(pixels, seen)
+        p = model.predictor(z, seen, target).double().view(M, B, target.shape[2], -1)
+        total = torch.zeros((), dtype=torch.float64)
+        for m in range(M):
+            for b in range(B):
+                rows = h[b, target[m, b]].double()
+                goal = (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+                d = (p[m, b] - goal).abs()
+                total = total + torch.where(d < 1, d**2 / 2, d - 0.5).mean() / (M * B)
+        jepa, zero = total, torch.zeros((), dtype=torch.float64)
+        sim = std = cov = zero
+        views = p.mean(2)
+        if loss.objective == "ijepa":
+            pass
+        elif loss.regularizer == "cosine":
+            pairs = [F.cosine_similarity(views[i], views[j]).mean() for i, j in permutations(range(M), 2)]
+            sim = torch.stack(pairs).mean()
+            total = jepa - loss.beta_vicreg * sim
+        else:
+            if loss.vicreg_on == "context":
+                both = projected(model, torch.cat([z.double().mean(1), h.double().mean(1)]))
+                c, t = both[:B], both[B:]
+                sim, std, cov = ((c - t) ** 2).mean(), variance_term(c), 2 * covariance_term(c)
+            else:
+                flat = views.transpose(0, 1).reshape(B * M, -1)
+                blocks = projected(model, flat).view(B, M, -1).unbind(1)
+                pairs = [(blocks[i], blocks[j]) for i, j in permutations(range(M), 2)]
+                sim = torch.stack([((a - b) ** 2).mean() for a, b in pairs]).mean()
+                std = torch.stack([(variance_term(a) + variance_term(b)) / 2 for a, b in pairs]).mean()
+                cov = torch.stack([covariance_term(a) + covariance_term(b) for a, b in pairs]).mean()
+            total = jepa + loss.beta_vicreg * (loss.beta_sim * sim + loss.beta_std * std + loss.beta_cov * cov)
+        per_context.append((total, jepa, sim, std, cov))
+    return Losses(*(torch.stack(terms).mean() for terms in zip(*per_context, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("loss.objective=ijepa",),
+        ("loss.objective=ijepa", "mask.num_enc_masks=2"),
+        ("loss.beta_vicreg=1.0",),
+        ("loss.beta_vicreg=1.0", "mask.num_enc_masks=2", "mask.num_pred_masks=3"),
+        ("loss.beta_vicreg=1.0", "loss.vicreg_on=context"),
+        ("loss.beta_vicreg=1.0", "loss.regularizer=cosine"),
+    ],
+    ids=" ".join,
+)
+def test_losses_are_the_paper_s(overrides: tuple[str, ...]) -> None:
+    model = general_model(*overrides)
+    inputs = batch(6, *overrides)
+    got = model(*inputs).losses
+    names = list(dict(model.named_parameters()))
+    grads = torch.autograd.grad(got.total, list(model.parameters()), allow_unused=True)
+    wanted = wanted_losses(model, *inputs)
+    wanted_grads = torch.autograd.grad(wanted.total, list(model.parameters()), allow_unused=True)
+    for name, a, b in zip(Losses._fields, got, wanted, strict=True):
+        assert a.item() == pytest.approx(b.item(), rel=1e-5, abs=1e-6), name
+    scale = norm_of(g for g in wanted_grads if g is not None)
+    for name, a, b in zip(names, grads, wanted_grads, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None and b is not None:
+            assert float((a - b).norm()) < 1e-5 * scale, name
+
+
+def test_cosine_of_equal_and_opposite_blocks() -> None:
+    row = torch.randn(5, 1, 7)
+    assert float(mean_pairwise_cosine(row.expand(-1, 4, -1))) == pytest.approx(1, abs=1e-6)
+    assert float(mean_pairwise_cosine(torch.cat([row, -row], 1))) == pytest.approx(-1, abs=1e-6)
+
+
+def test_batch_norm_is_torch_s() -> None:
+    norm, x = GlobalBatchNorm(7), torch.randn(33, 7, requires_grad=True)
+    norm.weight.data.normal_()
+    norm.bias.data.normal_()
+    y = F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
+    torch.testing.assert_close(norm(x), y)
+    direction = torch.randn_like(y)
+    got, wanted = (torch.autograd.grad((out * direction).sum(), x)[0] for out in (norm(x), y))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def losses_and_gradient(state: dict, inputs: tuple[Tensor, ...], overrides: tuple[str, ...]) -> tuple:
+    """One rank's share of the batch: its losses, and the gradient as data parallelism averages it."""
+    model = JepaModel(small_config(*overrides))
+    model.load_state_dict(state)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    pixels, context, target, h = inputs
+    mine = slice(rank * len(pixels) // world, (rank + 1) * len(pixels) // world)
+    output = model(pixels[mine], context[:, mine], target[:, mine], h[mine])
+    output.losses.total.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for grad in grads.values():
+        dist.all_reduce(grad)
+        grad /= world
+    return [t.detach() for t in output.losses], grads
+
+
+@pytest.mark.parametrize("where", ["loss.vicreg_on=predictions", "loss.vicreg_on=context"])
+def test_two_ranks_with_half_the_batch_are_one_rank_with_all_of_it(where: str) -> None:
+    overrides = ("loss.beta_vicreg=1.0", where)
+    model = general_model(*overrides)
+    inputs = batch(8, *overrides)
+    whole = copy.deepcopy(model)
+    wanted = whole(*inputs).losses
+    wanted.total.backward()
+    ranks = run_ranks(2, losses_and_gradient, model.state_dict(), inputs, overrides)
+    for i, name in enumerate(Losses._fields):
+        mean = sum(losses[i].item() for losses, _ in ranks) / 2
+        assert mean == pytest.approx(wanted[i].item(), rel=1e-5), name
+    gradient = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    scale = norm_of(gradient.values())
+    for _, grads in ranks:
+        assert norm_of(grads[name] - gradient[name] for name in gradient) < 1e-5 * scale
