@@ -48,9 +48,7 @@ def prediction_loss(
     """
     for name, x, shape in (("pred", pred, "[M*B, K, D]"), ("target", target, "[B, N, D]")):
         if x.ndim != 3 or not x.dtype.is_floating_point:
-            raise ValueError(
-                f"prediction_loss: {name} must be floating-point {shape}; got {x.dtype} {list(x.shape)}"
-            )
+            raise ValueError(f"prediction_loss: {name} must be floating-point {shape}; got {x.dtype} {list(x.shape)}")
     (rows, K, D), (B, N, _) = pred.shape, target.shape
     if target.shape[2] != D or target.device != pred.device:
         raise ValueError(
@@ -73,25 +71,25 @@ def prediction_loss(
 # --- reference
 
 
-def prediction_loss_ref(
-    pred: Tensor, target_BND: Tensor, index_MBK: Tensor, with_slope: bool
-) -> tuple[Tensor, Tensor]:
+def prediction_loss_ref(pred: Tensor, target_BND: Tensor, index_MBK: Tensor, with_slope: bool) -> tuple[Tensor, Tensor]:
     """The [M] block losses; if wanted, the slope d(mean loss)/d(pred) in units of `_unit`, dtype of pred."""
-    B = index_MBK.shape[1]
+    (M, B, K), D = index_MBK.shape, pred.shape[2]
     wide = torch.promote_types(pred.dtype, torch.float32)
-    rows_MBKD = target_BND[torch.arange(B, device=pred.device)[:, None], index_MBK].to(wide)
-    goal = F.layer_norm(rows_MBKD, rows_MBKD.shape[3:], eps=EPS)
+    index = index_MBK.transpose(0, 1).reshape(B, M * K, 1).expand(-1, -1, D)
+    rows_MBKD = target_BND.gather(1, index).reshape(B, M, K, D).transpose(0, 1)
+    goal = F.layer_norm(rows_MBKD.to(wide), (D,), eps=EPS)
     error = pred.reshape(goal.shape).to(wide) - goal
     losses = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none").mean((1, 2, 3))
     if not with_slope:
         return losses, pred.new_empty(0)
     fraction, _ = _unit(pred)
-    return losses, (error.clamp(-1, 1) * fraction).to(pred.dtype).view(pred.shape)
+    return losses, (error.clamp(-1, 1) * fraction).to(pred.dtype).reshape(pred.shape).contiguous()
 
 
 def prediction_loss_backward_ref(slope: Tensor, grad_losses_M: Tensor) -> Tensor:
-    weight = _weight(slope, grad_losses_M)
-    return (slope.view(*weight.shape, -1) * weight[:, None]).to(slope.dtype).view(slope.shape)
+    weight_M = _weight(slope, grad_losses_M)
+    weight_Q = weight_M.repeat_interleave(slope.shape[0] // max(weight_M.numel(), 1))
+    return (slope * weight_Q[:, None, None]).to(slope.dtype)
 
 
 def _unit(pred: Tensor) -> tuple[float, float]:
@@ -169,9 +167,7 @@ def _prediction_loss_backward_kernel(
     tl.store(grad + at, y.to(grad.dtype.element_ty), place < size)
 
 
-def prediction_loss_triton(
-    pred: Tensor, target: Tensor, index: Tensor, with_slope: bool
-) -> tuple[Tensor, Tensor]:
+def prediction_loss_triton(pred: Tensor, target: Tensor, index: Tensor, with_slope: bool) -> tuple[Tensor, Tensor]:
     M, B, K = index.shape
     (_, N, D), R = target.shape, M * B * K
     pred, target, index = pred.contiguous(), target.contiguous(), index.contiguous()
@@ -212,9 +208,7 @@ torch.library.impl("jepa_kernels::prediction_loss_backward", "cuda", prediction_
 
 
 @torch.library.register_fake("jepa_kernels::prediction_loss")
-def _prediction_loss_fake(
-    pred: Tensor, target: Tensor, index: Tensor, with_slope: bool
-) -> tuple[Tensor, Tensor]:
+def _prediction_loss_fake(pred: Tensor, target: Tensor, index: Tensor, with_slope: bool) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(pred.dtype, torch.float32)
     return pred.new_empty(index.shape[0], dtype=wide), pred.new_empty(pred.shape if with_slope else 0)
 

@@ -86,18 +86,22 @@ def vicreg_moments_ref(z_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per view and channel the mean and the sum of squared deviations over rows; their sum over views."""
     z = z_NMD.to(_wide(z_NMD))
     mean_MD = z.mean(0)
-    return mean_MD, (z - mean_MD).square().sum(0), (z - z.mean(1, keepdim=True)).square().sum()
+    spread = torch.linalg.vector_norm(z - z.mean(1, keepdim=True)).square()
+    return mean_MD, (z - mean_MD).square_().sum(0), spread
 
 
 def vicreg_products_ref(
-    z_NMD: Tensor, mean_MD: Tensor, scale: float, gram: bool, keep: bool, precision: str
+    z_NMD: Tensor, mean_MD: Tensor, rows: int, gram: bool, keep: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """[M] squared norms of scale * x^T x, its diagonal zeroed, or of scale * x x^T; if asked, the matrix."""
+    """Squared norms [M] of x^T x / (rows-1) without diagonal, or of x x^T / (rows-1); if asked, these matrices.
+
+    rows: of all ranks; z may hold some of them.
+    """
     x_MND = (z_NMD - mean_MD).transpose(0, 1)
     if gram:
-        matrix = (x_MND @ x_MND.mT).mul_(scale)
+        matrix = (x_MND @ x_MND.mT).div_(rows - 1)
     else:
-        matrix = (x_MND.mT @ x_MND).mul_(scale)
+        matrix = (x_MND.mT @ x_MND).div_(rows - 1)
         matrix.diagonal(dim1=1, dim2=2).zero_()
     return _squares(matrix), matrix if keep else matrix.new_empty(0)
 
@@ -121,9 +125,10 @@ def vicreg_backward_ref(
         mixed_MND = matrix[:, first : first + count] @ (z_NMD - mean_MD).transpose(0, 1)
     else:
         mixed_MND = x.transpose(0, 1) @ matrix
-    views = rows.to(x.dtype)
-    grad = pull * (views - views.mean(1, keepdim=True)) + weight_MD * x + push * mixed_MND.transpose(0, 1)
-    return torch.empty_like(rows).copy_(grad)
+    grad = torch.empty_like(rows, dtype=x.dtype)
+    torch.sub(rows, rows.mean(1, keepdim=True, dtype=x.dtype), out=grad)
+    grad.mul_(pull).addcmul_(weight_MD, x).addcmul_(push, mixed_MND.transpose(0, 1))
+    return grad.to(z_NMD.dtype)
 
 
 def _squares(matrix: Tensor) -> Tensor:
@@ -214,7 +219,7 @@ def _products_kernel(
     mean,  # [M, D]
     matrix,  # [P, M, side, side], written if KEEP; the sum over P parts is the product
     squares,  # [M, T * T], T = side / BLOCK
-    scale,
+    rows,  # of all ranks
     side,
     length,  # of the sum
     M,
@@ -257,8 +262,8 @@ def _products_kernel(
         b = tl.load(z + k[:, None] * stride_sum + b_side[None, :] * stride_side, b_mask, other=0).to(wide)
         a = tl.where(a_mask, a - a_mean, 0)
         b = tl.where(b_mask, b - b_mean, 0)
-        product = tl.dot(a, b, product, input_precision=PRECISION)
-    product *= scale
+        product = tl.dot(a, b, product, input_precision=PRECISION, out_dtype=wide)
+    product /= rows - 1
     if not GRAM:
         product = tl.where(a_side[:, None] == b_side[None, :], 0, product)
     if KEEP:
@@ -319,7 +324,7 @@ def _backward_kernel(
             a = tl.load(view + (first + row)[:, None] * stride_n + k[None, :], a_mask, other=0).to(wide)
             a = tl.where(a_mask, a - tl.load(mean + k, k < length, other=0)[None, :], 0)
             b = tl.load(matrix + k[:, None] * length + column[None, :], b_mask, other=0)
-        mixed = tl.dot(a, b, mixed, input_precision=PRECISION)
+        mixed = tl.dot(a, b, mixed, input_precision=PRECISION, out_dtype=wide)
 
     at = (first + row)[:, None] * stride_n + column[None, :]
     x = tl.load(view + at, mask, other=0).to(wide)
@@ -337,7 +342,8 @@ def vicreg_moments_triton(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (N, M, D), rows, columns = z.shape, 64, 64
     chunks, across = triton.cdiv(N, rows), triton.cdiv(D, columns)
     means, scatters = z.new_empty(2, chunks, M, D, dtype=_wide(z))
-    mean, scatter = z.new_empty(2, M, D, dtype=_wide(z))
+    mean = z.new_empty(M, D, dtype=_wide(z))
+    scatter = torch.empty_like(mean)
     spread = mean.new_empty(chunks, across)
     _moments_kernel[chunks, across](
         z, means, scatters, spread, N, M, D, z.stride(0), z.stride(1), rows, columns, num_warps=4
@@ -349,7 +355,7 @@ def vicreg_moments_triton(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def vicreg_products_triton(
-    z: Tensor, mean: Tensor, scale: float, gram: bool, keep: bool, precision: str
+    z: Tensor, mean: Tensor, rows: int, gram: bool, keep: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     z = _unit_stride(z)
     N, M, D = z.shape
@@ -363,7 +369,7 @@ def vicreg_products_triton(
     matrix = mean.new_empty((parts, M, side, side) if keep or parts > 1 else 0)
     squares = mean.new_empty(M, tiles * tiles)
     _products_kernel[tiles * tiles, M, parts](
-        z, mean, matrix, squares, scale, side, length, M, D, *strides, z.stride(1), part,
+        z, mean, matrix, squares, rows, side, length, M, D, *strides, z.stride(1), part,
         gram, keep or parts > 1, precision, block, block_k, num_warps=4,
     )  # fmt: skip
     if parts == 1:
@@ -407,15 +413,12 @@ def _unit_stride(z: Tensor) -> Tensor:
 
 # --- registration
 
-torch.library.define(
-    "jepa_kernels::vicreg_moments", "(Tensor z) -> (Tensor mean, Tensor scatter, Tensor spread)"
-)
+torch.library.define("jepa_kernels::vicreg_moments", "(Tensor z) -> (Tensor mean, Tensor scatter, Tensor spread)")
 torch.library.impl("jepa_kernels::vicreg_moments", "default", vicreg_moments_ref)
 torch.library.impl("jepa_kernels::vicreg_moments", "cuda", vicreg_moments_triton)
 torch.library.define(
     "jepa_kernels::vicreg_products",
-    "(Tensor z, Tensor mean, float scale, bool gram, bool keep, str precision)"
-    " -> (Tensor squares, Tensor matrix)",
+    "(Tensor z, Tensor mean, SymInt rows, bool gram, bool keep, str precision) -> (Tensor squares, Tensor matrix)",
 )
 torch.library.impl("jepa_kernels::vicreg_products", "default", vicreg_products_ref)
 torch.library.impl("jepa_kernels::vicreg_products", "cuda", vicreg_products_triton)
@@ -436,7 +439,7 @@ def _vicreg_moments_fake(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("jepa_kernels::vicreg_products")
 def _vicreg_products_fake(
-    z: Tensor, mean: Tensor, scale: float, gram: bool, keep: bool, precision: str
+    z: Tensor, mean: Tensor, rows: int, gram: bool, keep: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     N, M, D = z.shape
     side = N if gram else D
@@ -472,7 +475,7 @@ def _forward(
     gram = G < D
     # Two ways to the statistics of all rows; what a rank receives per view decides. Gather the rows: G x D of
     # z's type, and every rank does all the work. Or all-reduce a D x D matrix, which travels twice.
-    reduce = group is not None and not gram and G * z.element_size() > 2 * 4 * D
+    reduce = group is not None and not gram and G * z.element_size() > 2 * D * _wide(z).itemsize
     rows = z
     if group is not None and not reduce:
         rows = z.new_empty(G, M, D)
@@ -485,7 +488,7 @@ def _forward(
         mean, spread = shared[:-1].view(M, D), shared[-1]
         scatter = scatter + N * (own - mean).square()
     var = scatter / (G - 1)
-    squares, matrix = ops.vicreg_products(rows, mean, 1 / (G - 1), gram, keep or reduce, precision)
+    squares, matrix = ops.vicreg_products(rows, mean, G, gram, keep or reduce, precision)
     if reduce:
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         diagonal.copy_(var)  # it travels where the matrix has nothing
@@ -530,7 +533,5 @@ class _VICReg(torch.autograd.Function):
         weight = torch.where(std < gamma, by_variance * (-1 / (M * D * (G - 1))) / std, 0)
         if gram:  # K x / (G - 1) = x C with the diagonal of C
             weight = weight - push * var
-        dz = torch.ops.jepa_kernels.vicreg_backward(
-            z, mean, matrix, weight, pull, push, gram, first, N, precision
-        )
+        dz = torch.ops.jepa_kernels.vicreg_backward(z, mean, matrix, weight, pull, push, gram, first, N, precision)
         return dz, None, None, None, None

@@ -1,0 +1,158 @@
+// Smooth L1 between predictions and layer-normed target rows, its slope written in the same pass.
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "cpu.h"
+
+namespace jepa {
+namespace {
+
+constexpr int64_t kLanes = 16;  // separate sums, so that the compiler may use vectors; the order is fixed
+constexpr int64_t kGrain = 1 << 14;
+
+template <class A>
+A total(const A* lanes) {
+    double sum = 0;
+    for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
+    return static_cast<A>(sum);
+}
+
+// Sum over a row of smooth_l1(p - norm(y)); `wide` is room for D numbers. Writes clamp(p - norm(y)) *
+// fraction.
+template <class P, class T>
+JEPA_VECTOR_CLONES Wide<P> row_loss(const P* p, const T* y, Wide<P>* wide, P* slope, int64_t D, double eps,
+                                    double fraction) {
+    using A = Wide<P>;
+    const int64_t body = D - D % kLanes;
+    A sums[kLanes] = {}, squares[kLanes] = {}, losses[kLanes] = {};
+    for (int64_t d = 0; d < D; ++d) wide[d] = static_cast<A>(y[d]);
+    for (int64_t d = 0; d < body; d += kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) sums[l] += wide[d + l];
+    }
+    for (int64_t d = body; d < D; ++d) sums[d - body] += wide[d];
+    const A mean = total(sums) / static_cast<A>(D);
+    for (int64_t d = 0; d < body; d += kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) squares[l] += (wide[d + l] - mean) * (wide[d + l] - mean);
+    }
+    for (int64_t d = body; d < D; ++d) squares[d - body] += (wide[d] - mean) * (wide[d] - mean);
+    const A scale = 1 / std::sqrt(total(squares) / static_cast<A>(D) + static_cast<A>(eps));
+
+    for (int64_t d = 0; d < D; ++d) wide[d] = static_cast<A>(p[d]) - (wide[d] - mean) * scale;
+    // With c = clamp(e, -1, 1) the loss is c * (e - c / 2). A NaN passes through both.
+    const auto clamp = [](A e) { return e > 1 ? A(1) : e < -1 ? A(-1) : e; };
+    for (int64_t d = 0; d < body; d += kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) {
+            const A c = clamp(wide[d + l]);
+            losses[l] += c * (wide[d + l] - c / 2);
+        }
+    }
+    for (int64_t d = body; d < D; ++d) {
+        const A c = clamp(wide[d]);
+        losses[d - body] += c * (wide[d] - c / 2);
+    }
+    if (slope != nullptr) {
+        for (int64_t d = 0; d < D; ++d) slope[d] = static_cast<P>(clamp(wide[d]) * static_cast<A>(fraction));
+    }
+    return total(losses);
+}
+
+template <class T>
+JEPA_VECTOR_CLONES void multiply(const T* x, Wide<T> weight, T* y, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<Wide<T>>(x[i]) * weight);
+}
+
+Tensor rows_of(const Tensor& x) {
+    return x.size(2) > 1 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x;
+}
+
+ScalarType wide_of(const Tensor& x) {
+    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// 1 / numel as the fraction that the slope is stored with and the power of two (or all of it) that it is not.
+std::pair<double, double> unit(const Tensor& pred) {
+    const double mean = 1.0 / static_cast<double>(std::max<int64_t>(pred.numel(), 1));
+    if (pred.element_size() > 2) return {1.0, mean};
+    int exponent;
+    const double fraction = std::frexp(mean, &exponent);
+    return {fraction, std::ldexp(1.0, exponent)};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> prediction_loss(const Tensor& pred_QKD, const Tensor& target_BND,
+                                           const Tensor& index_MBK, bool with_slope) {
+    STD_TORCH_CHECK(pred_QKD.dim() == 3 && target_BND.dim() == 3 && index_MBK.dim() == 3,
+                    "prediction_loss: pred must be [M*B, K, D], target [B, N, D], index [M, B, K]");
+    const int64_t M = index_MBK.size(0), B = index_MBK.size(1), K = index_MBK.size(2), D = pred_QKD.size(2);
+    STD_TORCH_CHECK(pred_QKD.size(0) == M * B && pred_QKD.size(1) == K && target_BND.size(0) == B &&
+                        target_BND.size(2) == D,
+                    "prediction_loss: sizes differ");
+    const Tensor pred = rows_of(pred_QKD), target = rows_of(target_BND);
+    const Tensor index = torch::stable::contiguous(index_MBK);
+    const auto* chosen = checked_index(index, target.size(1), "prediction_loss: index");
+    const Tensor losses = torch::stable::new_empty(pred, {M}, wide_of(pred));
+    const Tensor slope =
+        with_slope ? torch::stable::new_empty(pred, {M * B, K, D}) : torch::stable::new_empty(pred, {0});
+    const double fraction = unit(pred).first;
+    dispatch(pred.scalar_type(), [&](auto pred_type) {
+        dispatch(target.scalar_type(), [&](auto target_type) {
+            using P = decltype(pred_type);
+            using T = decltype(target_type);
+            using A = Wide<P>;
+            const auto* from = pointer<const P>(pred);
+            const auto* goal = pointer<const T>(target);
+            auto* to = with_slope ? pointer<P>(slope) : nullptr;
+            std::vector<A> rows(M * B * K);
+            const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, D));
+            torch::stable::parallel_for(0, M * B * K, grain, [&](int64_t begin, int64_t end) {
+                std::vector<A> wide(D);
+                for (int64_t r = begin; r < end; ++r) {
+                    const P* p = from + r / K * pred.stride(0) + r % K * pred.stride(1);
+                    const T* y = goal + r / K % B * target.stride(0) + chosen[r] * target.stride(1);
+                    rows[r] = row_loss(p, y, wide.data(), to ? to + r * D : nullptr, D, 1e-5, fraction);
+                }
+            });
+            for (int64_t m = 0; m < M; ++m) {
+                double sum = 0;
+                for (int64_t r = m * B * K; r < (m + 1) * B * K; ++r) sum += rows[r];
+                pointer<A>(losses)[m] = static_cast<A>(sum / static_cast<double>(B * K * D));
+            }
+        });
+    });
+    return {losses, slope};
+}
+
+Tensor prediction_loss_backward(const Tensor& slope, const Tensor& grad_losses_M) {
+    const Tensor grad = torch::stable::new_empty(slope, slope.sizes());
+    const int64_t M = grad_losses_M.numel();
+    if (grad.numel() == 0) return grad;
+    const int64_t block = slope.numel() / M;
+    const Tensor grad_losses = torch::stable::contiguous(grad_losses_M);
+    STD_TORCH_CHECK(
+        slope.is_contiguous() && grad_losses.scalar_type() == wide_of(slope) && block * M == slope.numel(),
+        "prediction_loss_backward: slope must be contiguous, M blocks of it, and grad_losses wide");
+    const double power = unit(slope).second * static_cast<double>(M);
+    dispatch(slope.scalar_type(), [&](auto type) {
+        using T = decltype(type);
+        torch::stable::parallel_for(0, slope.numel(), kGrain, [&](int64_t begin, int64_t end) {
+            while (begin < end) {
+                const int64_t m = begin / block, stop = std::min(end, (m + 1) * block);
+                const auto weight = static_cast<Wide<T>>(pointer<const Wide<T>>(grad_losses)[m] * power);
+                multiply(pointer<const T>(slope) + begin, weight, pointer<T>(grad) + begin, stop - begin);
+                begin = stop;
+            }
+        });
+    });
+    return grad;
+}
+
+}  // namespace jepa
+
+STABLE_TORCH_LIBRARY_IMPL(jepa_kernels, CPU, m) {
+    m.impl("prediction_loss", TORCH_BOX(&jepa::prediction_loss));
+    m.impl("prediction_loss_backward", TORCH_BOX(&jepa::prediction_loss_backward));
+}

@@ -1,0 +1,275 @@
+"""prediction_loss against a float64 re-derivation: values, gradients, and what it must leave alone."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+from triton.runtime import interpreter
+
+from jepa_kernels import prediction_loss
+from jepa_kernels.prediction_loss import (
+    prediction_loss_backward_ref,
+    prediction_loss_backward_triton,
+    prediction_loss_ref,
+    prediction_loss_triton,
+)
+
+CUDA = torch.cuda.is_available()
+IN_CPP = torch._C._dispatch_has_kernel_for_dispatch_key("jepa_kernels::prediction_loss", "CPU")
+OP = torch.ops.jepa_kernels
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = [  # M, B, N, K, D
+    (1, 1, 1, 1, 1),
+    (1, 1, 3, 2, 17),
+    (3, 2, 7, 5, 13),
+    (2, 3, 11, 4, 127),
+    (4, 2, 196, 33, 384),
+    (4, 1, 256, 44, 1280),
+]
+EMPTY = [(0, 2, 5, 3, 4), (2, 0, 5, 3, 4), (2, 3, 5, 0, 4), (2, 3, 5, 3, 0)]
+# The Triton kernels take the CPU's place here: in the interpreter, through the same public function.
+KERNELS = {
+    "reference": (prediction_loss_ref, prediction_loss_backward_ref),
+    "triton": (prediction_loss_triton, prediction_loss_backward_triton),
+}
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*operators may also be overridden")
+
+
+@pytest.fixture(params=["cpu", "reference", "cuda" if CUDA else "triton"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in KERNELS:
+        yield request.param
+        return
+    with torch.library._scoped_library("jepa_kernels", "IMPL") as library:
+        for name, function in zip(("prediction_loss", "prediction_loss_backward"), KERNELS[request.param], strict=True):
+            library.impl(name, function, "CPU", allow_override=True)
+        yield request.param
+
+
+def on(kernel: str, *tensors: Tensor) -> list[Tensor]:
+    return [x.to("cuda" if kernel == "cuda" else "cpu") for x in tensors]
+
+
+def inputs(M: int, B: int, N: int, K: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Predictions of the targets' size, so that both branches occur; rows of many sizes, means away from 0."""
+    target = ((torch.randn(B, N, D) + 2 * torch.randn(B, N, 1)) * torch.rand(B, N, 1).add(0.01) * 9).to(dtype)
+    return (1.2 * torch.randn(M * B, K, D)).to(dtype), target, torch.randint(max(N, 1), (M, B, K))
+
+
+def oracle(pred: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """[M] losses and d(their mean)/d(pred), float64, a row at a time, the derivative by hand."""
+    M, B, K = index.shape
+    D = pred.shape[2]
+    losses, grad = torch.zeros(M, dtype=torch.float64), torch.zeros(pred.shape, dtype=torch.float64)
+    for m in range(M):
+        for b in range(B):
+            for k in range(K):
+                y = target[b, index[m, b, k]].double()
+                y = (y - y.sum() / D) / ((y - y.sum() / D).pow(2).sum() / D + 1e-5).sqrt()
+                e = pred[m * B + b, k].double() - y
+                losses[m] += torch.where(e.abs() < 1, e * e / 2, e.abs() - 0.5).sum()
+                grad[m * B + b, k] = torch.where(e.abs() < 1, e, e.sign())
+    return losses / (B * K * D), grad / max(pred.numel(), 1)
+
+
+def rounding(exact: Tensor, dtype: torch.dtype, kernel: str) -> Tensor:
+    """The error of merely rounding: what a kernel with float32 inside should come close to."""
+    if kernel == "triton" and dtype == torch.bfloat16:  # the interpreter cuts off instead
+        return (exact.float().view(torch.int32) & ~0xFFFF).view(torch.float32).double() - exact
+    return exact.to(dtype).double() - exact
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradient(kernel, shape, dtype):
+    pred, target, index = inputs(*shape, dtype)
+    losses, grad = oracle(pred, target, index)
+    pred_, target_, index_ = on(kernel, pred, target, index)
+    pred_.requires_grad_()
+    loss, per_block = prediction_loss(pred_, target_, index_, per_block=True)
+    loss.backward()
+    wide = torch.promote_types(dtype, torch.float32)
+    assert loss.dtype == per_block.dtype == wide and pred_.grad.dtype == dtype
+    # From the same inputs: a few roundings per element, of numbers a few times the result's size.
+    unit = torch.finfo(wide).eps
+    torch.testing.assert_close(per_block.cpu().double(), losses, rtol=16 * unit, atol=0)
+    torch.testing.assert_close(loss.item(), losses.mean().item(), rtol=16 * unit, atol=0)
+    budget = 1.25 * rms(rounding(grad, dtype, kernel)) if dtype.itemsize == 2 else 16 * unit * rms(grad)
+    assert rms(pred_.grad.cpu() - grad) <= budget
+    with torch.no_grad():
+        assert torch.equal(prediction_loss(pred_, target_, index_), loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradient_of_any_mix_of_blocks(kernel, dtype):
+    """Per-block weights, and a loss scale without which float16 would lose the gradient."""
+    pred, target, index = inputs(3, 2, 50, 31, 640, dtype)
+    _, grad = oracle(pred, target, index)
+    weight = torch.randn(3)
+    pred_, target_, index_, weight_ = on(kernel, pred, target, index, weight)
+    pred_.requires_grad_()
+    loss, per_block = prediction_loss(pred_, target_, index_, per_block=True)
+    (2**14 * (loss + weight_ @ per_block)).backward()
+    expected = grad.view(3, -1) * (1 + 3 * weight.double())[:, None] * 2**14
+    # The slope is rounded once, and once more when it is multiplied by a number that is no power of two.
+    budget = torch.finfo(dtype).eps * expected.abs() + 4e-6 * expected.abs().max()
+    assert ((pred_.grad.cpu().view(3, -1) - expected).abs() <= budget).all()
+
+
+@pytest.mark.parametrize("pred_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_mixed_dtypes(kernel, pred_dtype, target_dtype):
+    pred, target, index = inputs(2, 2, 9, 7, 33, torch.float32)
+    pred, target = pred.to(pred_dtype), target.to(target_dtype)
+    loss = prediction_loss(*on(kernel, pred, target, index)).item()
+    torch.testing.assert_close(loss, oracle(pred, target, index)[0].mean().item(), rtol=2e-6, atol=0)
+
+
+def test_any_strides(kernel):
+    pred, target, index = inputs(2, 3, 11, 5, 24, torch.float32)
+    expected, grad = oracle(pred, target, index)
+    pred_, target_, index_ = on(kernel, pred, target, index)
+    behind = torch.full((6, 9, 48), float("nan"), device=pred_.device)  # a predictor's output, context first
+    behind[:, 4:, ::2] = pred_
+    for p in (behind[:, 4:], pred_.mT.contiguous().mT, pred_.transpose(0, 1).contiguous().transpose(0, 1)):
+        p = p[:, :, ::2] if p.shape[2] == 48 else p
+        p = p.detach().requires_grad_()
+        loss = prediction_loss(p, target_.permute(2, 0, 1).contiguous().permute(1, 2, 0), index_.mT.contiguous().mT)
+        loss.backward()
+        torch.testing.assert_close(loss.item(), expected.mean().item(), rtol=2e-6, atol=0)
+        assert rms(p.grad.cpu() - grad) <= 2e-6 * rms(grad)
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_a_mean_over_nothing_is_nan(kernel, shape):
+    pred, target, index = on(kernel, *inputs(*shape, torch.float32))
+    pred.requires_grad_()
+    loss, per_block = prediction_loss(pred, target, index, per_block=True)
+    loss.backward()
+    assert loss.isnan() and per_block.shape == shape[:1] and per_block.isnan().all()
+    assert pred.grad.shape == pred.shape
+
+
+@pytest.mark.parametrize("where", ["pred", "target"])
+def test_nan_is_not_swallowed(kernel, where):
+    pred, target, index = inputs(2, 2, 9, 4, 33, torch.float32)
+    row = index[1, 0, 2]
+    (pred[2, 2] if where == "pred" else target[0, row])[7] = torch.nan
+    pred, target, index = on(kernel, pred, target, index)
+    pred.requires_grad_()
+    loss, per_block = prediction_loss(pred, target, index, per_block=True)
+    loss.backward()
+    hit = torch.zeros(4, 4, 33, dtype=torch.bool)
+    if where == "pred":
+        hit[2, 2, 7] = True
+    else:
+        hit.view(2, 2, 4, 33)[:, 0] = (index[:, 0] == row).cpu()[:, :, None]
+    assert torch.equal(pred.grad.isnan().cpu(), hit)
+    assert torch.equal(per_block.isnan().cpu(), hit.view(2, -1).any(1))
+
+
+def test_target_is_only_read(kernel):
+    pred, target, index = on(kernel, *inputs(2, 3, 11, 5, 24, torch.float32))
+    before = target.clone()
+    target.requires_grad_()
+    prediction_loss(pred.requires_grad_(), target, index).backward()
+    assert target.grad is None and torch.equal(target, before)
+
+
+def test_same_bits_for_any_number_of_threads():
+    pred, target, index = inputs(4, 3, 50, 31, 200, torch.bfloat16)
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(OP.prediction_loss(pred, target, index, True))
+    torch.set_num_threads(threads)
+    for losses, slope in results[1:]:
+        assert torch.equal(losses, results[0][0]) and torch.equal(slope, results[0][1])
+
+
+@pytest.mark.skipif(not IN_CPP, reason="the plain reference would make four copies of 8 GB")
+def test_more_elements_than_int32_counts():
+    """One row of 2^16 + 1 channels, seen 2^15 times: 2^31 elements that take no memory."""
+    pred, target, index = inputs(1, 1, 1, 1, 2**16 + 1, torch.bfloat16)
+    index = torch.zeros(1, 1, 2**15, dtype=torch.int64)
+    losses, _ = OP.prediction_loss(pred.expand(1, 2**15, -1), target, index, False)
+    expected = oracle(pred, target, index[:, :, :1])[0]
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_gradcheck(kernel):
+    pred, target, index = on(kernel, *inputs(2, 2, 7, 3, 5, torch.float64))
+    assert torch.autograd.gradcheck(
+        lambda pred: prediction_loss(pred, target, index, per_block=True), (pred.requires_grad_(),)
+    )
+
+
+def test_opcheck(kernel):
+    pred, target, index = on(kernel, *inputs(2, 3, 11, 5, 24, torch.float32))
+    permuted = [x.mT.contiguous().mT for x in (pred, target, index)]
+    for arguments in ((pred, target, index), permuted):
+        for with_slope in (True, False):
+            opcheck(OP.prediction_loss, (*arguments, with_slope))
+    opcheck(OP.prediction_loss_backward, (torch.randn_like(pred), torch.randn(2, device=pred.device)))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(prediction_loss, fullgraph=True, dynamic=dynamic)
+    for shape in ((2, 3, 11, 5, 24), (4, 2, 17, 6, 24)):
+        pred, target, index = inputs(*shape, torch.float32)
+        grads = []
+        for function in (compiled, prediction_loss):
+            p = pred.clone().requires_grad_()
+            loss, per_block = function(p, target, index, per_block=True)
+            (loss + per_block[0]).backward()
+            grads.append((loss, p.grad))
+        torch.testing.assert_close(grads[0], grads[1])
+
+
+def bad(**changes: Tensor) -> dict[str, Tensor]:
+    pred, target, index = inputs(2, 3, 11, 5, 24, torch.float32)
+    return {"pred": pred, "target": target, "index": index} | changes
+
+
+@pytest.mark.parametrize(
+    ("argument", "arguments"),
+    [
+        ("pred", bad(pred=torch.randn(6, 5))),
+        ("pred", bad(pred=torch.ones(6, 5, 24, dtype=torch.int64))),
+        ("pred", bad(pred=torch.randn(5, 5, 24))),
+        ("target", bad(target=torch.randn(3, 11, 23))),
+        ("target", bad(target=torch.ones(3, 11, 24, dtype=torch.int32))),
+        ("target", bad(target=torch.randn(3, 11, 24, device="meta"))),
+        ("index", bad(index=torch.zeros(2, 4, 5, dtype=torch.int64))),
+        ("index", bad(index=torch.zeros(2, 3, 5, dtype=torch.int32))),
+        ("index", bad(index=torch.full((2, 3, 5), 11))),
+        ("index", bad(index=torch.full((2, 3, 5), -1))),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_read(argument, arguments):
+    with pytest.raises(ValueError, match=f"prediction_loss: {argument} "):
+        prediction_loss(**arguments)
+
+
+@pytest.mark.parametrize("value", [-1, 11])
+def test_no_kernel_reads_through_an_index_out_of_range(monkeypatch, value):
+    """A compiled call passes values that Python has not seen."""
+    pred, target, index = inputs(2, 3, 11, 5, 24, torch.float32)
+    index[1, 2, 3] = value
+    with pytest.raises(RuntimeError, match=f"index.* {value}"):
+        OP.prediction_loss(pred, target, index, True)
+    if not CUDA:  # there a failed assertion ends the process's use of the GPU
+        debug = interpreter.InterpreterOptions(debug=True)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", debug)
+        with pytest.raises(interpreter.InterpreterError, match="prediction_loss: index out of range"):
+            prediction_loss_triton(pred, target, index, True)

@@ -1,0 +1,293 @@
+"""vicreg against the criterion written out pair by pair in float64; its three steps on every implementation."""
+
+from collections.abc import Callable, Iterator
+from itertools import permutations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from jepa_kernels import vicreg
+from jepa_kernels.vicreg import (
+    vicreg_backward_ref,
+    vicreg_backward_triton,
+    vicreg_moments_ref,
+    vicreg_moments_triton,
+    vicreg_products_ref,
+    vicreg_products_triton,
+)
+
+CUDA = torch.cuda.is_available()
+OP = torch.ops.jepa_kernels
+SHAPES = [  # N, M, D: rows above and below the channels, tiles that are not full, sums in parts
+    (2, 2, 1),
+    (2, 3, 5),
+    (3, 2, 2),
+    (7, 4, 5),
+    (31, 3, 67),
+    (131, 2, 71),
+    (70, 5, 64),
+    (64, 4, 96),
+    (5, 2, 1531),
+    (1021, 2, 3),
+]
+# The Triton kernels take the CPU's place here: in the interpreter, through the same public function.
+TRITON = {
+    "vicreg_moments": vicreg_moments_triton,
+    "vicreg_products": vicreg_products_triton,
+    "vicreg_backward": vicreg_backward_triton,
+}
+
+
+@pytest.fixture(params=["cpu", "cuda" if CUDA else "triton"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param != "triton":
+        yield request.param
+        return
+    with torch.library._scoped_library("jepa_kernels", "IMPL") as library:
+        for name, function in TRITON.items():
+            library.impl(name, function, "CPU", allow_override=True)
+        yield request.param
+
+
+def on(kernel: str, x: Tensor) -> Tensor:
+    return x.to("cuda" if kernel == "cuda" else "cpu")
+
+
+def embeddings(N: int, M: int, D: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Views of one image agree in part; channels are correlated, off zero, and spread below and above gamma."""
+    shared, own, mixing = torch.randn(N, 1, D), torch.randn(N, M, D), torch.randn(D, D) / D**0.5
+    return ((shared + 0.5 * own) @ (mixing + torch.eye(D)) * (0.2 + 1.5 * torch.rand(D)) + torch.randn(D)).to(dtype)
+
+
+def criterion(a: Tensor, b: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """VICReg's three terms of two views, each [N, D]."""
+    N, D = a.shape
+    similarity = (a - b).pow(2).mean()
+    std = cov = 0
+    for x in (a, b):
+        x = x - x.mean(0)
+        C = x.T @ x / (N - 1)
+        std = std + torch.relu(gamma - (C.diagonal() + eps).sqrt()).mean() / 2
+        cov = cov + C.masked_select(~torch.eye(D, dtype=torch.bool)).pow(2).sum() / D
+    return similarity, std, cov
+
+
+def pairwise(z: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> list[Tensor]:
+    M = z.shape[1]
+    pairs = [criterion(z[:, i], z[:, j], gamma, eps) for i, j in permutations(range(M), 2)]
+    return [sum(term) / (M * (M - 1)) for term in zip(*pairs, strict=True)]
+
+
+def gradients(terms: list[Tensor] | tuple[Tensor, ...], z: Tensor) -> list[Tensor]:
+    return [torch.autograd.grad(term, z, retain_graph=True)[0].cpu().double() for term in terms]
+
+
+def rounding(exact: Tensor, dtype: torch.dtype, kernel: str) -> Tensor:
+    """The error of merely rounding: what a kernel with float32 inside should come close to."""
+    if kernel == "triton" and dtype == torch.bfloat16:  # the interpreter cuts off instead
+        return (exact.float().view(torch.int32) & ~0xFFFF).view(torch.float32).double() - exact
+    return exact.to(dtype).double() - exact
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_mean_over_ordered_pairs(kernel, shape):
+    z = embeddings(*shape, torch.float64)
+    z_ = on(kernel, z).requires_grad_()
+    z.requires_grad_()
+    expected, terms = pairwise(z, 0.9, 1e-3), vicreg(z_, gamma=0.9, eps=1e-3)
+    for a, b in zip(terms, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-12, atol=1e-14)
+    for a, b in zip(gradients(terms, z_), gradients(expected, z), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
+    with torch.no_grad():
+        for a, b in zip(vicreg(z_, gamma=0.9, eps=1e-3), terms, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_low_precision(kernel, shape, dtype):
+    """Float32 inside, whatever comes in; the gradient rounded once."""
+    z = embeddings(*shape, dtype)
+    exact, z_ = z.double().requires_grad_(), on(kernel, z).requires_grad_()
+    expected, terms = pairwise(exact), vicreg(z_)
+    for a, b in zip(terms, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-6 * z.double().var().item() ** 2)
+    scale = 2.0**10  # a loss scale, so that float16 can hold the gradient at all
+    for a, b in zip(gradients([scale * t for t in terms], z_), gradients(expected, exact), strict=True):
+        budget = 1.25 * rms(rounding(scale * b, dtype, kernel)) + 4e-6 * scale * rms(b) + 1e-9
+        assert rms(a - scale * b) <= budget
+
+
+def test_gram_form_when_the_diagonal_is_nearly_all():
+    """||C||^2 - ||diag C||^2 cancels where one channel dwarfs the rest: what float32 loses is what cancels."""
+    z = torch.randn(16, 3, 40, dtype=torch.float64)
+    z[:, :, 7] *= 30
+    exact = pairwise(z)[2].item()
+    var = z.var(0)
+    everything = 2 * var.square().sum(1).mean().item() / 40
+    assert abs(vicreg(z.float())[2].item() - exact) <= 1e-6 * (exact + everything)
+
+
+@pytest.mark.parametrize("N", [5, 40])
+def test_large_means_cost_no_digits(kernel, N):
+    """Statistics of what is left after the mean: at 1000 sigma a sum of squares would have lost six digits."""
+    z = torch.randn(N, 3, 17) + 1000
+    exact, z_ = z.double().requires_grad_(), on(kernel, z).requires_grad_()
+    expected, terms = pairwise(exact), vicreg(z_)
+    for a, b in zip(terms, expected, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-3, atol=1e-5)
+    for a, b in zip(gradients(terms, z_), gradients(expected, exact), strict=True):
+        assert rms(a - b) <= 1e-3 * rms(b)
+
+
+@pytest.mark.parametrize("shape", [(11, 3, 7), (7, 3, 11)], ids=str)
+def test_any_strides(kernel, shape):
+    """The engine's own layout among them: predictions come block-major, [M, N, D]."""
+    z = embeddings(*shape)
+    expected = vicreg(leaf := z.clone().requires_grad_())
+    grads = gradients(expected, leaf)
+    wide = torch.full((shape[0], 2 * shape[1], 3 * shape[2]), float("nan"))
+    wide[:, ::2, ::3] = z
+    block_major = z.transpose(0, 1).contiguous().transpose(0, 1)
+    for view in (block_major, z.permute(2, 1, 0).contiguous().permute(2, 1, 0), wide[:, ::2, ::3]):
+        view = on(kernel, view).detach().requires_grad_()
+        terms = vicreg(view)
+        for a, b in zip(terms, expected, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-6)
+        for a, b in zip(gradients(terms, view), grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_products_of_a_part_of_the_rows(kernel, gram, keep):
+    """As the distributed form calls them: statistics that are not those of the rows at hand."""
+    z, mean = embeddings(67, 3, 70), torch.randn(3, 70)
+    squares, matrix = OP.vicreg_products(on(kernel, z), on(kernel, mean), 100, gram, keep, "ieee")
+    x = (z - mean).double().transpose(0, 1)
+    exact = (x @ x.mT if gram else (x.mT @ x) * (1 - torch.eye(70))) / 99
+    torch.testing.assert_close(squares.cpu().double(), exact.square().sum((1, 2)), rtol=1e-5, atol=0)
+    if keep:
+        torch.testing.assert_close(matrix.cpu().double(), exact, rtol=1e-4, atol=1e-5)
+    else:
+        assert not matrix.numel()
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_backward_of_a_part_of_the_rows(kernel, gram):
+    z, mean, weight = embeddings(71, 3, 70), torch.randn(3, 70), torch.randn(3, 70)
+    pull, push = torch.randn(2).unbind()
+    matrix = torch.randn((3, 71, 71) if gram else (3, 70, 70))
+    arguments = [on(kernel, t) for t in (z, mean, matrix, weight, pull, push)]
+    out = OP.vicreg_backward(*arguments, gram, 35, 33, "ieee").cpu().double()
+    wide = [t.double() for t in (z, mean, matrix, weight, pull, push)]
+    exact = vicreg_backward_ref(*wide, gram, 0, 71, "ieee")[35:68]
+    torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@pytest.mark.parametrize("shape", [(9, 2, 67), (67, 2, 9)], ids=str)
+def test_tf32_when_asked(kernel, precision, shape):
+    z = embeddings(*shape)
+    exact, z_ = z.double().requires_grad_(), on(kernel, z).requires_grad_()
+    expected, terms = pairwise(exact), vicreg(z_, precision=precision)
+    tolerance = 1e-2 if precision == "tf32" else 1e-5
+    for a, b in zip(terms, expected, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=tolerance, atol=1e-5)
+    for a, b in zip(gradients(terms, z_), gradients(expected, exact), strict=True):
+        assert rms(a - b) <= tolerance * rms(b) + 1e-9
+
+
+def test_more_chunks_of_rows_than_one_block_combines(kernel):
+    z = embeddings(2113, 2, 3)
+    mean, scatter, spread = (t.cpu().double() for t in OP.vicreg_moments(on(kernel, z)))
+    for a, b in zip((mean, scatter, spread), vicreg_moments_ref(z.double()), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(11, 3, 70), (70, 3, 11)], ids=str)
+def test_a_nan_reaches_every_term_and_the_gradient(kernel, shape):
+    z = embeddings(*shape)
+    z[3, 1, 5] = torch.nan
+    z = on(kernel, z).requires_grad_()
+    terms = vicreg(z)
+    assert all(term.isnan() for term in terms)
+    assert torch.autograd.grad(sum(terms), z)[0][:, 1].isnan().all()
+
+
+def test_same_bits_every_time(kernel):
+    for shape in ((130, 2, 67), (67, 2, 130)):
+        z = on(kernel, embeddings(*shape, torch.bfloat16)).requires_grad_()
+        results = []
+        for _ in range(2):
+            terms = vicreg(z)
+            results.append([*terms, *gradients(terms, z)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4), (4, 3, 6)], ids=str)
+def test_gradcheck(shape):
+    z = embeddings(*shape, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(vicreg, (z,))
+
+
+def views_major(z: Tensor) -> Tensor:
+    return z.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def channels_first(z: Tensor) -> Tensor:
+    return z.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("layout", [torch.clone, views_major, channels_first])
+@pytest.mark.parametrize("gram", [False, True])
+def test_opcheck(kernel, gram, layout: Callable[[Tensor], Tensor]):
+    z = layout(on(kernel, embeddings(7, 3, 9)))
+    mean, scatter, _ = vicreg_moments_ref(z)
+    _, matrix = vicreg_products_ref(z, mean, 7, gram, True, "ieee")
+    one = torch.ones((), device=z.device)
+    opcheck(OP.vicreg_moments, (z,))
+    for keep in (False, True):
+        opcheck(OP.vicreg_products, (z, mean, 7, gram, keep, "ieee"))
+    for first, count in ((0, 7), (2, 3), (7, 0)):
+        opcheck(OP.vicreg_backward, (z, mean, matrix, scatter, one, one, gram, first, count, "ieee"))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(vicreg, fullgraph=True, dynamic=dynamic)
+    for shape in ((12, 3, 8), (17, 4, 9), (5, 4, 9))[:: 1 if dynamic else 2]:
+        z = embeddings(*shape)
+        results = []
+        for function in (compiled, vicreg):
+            x = z.clone().requires_grad_()
+            terms = function(x)
+            (25 * terms[0] + 25 * terms[1] + terms[2]).backward()
+            results.append((terms, x.grad))
+        torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("argument", "z", "options"),
+    [
+        ("z", torch.randn(4, 5), {}),
+        ("z", torch.ones(4, 3, 5, dtype=torch.int64), {}),
+        ("z", torch.randn(4, 1, 5), {}),
+        ("z", torch.randn(1, 3, 5), {}),
+        ("z", torch.randn(0, 3, 5), {}),
+        ("z", torch.randn(4, 3, 0), {}),
+        ("precision", torch.randn(4, 3, 5), {"precision": "bf16"}),
+    ],
+)
+def test_bad_input_is_refused(argument, z, options):
+    with pytest.raises(ValueError, match=f"vicreg: {argument} "):
+        vicreg(z, **options)
