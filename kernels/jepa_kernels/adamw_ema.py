@@ -351,21 +351,24 @@ def adamw_ema_triton(
     lists = (params, grads, exp_avgs, exp_avg_sqs, emas, weight_copies, ema_copies)
     columns = [[t.data_ptr() for t in tensors] or [0] * len(params) for tensors in lists]
     blocks, rows = tables(list(zip((p.numel() for p in params), *columns, strict=True)), params[0].device)
+    if coefficients.device.type == "cpu":
+        coefficients = upload(coefficients, params[0].device)
     if len(blocks):
-        _adamw_ema_kernel[(len(blocks),)](
-            blocks,
-            rows,
-            upload(coefficients, params[0].device) if coefficients.device.type == "cpu" else coefficients,
-            1 - beta1,
-            1 - beta2,
-            eps,
-            GRAD=_TRITON[grads[0].dtype],
-            EMA=bool(emas),
-            WEIGHT_COPY=_TRITON[weight_copies[0].dtype] if weight_copies else None,
-            EMA_COPY=_TRITON[ema_copies[0].dtype] if ema_copies else None,
-            ALIGNED=is_aligned([address for column in columns for address in column]),
-            BLOCK=BLOCK,
-        )
+        with torch.cuda.device_of(params[0]):
+            _adamw_ema_kernel[(len(blocks),)](
+                blocks,
+                rows,
+                coefficients,
+                1 - beta1,
+                1 - beta2,
+                eps,
+                GRAD=_TRITON[grads[0].dtype],
+                EMA=bool(emas),
+                WEIGHT_COPY=_TRITON[weight_copies[0].dtype] if weight_copies else None,
+                EMA_COPY=_TRITON[ema_copies[0].dtype] if ema_copies else None,
+                ALIGNED=is_aligned([address for column in columns for address in column]),
+                BLOCK=BLOCK,
+            )
 
 
 # --- registration; csrc adds the CPU
