@@ -120,7 +120,7 @@ class AdamWEMA(torch.optim.Optimizer):
         batches: defaultdict[Any, list[Tensor]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
-                _check(p)
+                _check(p, p.grad)
                 self._prepare(p, group)
                 step = self.state[p]["step"]
                 if found_inf is not None and step.device != p.device:
@@ -156,7 +156,7 @@ class AdamWEMA(torch.optim.Optimizer):
         emas = [state["ema"] for state in states] if group["ema"] else []
         torch.ops.jepa_kernels.adamw_ema_(
             params,
-            [_in_layout_of(p, p.grad) for p in params],
+            [_in_layout_of(p, p.grad) for p in params if p.grad is not None],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             emas,
@@ -182,9 +182,7 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"AdamWEMA: betas must be two numbers in [0, 1), got {options['betas']}")
 
 
-def _check(p: Tensor) -> None:
-    grad = p.grad
-    assert grad is not None
+def _check(p: Tensor, grad: Tensor) -> None:
     if p.dtype != torch.float32:
         raise ValueError(
             f"AdamWEMA: parameters must be float32, got {p.dtype}, shape {tuple(p.shape)}: AdamW's updates vanish "
