@@ -12,9 +12,8 @@ struct Step {  // a row of the coefficients
     float decay, lr, rsqrt_bias2, weight, scale, apply;
 };
 
-JEPA_VECTOR_CLONES void adamw(float* __restrict p, const float* __restrict g, float* __restrict m,
-                              float* __restrict v, int64_t n, const Step& s, float beta1_c, float beta2_c,
-                              float eps) {
+JEPA_VECTOR_CLONES void adamw(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v,
+                              int64_t n, const Step& s, float beta1_c, float beta2_c, float eps) {
     const float decay = s.decay, lr = s.lr, rsqrt_bias2 = s.rsqrt_bias2, scale = s.scale;
     for (int64_t i = 0; i < n; ++i) {
         const float gradient = scale * g[i];

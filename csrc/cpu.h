@@ -67,8 +67,7 @@ void dispatch(ScalarType dtype, const F& f) {
         case ScalarType::Half:
             return f(torch::headeronly::Half());
         default:
-            STD_TORCH_CHECK(false,
-                            "jepa_kernels: the CPU kernels take float32, float64, bfloat16 and float16");
+            STD_TORCH_CHECK(false, "jepa_kernels: the CPU kernels take float32, float64, bfloat16 and float16");
     }
 }
 

@@ -39,8 +39,7 @@ Tensor gather(const Tensor& x_BND, const Tensor& index_BK) {
 // Every row of dx adds up its own terms, in the order of k: the result does not depend on the threads.
 Tensor gather_backward(const Tensor& dy_BKD, const Tensor& index_BK, int64_t N) {
     check_shapes(dy_BKD, index_BK);
-    STD_TORCH_CHECK(dy_BKD.size(1) == index_BK.size(1),
-                    "gather_backward: dy must be [B, K, D] beside index [B, K]");
+    STD_TORCH_CHECK(dy_BKD.size(1) == index_BK.size(1), "gather_backward: dy must be [B, K, D] beside index [B, K]");
     const Tensor dy = with_rows(dy_BKD), index = torch::stable::contiguous(index_BK);
     const int64_t B = index.size(0), K = index.size(1), D = dy.size(2);
     const auto* index_at = checked_index(index, N, "gather_backward: index");

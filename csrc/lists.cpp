@@ -23,8 +23,7 @@ using torch::headeronly::Half;
 
 }  // namespace
 
-JEPA_VECTOR_CLONES void lerp(float* __restrict target, const float* __restrict source, float weight,
-                             int64_t n) {
+JEPA_VECTOR_CLONES void lerp(float* __restrict target, const float* __restrict source, float weight, int64_t n) {
     for (int64_t i = 0; i < n; ++i) target[i] = lerp(target[i], source[i], weight);
 }
 

@@ -19,7 +19,7 @@ namespace {
 constexpr int kTries = 20;  // places tried for a context before one more target may overlap it
 constexpr int64_t kMaxSide = 1024, kMaxBlocks = 1024, kMaxImages = int64_t{1} << 32;
 constexpr uint32_t kPlaces = 1, kCuts = 2;  // streams of random words; 0 drew the sizes, in Python
-constexpr int64_t kGrain = 256;  // images per task, 0.1 ms or more: a smaller batch wakes no other thread
+constexpr int64_t kGrain = 256;             // images per task, 0.1 ms or more: a smaller batch wakes no other thread
 
 // The words of one (seed, step, image, stream): Philox4x32-10 (Salmon et al., SC 2011).
 class Words {
@@ -98,8 +98,8 @@ struct Grid {
 
 // Places a context that keeps more than min_keep patches outside the targets, and returns how many it keeps.
 // It ends, after kTries * excluded + 1 places at most: the caller has checked that the whole block is enough.
-int64_t draw_context(const Grid& grid, Words& random, Size size, Size target_size,
-                     const std::vector<Place>& targets, int64_t excluded, int64_t min_keep, uint64_t* bits) {
+int64_t draw_context(const Grid& grid, Words& random, Size size, Size target_size, const std::vector<Place>& targets,
+                     int64_t excluded, int64_t min_keep, uint64_t* bits) {
     for (int tries = 0;; ++tries) {
         if (tries == kTries && excluded > 0) {
             --excluded;
@@ -131,36 +131,33 @@ void write_bits(const uint64_t* bits, int64_t words, int64_t* to, int64_t count,
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> sample_masks(const Tensor& sizes, const std::string& mode, int64_t height,
-                                                int64_t width, int64_t contexts, int64_t targets,
-                                                int64_t min_keep, bool allow_overlap, int64_t seed,
-                                                int64_t step, int64_t first, int64_t batch, int64_t cut_first,
-                                                int64_t cut_count) {
+                                                int64_t width, int64_t contexts, int64_t targets, int64_t min_keep,
+                                                bool allow_overlap, int64_t seed, int64_t step, int64_t first,
+                                                int64_t batch, int64_t cut_first, int64_t cut_count) {
     const bool reference = mode == "reference", packed = mode == "packed";
     const auto in = [](int64_t value, int64_t low, int64_t high) { return low <= value && value <= high; };
     STD_TORCH_CHECK(reference || packed || mode == "unbiased", "jepa_masks::sample: mode is ", mode);
-    STD_TORCH_CHECK(in(height, 1, kMaxSide) && in(width, 1, kMaxSide), "jepa_masks::sample: a grid of ",
-                    height, " x ", width, " patches");
-    STD_TORCH_CHECK(in(contexts, 1, kMaxBlocks) && in(targets, 1, kMaxBlocks),
-                    "jepa_masks::sample: ", contexts, " contexts and ", targets, " targets");
+    STD_TORCH_CHECK(in(height, 1, kMaxSide) && in(width, 1, kMaxSide), "jepa_masks::sample: a grid of ", height, " x ",
+                    width, " patches");
+    STD_TORCH_CHECK(in(contexts, 1, kMaxBlocks) && in(targets, 1, kMaxBlocks), "jepa_masks::sample: ", contexts,
+                    " contexts and ", targets, " targets");
+    STD_TORCH_CHECK(in(cut_first, 0, kMaxImages - 1) && in(cut_count, 1, kMaxImages - cut_first) &&
+                        in(first, cut_first, cut_first + cut_count - 1) && in(batch, 1, cut_first + cut_count - first),
+                    "jepa_masks::sample: images ", first, " + ", batch, " with the cut ", cut_first, " + ", cut_count);
     STD_TORCH_CHECK(
-        in(cut_first, 0, kMaxImages - 1) && in(cut_count, 1, kMaxImages - cut_first) &&
-            in(first, cut_first, cut_first + cut_count - 1) && in(batch, 1, cut_first + cut_count - first),
-        "jepa_masks::sample: images ", first, " + ", batch, " with the cut ", cut_first, " + ", cut_count);
-    STD_TORCH_CHECK(sizes.dim() == 2 && sizes.numel() == 4 && sizes.size(0) == 2 &&
-                        sizes.scalar_type() == ScalarType::Long,
-                    "jepa_masks::sample: sizes must be int64 [2, 2]");
+        sizes.dim() == 2 && sizes.numel() == 4 && sizes.size(0) == 2 && sizes.scalar_type() == ScalarType::Long,
+        "jepa_masks::sample: sizes must be int64 [2, 2]");
     const Tensor sizes_22 = torch::stable::contiguous(sizes);
     const auto* size = pointer<const int64_t>(sizes_22);
     const Size context_size{size[0], size[1]}, target_size{size[2], size[3]};
     const Grid grid{height, width, reference ? 1 : 0};
     for (const Size& block : {context_size, target_size}) {
         STD_TORCH_CHECK(in(block.height, 1, height - grid.margin) && in(block.width, 1, width - grid.margin),
-                        "jepa_masks::sample: a block of ", block.height, " x ", block.width,
-                        " patches on a grid of ", height, " x ", width);
+                        "jepa_masks::sample: a block of ", block.height, " x ", block.width, " patches on a grid of ",
+                        height, " x ", width);
     }
-    STD_TORCH_CHECK(in(min_keep, 0, context_size.height * context_size.width - 1),
-                    "jepa_masks::sample: min_keep ", min_keep, " with contexts of ", context_size.height,
-                    " x ", context_size.width);
+    STD_TORCH_CHECK(in(min_keep, 0, context_size.height * context_size.width - 1), "jepa_masks::sample: min_keep ",
+                    min_keep, " with contexts of ", context_size.height, " x ", context_size.width);
 
     const int64_t target_count = target_size.height * target_size.width, words = grid.words();
     const Tensor target_MBK = torch::stable::new_empty(sizes, {targets, batch, target_count});

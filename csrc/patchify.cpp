@@ -14,9 +14,8 @@ namespace {
 // One patch: its bytes into one piece, then one vector loop per channel. `kP` is P where P is one of the
 // usual sizes, else 0: the short loops over a run are worth unrolling.
 template <class T, int64_t kP>
-JEPA_VECTOR_CLONES void patch(const uint8_t* corner, int64_t s_c, int64_t s_h, int64_t s_w,
-                              int64_t run_time_P, const float* scale, const float* bias, uint8_t* pixels,
-                              T* to) {
+JEPA_VECTOR_CLONES void patch(const uint8_t* corner, int64_t s_c, int64_t s_h, int64_t s_w, int64_t run_time_P,
+                              const float* scale, const float* bias, uint8_t* pixels, T* to) {
     const int64_t P = kP ? kP : run_time_P;
     for (int64_t c = 0; c < 3; ++c, to += P * P) {
         for (int64_t py = 0; py < P; ++py) {
@@ -51,13 +50,11 @@ auto patch_of_size(int64_t P) {
 
 }  // namespace
 
-Tensor patchify(const Tensor& images, const std::optional<Tensor>& index_BK,
-                const std::vector<double>& scales, const std::vector<double>& biases, int64_t P,
-                ScalarType dtype) {
+Tensor patchify(const Tensor& images, const std::optional<Tensor>& index_BK, const std::vector<double>& scales,
+                const std::vector<double>& biases, int64_t P, ScalarType dtype) {
     STD_TORCH_CHECK(images.dim() == 4 && images.size(1) == 3 && images.scalar_type() == ScalarType::Byte,
                     "patchify: images must be uint8 [B, 3, H, W]");
-    STD_TORCH_CHECK(P > 0 && scales.size() == 3 && biases.size() == 3,
-                    "patchify: P > 0, three scales, three biases");
+    STD_TORCH_CHECK(P > 0 && scales.size() == 3 && biases.size() == 3, "patchify: P > 0, three scales, three biases");
     const int64_t B = images.size(0), grid_w = images.size(3) / P, N = images.size(2) / P * grid_w;
     std::optional<Tensor> index;
     const int64_t* n = nullptr;
@@ -70,8 +67,7 @@ Tensor patchify(const Tensor& images, const std::optional<Tensor>& index_BK,
     const Tensor y = torch::stable::new_empty(images, {B, K, 3 * plane}, dtype);
     if (y.numel() == 0) return y;
     const auto* from = pointer<const uint8_t>(images);
-    const int64_t s_b = images.stride(0), s_c = images.stride(1), s_h = images.stride(2),
-                  s_w = images.stride(3);
+    const int64_t s_b = images.stride(0), s_c = images.stride(1), s_h = images.stride(2), s_w = images.stride(3);
     const std::array<float, 3> scale{static_cast<float>(scales[0]), static_cast<float>(scales[1]),
                                      static_cast<float>(scales[2])};
     const std::array<float, 3> bias{static_cast<float>(biases[0]), static_cast<float>(biases[1]),

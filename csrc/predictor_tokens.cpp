@@ -24,11 +24,10 @@ Tensor widened(const Tensor& table, ScalarType dtype) {
 
 Tensor predictor_tokens(const Tensor& context_BKD, const Tensor& context_index, const Tensor& target_index,
                         const Tensor& pos_ND, const Tensor& mask_token_D) {
-    STD_TORCH_CHECK(
-        context_BKD.dim() == 3 && context_index.dim() == 2 && target_index.dim() == 3 && pos_ND.dim() == 2 &&
-            mask_token_D.dim() == 1,
-        "predictor_tokens: context must be [B, Kc, D], context_index [B, Kc], target_index [M, B, Kt], "
-        "pos [N, D], mask_token [D]");
+    STD_TORCH_CHECK(context_BKD.dim() == 3 && context_index.dim() == 2 && target_index.dim() == 3 &&
+                        pos_ND.dim() == 2 && mask_token_D.dim() == 1,
+                    "predictor_tokens: context must be [B, Kc, D], context_index [B, Kc], target_index [M, B, Kt], "
+                    "pos [N, D], mask_token [D]");
     const int64_t B = context_BKD.size(0), Kc = context_BKD.size(1), D = context_BKD.size(2);
     const int64_t M = target_index.size(0), Kt = target_index.size(2), S = Kc + Kt, N = pos_ND.size(0);
     STD_TORCH_CHECK(context_index.size(0) == B && context_index.size(1) == Kc && target_index.size(1) == B &&
@@ -57,8 +56,7 @@ Tensor predictor_tokens(const Tensor& context_BKD, const Tensor& context_index, 
                                     table + seen_at[b * Kc + k] * D, to + (q * S + k) * D, D);
                 }
                 for (int64_t t = 0; t < Kt; ++t) {
-                    add_position<T>(mask_row, table + hidden_at[q * Kt + t] * D, to + (q * S + Kc + t) * D,
-                                    D);
+                    add_position<T>(mask_row, table + hidden_at[q * Kt + t] * D, to + (q * S + Kc + t) * D, D);
                 }
             }
         });

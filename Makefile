@@ -1,0 +1,46 @@
+# What the README tells people to type. Each works on a bare clone: they make .venv first if it is not there.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := kernels engine benchmarks tests setup.py
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo test lint bench sanitize clean
+
+setup: .venv/installed
+
+# DeepSpeed compiles its CPU communication once; doing it here keeps it out of the first run.
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch triton setuptools
+	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[engine,test]"
+	$(BIN)/python -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as b; b().load(verbose=False)"
+	touch $@
+
+demo: setup
+	$(BIN)/python engine/jepa/synthetic.py data/demo
+	rm -rf runs/demo
+	$(BIN)/deepspeed --num_accelerators 1 engine/train.py --config engine/configs/demo.yaml
+	$(BIN)/python engine/evaluate.py runs/demo/jepa-latest --train data/demo/train --val data/demo/val
+	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl --out runs/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+# The C++ kernels under the address and undefined-behaviour sanitizers.
+sanitize: setup
+	tests/sanitize.sh
+
+bench: setup
+	$(BIN)/python benchmarks/kernels.py --device cpu
+	$(BIN)/python benchmarks/masks.py
+
+clean:
+	rm -rf .venv build runs/demo data/demo
