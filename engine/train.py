@@ -73,7 +73,7 @@ def train(config: Config, resume: str | None) -> None:
     skipped_in_a_row = 0
     batches = loader.batches(progress.step, last_step)
     for step in range(progress.step, last_step):
-        waited_before = loader.wait_seconds
+        waited_before, losses = loader.wait_seconds, []
         lr = schedules.lr(progress.applied)
         weight_decay = schedules.weight_decay(progress.applied)
         momentum = schedules.momentum(progress.applied)
@@ -87,10 +87,11 @@ def train(config: Config, resume: str | None) -> None:
             features = teacher(batch.images)
             output = engine(batch.images, context, target, features)
             engine.backward(output.losses.total)
+            losses.append(output.losses)
             applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
 
         progress.count(applied, global_batch)
-        log.step(step, output.losses, context.shape[-1], target.shape[-1], loader.wait_seconds - waited_before)
+        log.step(step, losses, context.shape[-1], target.shape[-1], loader.wait_seconds - waited_before)
         if applied:
             skipped_in_a_row = 0
             teacher.refresh()
@@ -104,7 +105,7 @@ def train(config: Config, resume: str | None) -> None:
                 )
 
         found: dict[str, float] = {}
-        if progress.step % config.logging.health_freq == 0:
+        if applied and progress.step % config.logging.health_freq == 0:
             found |= health(features, output.predicted_RD) | {"teacher_distance": teacher.distance()}
             if warning := collapse_warning(found):
                 log.say(f"step {step}: {warning}")

@@ -114,10 +114,10 @@ class RunLog:
         """Leaves the time since the last step (a checkpoint, an evaluation) out of the images per second."""
         self.clock = time.perf_counter()
 
-    def step(self, step: int, losses: Losses, context_tokens: int, target_tokens: int, data_wait: float) -> None:
-        """Notes a step: its losses on the device, the kept tokens, the seconds spent waiting for images."""
+    def step(self, step: int, losses: list[Losses], context_tokens: int, target_tokens: int, data_wait: float) -> None:
+        """Notes a step: its micro-batches' losses on the device, the kept tokens, the seconds of waiting for images."""
         now = time.perf_counter()
-        terms = torch.stack([losses.total.detach(), *losses[1:]])
+        terms = torch.stack([torch.stack(micro).detach() for micro in losses]).mean(0)
         self.pending.append((step, terms, context_tokens, target_tokens, now - self.clock, data_wait))
         self.clock = now
         self.bar.update()

@@ -120,7 +120,7 @@ class AdamWEMA(torch.optim.Optimizer):
         batches: defaultdict[Any, list[Tensor]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
-                _check(p)
+                _check(p, p.grad)
                 self._prepare(p, group)
                 step = self.state[p]["step"]
                 if found_inf is not None and step.device != p.device:
@@ -156,7 +156,7 @@ class AdamWEMA(torch.optim.Optimizer):
         emas = [state["ema"] for state in states] if group["ema"] else []
         torch.ops.jepa_kernels.adamw_ema_(
             params,
-            [_in_layout_of(p, p.grad) for p in params],
+            [_in_layout_of(p, p.grad) for p in params if p.grad is not None],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             emas,
@@ -182,9 +182,7 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"AdamWEMA: betas must be two numbers in [0, 1), got {options['betas']}")
 
 
-def _check(p: Tensor) -> None:
-    grad = p.grad
-    assert grad is not None
+def _check(p: Tensor, grad: Tensor) -> None:
     if p.dtype != torch.float32:
         raise ValueError(
             f"AdamWEMA: parameters must be float32, got {p.dtype}, shape {tuple(p.shape)}: AdamW's updates vanish "
@@ -230,7 +228,7 @@ def _coefficients(
     given = [options["lr"], options["weight_decay"], options["momentum"], grad_scale, found_inf]
     on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in (*given, steps[0]))
     lr, weight_decay, momentum, scale, inf = (
-        x.item() if isinstance(x, Tensor) and x.device.type == "cpu" else x for x in given
+        x.item() if on_device and isinstance(x, Tensor) and x.device.type == "cpu" else x for x in given
     )
     t = torch.stack(steps)
     t = (upload(t, device) if on_device and t.device.type == "cpu" else t).double()
@@ -351,21 +349,24 @@ def adamw_ema_triton(
     lists = (params, grads, exp_avgs, exp_avg_sqs, emas, weight_copies, ema_copies)
     columns = [[t.data_ptr() for t in tensors] or [0] * len(params) for tensors in lists]
     blocks, rows = tables(list(zip((p.numel() for p in params), *columns, strict=True)), params[0].device)
+    if coefficients.device.type == "cpu":
+        coefficients = upload(coefficients, params[0].device)
     if len(blocks):
-        _adamw_ema_kernel[(len(blocks),)](
-            blocks,
-            rows,
-            upload(coefficients, params[0].device) if coefficients.device.type == "cpu" else coefficients,
-            1 - beta1,
-            1 - beta2,
-            eps,
-            GRAD=_TRITON[grads[0].dtype],
-            EMA=bool(emas),
-            WEIGHT_COPY=_TRITON[weight_copies[0].dtype] if weight_copies else None,
-            EMA_COPY=_TRITON[ema_copies[0].dtype] if ema_copies else None,
-            ALIGNED=is_aligned([address for column in columns for address in column]),
-            BLOCK=BLOCK,
-        )
+        with torch.cuda.device_of(params[0]):
+            _adamw_ema_kernel[(len(blocks),)](
+                blocks,
+                rows,
+                coefficients,
+                1 - beta1,
+                1 - beta2,
+                eps,
+                GRAD=_TRITON[grads[0].dtype],
+                EMA=bool(emas),
+                WEIGHT_COPY=_TRITON[weight_copies[0].dtype] if weight_copies else None,
+                EMA_COPY=_TRITON[ema_copies[0].dtype] if ema_copies else None,
+                ALIGNED=is_aligned([address for column in columns for address in column]),
+                BLOCK=BLOCK,
+            )
 
 
 # --- registration; csrc adds the CPU

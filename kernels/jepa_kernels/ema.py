@@ -143,16 +143,17 @@ def ema_triton(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> 
         for t, s in zip(targets, sources, strict=True)
     ]
     blocks, table = tables(rows, targets[0].device)
+    on_device = weight.device.type != "cpu"
     if len(blocks):
-        on_device = weight.device.type != "cpu"
-        _ema_kernel[(len(blocks),)](
-            blocks,
-            table,
-            weight if on_device else weight.item(),
-            ON_DEVICE=on_device,
-            ALIGNED=is_aligned([address for row in rows for address in row[1:3]]),
-            BLOCK=BLOCK,
-        )
+        with torch.cuda.device_of(targets[0]):
+            _ema_kernel[(len(blocks),)](
+                blocks,
+                table,
+                weight if on_device else weight.item(),
+                ON_DEVICE=on_device,
+                ALIGNED=is_aligned([address for row in rows for address in row[1:3]]),
+                BLOCK=BLOCK,
+            )
 
 
 # --- registration; csrc adds the CPU

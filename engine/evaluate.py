@@ -1,0 +1,133 @@
+"""What a checkpoint's frozen features tell: k-NN and linear probes beside an untrained encoder and raw pixels.
+
+    python engine/evaluate.py runs/demo/jepa-latest --train data/demo/train --val data/demo/val
+
+Labels are the sub-folders' names, or, with --label COLUMN, a column of the `labels.csv` in both folders (its first
+column names the files).
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jepa.checkpoint import CheckpointError, load_encoder
+from jepa.config import Config, ConfigError
+from jepa.data import ImageSource, eval_batches
+from jepa.probe import Encoder, extract, knn, linear_probe, open_labelled
+from jepa.vit import build_encoder
+
+
+def pixels(images: Tensor) -> Tensor:
+    """The images themselves as features, [B, 1, 3 * H * W]."""
+    return images.flatten(1)[:, None] / 255.0
+
+
+def features(encoder: Encoder, sources: list[ImageSource], config: Config, device: torch.device) -> list[Tensor]:
+    """Mean-pooled features of the training and the validation images, without the labels."""
+    return [
+        extract(
+            encoder,
+            eval_batches(
+                source,
+                crop_size=config.data.crop_size,
+                batch_size=config.data.batch_size,
+                device=device,
+                num_workers=config.data.num_workers,
+            ),
+        )[0].cpu()
+        for source in sources
+    ]
+
+
+def column(source: ImageSource, name: str) -> list[str]:
+    """One column of a source's labels.csv, in the order of its images. Raises ValueError where it is not there."""
+    table = Path(source.path) / "labels.csv"
+    with table.open(newline="") as file:
+        first, *_ = columns = next(csv.reader(file), [""])
+        file.seek(0)
+        if name not in columns:
+            raise ValueError(f"--label {name}: {table} has the columns {', '.join(columns)}")
+        values = {str(Path(source.path) / row[first]): row[name] for row in csv.DictReader(file)}
+    return [values[source.name(i)] for i in range(len(source))]
+
+
+def labels_of(sources: list[ImageSource], name: str | None) -> list[Tensor]:
+    """int64 labels of both sources; numbers with a fraction are cut into quarters at the training set's quartiles."""
+    if name is None:
+        return [torch.from_numpy(source.labels) for source in sources]
+    train, val = (column(source, name) for source in sources)
+    if any("." in value for value in train):
+        cuts = torch.tensor([float(v) for v in train]).quantile(torch.tensor([0.25, 0.5, 0.75]))
+        return [torch.bucketize(torch.tensor([float(v) for v in values]), cuts) for values in (train, val)]
+    classes = sorted(set(train) | set(val))
+    return [torch.tensor([classes.index(v) for v in values]) for values in (train, val)]
+
+
+def evaluate(checkpoint: str, train: str, val: str, names: list[str | None]) -> list[dict[str, object]]:
+    """One row an encoder: accuracies in percent under "<label> k-NN" and "<label> linear"."""
+    encoder, config = load_encoder(checkpoint)
+    sources = open_labelled(train, val)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.engine.seed)
+    untrained = build_encoder(config).eval()
+    labels = {name or "class": labels_of(sources, name) for name in names}
+    encoders: dict[str, Encoder] = {
+        "target encoder": encoder.to(device),
+        "untrained encoder": untrained.to(device),
+        "pixels": pixels,
+    }
+    rows = []
+    for what, module in encoders.items():
+        train_x, val_x = features(module, sources, config, device)
+        row: dict[str, object] = {"features": what}
+        for name, (train_y, val_y) in labels.items():
+            row[f"{name} k-NN"] = 100 * knn(train_x, train_y, val_x, val_y, k=config.eval.knn_k)
+            row[f"{name} linear"] = 100 * linear_probe(train_x, train_y, val_x, val_y)
+        rows.append(row)
+        print(f"{what}: done", file=sys.stderr)
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    columns = list(rows[0])
+    text = [columns] + [
+        [f"{row[c]:.1f} %" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows
+    ]
+    widths = [max(len(line[i]) for line in text) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in text
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument(
+        "--train", required=True, metavar="FOLDER", help="labelled images that the probes are fitted on"
+    )
+    parser.add_argument("--val", required=True, metavar="FOLDER", help="labelled images that they are judged on")
+    parser.add_argument("--label", action="append", metavar="COLUMN", help="of labels.csv; may be given several times")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the numbers there too")
+    args = parser.parse_args()
+    try:
+        rows = evaluate(args.checkpoint, args.train, args.val, args.label or [None])
+    except (ValueError, ConfigError, CheckpointError, OSError) as error:
+        print(f"engine/evaluate.py: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.checkpoint}, probed on {args.val}")
+    print(table(rows))
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

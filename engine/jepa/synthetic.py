@@ -1,0 +1,159 @@
+"""The demo's images: textured scenes of a few shapes, labelled, drawn in seconds and the same everywhere.
+
+    python engine/jepa/synthetic.py OUT
+
+A scene has two to four objects, one in each of as many quadrants. All have the scene's shape, each its own colour and
+distance; a near one looks large. So a part of the picture tells something of the rest, which is what joint-embedding
+prediction learns from, and three things can be read off a picture afterwards: which shape, how many, how near.
+
+    OUT/{train,val}/<shape>/NNNNN.jpg
+    OUT/{train,val}/labels.csv        file, shape, count, distance (of the nearest object)
+
+Scene i of a split is a function of (seed, split, i).
+"""
+
+import argparse
+import csv
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SHAPES = ("diamond", "disc", "plus", "ring", "square", "triangle")
+SIZE = 32  # pixels
+NEAR, FAR = 1.0, 2.0
+RADIUS = 7.0  # pixels, of an object at distance 1
+CONTRAST = 0.4  # least difference of an object's colour from the ground's, in the channel where it is largest
+TEXTURE = 0.04
+CHUNK = 500  # scenes drawn at once
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """B drawn pictures and what is true of them."""
+
+    images: np.ndarray  # uint8 [B, 32, 32, 3]
+    shape: np.ndarray  # int64 [B], index into SHAPES
+    count: np.ndarray  # int64 [B], 2..4
+    distance: np.ndarray  # float64 [B], of the nearest object
+
+
+def draw(first: int, count: int, *, split: int = 0, seed: int = 0) -> Scenes:
+    """Draws scenes first .. first + count - 1 of a split. Shapes are balanced: scene i shows shape i % 6."""
+    uniform = np.stack(
+        [
+            np.random.Generator(np.random.Philox(key=[seed, 2 * i + split])).random(64)
+            for i in range(first, first + count)
+        ]
+    )
+    ground, waves, cells = (
+        uniform[:, :3],
+        uniform[:, 3:21].reshape(count, 3, 6),
+        uniform[:, 21:61].reshape(count, 4, 10),
+    )
+    shape = np.arange(first, first + count) % len(SHAPES)
+    objects = 2 + (uniform[:, 61] * 3).astype(np.int64)
+    present = cells[:, :, 0].argsort(1).argsort(1) < objects[:, None]
+    distance = NEAR + (FAR - NEAR) * cells[:, :, 1]
+    radius = RADIUS / distance
+    quadrant = SIZE / 4 * np.array([[1, 1], [1, 3], [3, 1], [3, 3]])
+    centre = quadrant + (2 * cells[:, :, 2:4] - 1) * (SIZE / 4 - radius)[..., None]
+    colour = _distinct(cells[:, :, 4:7], ground[:, None])
+
+    canvas = np.clip(ground[:, None, None] + _texture(waves), 0, 1)
+    pixel = np.arange(SIZE) + 0.5
+    for cell in range(4):
+        y = pixel[:, None] - centre[:, cell, 0, None, None]
+        x = pixel[None, :] - centre[:, cell, 1, None, None]
+        outside = np.empty((count, SIZE, SIZE))
+        for s, name in enumerate(SHAPES):
+            of = shape == s
+            outside[of] = _outside(name, *np.broadcast_arrays(x[of], y[of]), radius[of, cell, None, None])
+        cover = np.clip(0.5 - outside, 0, 1) * present[:, cell, None, None]
+        canvas += cover[..., None] * (colour[:, cell, None, None] - canvas)
+    nearest = np.where(present, distance, np.inf).min(1)
+    return Scenes((canvas * 255 + 0.5).astype(np.uint8), shape, objects, nearest)
+
+
+def _outside(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """How many pixels (x, y) lies outside a shape of the given half height; negative inside."""
+    ax, ay = np.abs(x), np.abs(y)
+    if name == "disc":
+        return np.hypot(x, y) - radius
+    if name == "ring":
+        return np.abs(np.hypot(x, y) - 0.75 * radius) - 0.25 * radius
+    if name == "square":
+        return np.maximum(ax, ay) - 0.9 * radius
+    if name == "diamond":
+        return (ax + ay - radius) / np.sqrt(2)
+    if name == "plus":
+        return np.maximum(np.maximum(ax, ay) - radius, np.minimum(ax, ay) - radius / 3)
+    return np.maximum(y - radius, (2 * ax - y - radius) / np.sqrt(5))  # triangle, point up
+
+
+def _distinct(colour: np.ndarray, ground: np.ndarray) -> np.ndarray:
+    """Colours moved half around in all channels where they are too near the ground's."""
+    near = np.abs(colour - ground).max(-1, keepdims=True) < CONTRAST
+    return np.where(near, (colour + 0.5) % 1.0, colour)
+
+
+def _texture(waves: np.ndarray) -> np.ndarray:
+    """The sum of three coloured gratings of random direction, one to five periods long: [B, S, S, 3]."""
+    angle, turns, phase = 2 * np.pi * waves[..., 0], 1 + 4 * waves[..., 1], 2 * np.pi * waves[..., 2]
+    step = np.arange(SIZE) / SIZE
+    along = np.cos(angle)[..., None, None] * step + np.sin(angle)[..., None, None] * step[:, None]
+    wave = np.sin(2 * np.pi * turns[..., None, None] * along + phase[..., None, None])
+    return TEXTURE * np.einsum("bwyx,bwc->byxc", wave, waves[..., 3:])
+
+
+def write(root: Path, splits: dict[str, int], seed: int = 0) -> bool:
+    """Draws the data set into `root`; False where it is there already. It gets its name when it is complete.
+
+    Raises ValueError where `root` exists and holds something else.
+    """
+    stamp = f"scenes 1, seed {seed}, {splits}\n"
+    if root.exists():
+        if (root / "README").is_file() and (root / "README").read_text() == stamp:
+            return False
+        raise ValueError(f"{root} exists and is not this data set; remove it, or give another folder")
+    partial = root.with_name(f".{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for number, (split, total) in enumerate(splits.items()):
+        for name in SHAPES:
+            (partial / split / name).mkdir(parents=True)
+        with (partial / split / "labels.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file", "shape", "count", "distance"])
+            for first in range(0, total, CHUNK):
+                scenes = draw(first, min(CHUNK, total - first), split=number, seed=seed)
+                rows = zip(scenes.images, scenes.shape, scenes.count, scenes.distance, strict=True)
+                for i, (image, shape, count, distance) in enumerate(rows, start=first):
+                    path = f"{SHAPES[shape]}/{i:05d}.jpg"
+                    Image.fromarray(image).save(partial / split / path, quality=95, subsampling=0)
+                    table.writerow([path, SHAPES[shape], count, f"{distance:.4f}"])
+    (partial / "README").write_text(stamp)
+    partial.rename(root)
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument("--train", type=int, default=6000, help="training scenes (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=1500, help="held-out scenes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        drawn = write(args.out, {"train": args.train, "val": args.val}, args.seed)
+    except (ValueError, OSError) as error:
+        print(f"synthetic.py: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.out}: {args.train} + {args.val} scenes {'drawn' if drawn else 'are there already'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

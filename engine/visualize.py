@@ -1,0 +1,75 @@
+"""Draws a run: what its encoder attends to, what its features tell apart, which patches it predicts, its curves.
+
+    python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl --out pictures
+
+writes attention.png, features.png and masks.png for a checkpoint, curves.png for a log; either will do.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from jepa import figures
+from jepa.checkpoint import CheckpointError, load_encoder
+from jepa.data import eval_batches, open_images
+from jepa.masks import sample_masks
+
+
+def draw_encoder(checkpoint: str, images_path: str, count: int, out: Path) -> list[Path]:
+    """Draws the target encoder's view of `count` images spread evenly over those at `images_path`."""
+    encoder, config = load_encoder(checkpoint)
+    source = open_images(images_path)
+    indices = torch.linspace(0, len(source) - 1, min(count, len(source))).round().int().tolist()
+    batches = eval_batches(source, crop_size=config.data.crop_size, batch_size=len(indices), indices=indices)
+    images, _ = next(batches, (None, None))
+    if images is None:
+        raise ValueError(f"--images: none of the {len(indices)} images chosen from {images_path} can be decoded")
+    # As in training, contexts are as long as the shortest of a batch.
+    cut = (0, max(config.data.batch_size, len(images)))
+    masks = sample_masks(config.mask_spec, seed=config.engine.seed, step=0, first=0, batch=len(images), cut=cut)
+    with torch.no_grad():
+        figures.attention_maps(images, encoder.attention(images), out / "attention.png")
+        figures.feature_pca(images, encoder(images), out / "features.png")
+    figures.masks_on_images(images, masks, config.mask.patch_size, out / "masks.png")
+    return [out / "attention.png", out / "features.png", out / "masks.png"]
+
+
+def draw(args: argparse.Namespace) -> list[Path]:
+    if not args.checkpoint and not args.log:
+        raise ValueError("nothing to draw; wanted a checkpoint with --images FOLDER, or --log FILE.jsonl, or both")
+    if bool(args.checkpoint) != bool(args.images):
+        given, wanted = ("a checkpoint", "--images FOLDER") if args.checkpoint else ("--images", "a checkpoint")
+        raise ValueError(f"given {given} alone; wanted {wanted} with it")
+    if args.count < 1:
+        raise ValueError(f"--count: given {args.count}, wanted at least 1")
+    paths = draw_encoder(args.checkpoint, args.images, args.count, args.out) if args.checkpoint else []
+    if args.log:
+        figures.training_curves(args.log, args.out / "curves.png")
+        paths.append(args.out / "curves.png")
+    return paths
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint's folder")
+    parser.add_argument("--images", metavar="FOLDER", help="a folder tree, a .txt list, or WebDataset tars")
+    parser.add_argument("--log", metavar="FILE.jsonl", help="the log of a run")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the pictures go")
+    parser.add_argument("--count", type=int, default=6, metavar="N", help="images shown (default 6)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    try:
+        for path in draw(arguments()):
+            print(path)
+    except (CheckpointError, OSError, ValueError) as error:
+        print(f"engine/visualize.py: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The probes against independent computations, and evaluate.py on a real checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from jepa.probe import evenly, extract, knn, linear_probe
+from jepa.synthetic import write
+from small import MAPPING
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def blobs(samples: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three classes of points around fixed corners of 5 dimensions."""
+    labels = torch.randint(0, 3, (samples,))
+    corners = torch.tensor([[2.0, 0, 0, 0, 0], [0, 2.0, 0, 0, 1], [0, 0, 2.0, 1, 0]])
+    return corners[labels] + spread * torch.randn(samples, 5), labels
+
+
+def test_knn_votes_as_defined() -> None:
+    train_x, train_y = blobs(150, 1.0)
+    test_x, test_y = blobs(60, 1.0)
+    a, b = train_x.double().numpy(), test_x.double().numpy()
+    right = 0
+    for row, label in zip(b, test_y.tolist(), strict=True):
+        cosine = a @ row / np.linalg.norm(a, axis=1) / np.linalg.norm(row)
+        votes = np.zeros(3)
+        for i in np.argsort(-cosine)[:7]:
+            votes[train_y[i]] += np.exp(cosine[i] / 0.07)
+        right += votes.argmax() == label
+    assert knn(train_x, train_y, test_x, test_y, k=7) == pytest.approx(right / 60)
+
+
+def test_linear_probe_is_as_good_as_the_best_linear_rule() -> None:
+    """Gaussian classes of one covariance: the optimal rule is linear and known."""
+    (train_x, train_y), (test_x, test_y) = blobs(3000, 0.9), blobs(3000, 0.9)
+    corners = torch.tensor([[2.0, 0, 0, 0, 0], [0, 2.0, 0, 0, 1], [0, 0, 2.0, 1, 0]])
+    best = (torch.cdist(test_x, corners).argmin(1) == test_y).double().mean().item()
+    # A shift and a scale of the features, which standardisation undoes.
+    found = linear_probe(train_x * 50 + 7, train_y, test_x * 50 + 7, test_y)
+    assert abs(found - best) < 0.02
+
+
+def test_linear_probe_finds_nothing_in_noise() -> None:
+    labels = torch.randint(0, 4, (4000,))
+    noise = torch.randn(4000, 20)
+    found = linear_probe(noise[:2000], labels[:2000], noise[2000:], labels[2000:])
+    assert abs(found - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
+
+
+def test_extract_pools_over_patches() -> None:
+    batches = [(torch.randint(0, 256, (n, 4, 4, 3), dtype=torch.uint8), torch.arange(n)) for n in (5, 2)]
+    features, labels = extract(lambda images: images.flatten(2).double(), batches)
+    wanted = np.concatenate([images.numpy().reshape(-1, 4, 12).mean(1) for images, _ in batches])
+    np.testing.assert_allclose(features, wanted, rtol=1e-6)
+    assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    with pytest.raises(ValueError, match="needs labels"):
+        extract(lambda images: images, [(batches[0][0], None)])
+
+
+def test_evenly_spreads_without_repeats() -> None:
+    for total in (1, 7, 100, 101):
+        for wanted in (None, 1, 7, 100, 500):
+            chosen = evenly(total, wanted)
+            assert len(set(chosen.tolist())) == len(chosen) == min(total, wanted or total)
+            assert chosen.min() >= 0 and chosen.max() < total
+
+
+def test_evaluate_and_online_probe_agree(tmp_path: Path) -> None:
+    write(tmp_path / "set", {"train": 60, "val": 24})
+    train, val = (str(tmp_path / "set" / split) for split in ("train", "val"))
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(MAPPING | {"data": MAPPING["data"] | {"root_path": train}}))
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
+
+    def run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "engine" / program), *words]
+        return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+
+    done = run(
+        "train.py", "--config", str(config), f"logging.folder={tmp_path / 'run'}", "engine.max_steps=3", "eval.every=3",
+        f"eval.train_path={train}", f"eval.val_path={val}", "eval.knn_k=5",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    online = json.loads((tmp_path / "run/jepa.jsonl").read_text().splitlines()[-1])["knn"]
+    checkpoint, out = str(tmp_path / "run/jepa-latest"), tmp_path / "probe.json"
+    done = run(
+        "evaluate.py",
+        checkpoint,
+        "--train",
+        train,
+        "--val",
+        val,
+        "--label",
+        "shape",
+        "--label",
+        "distance",
+        "--out",
+        str(out),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["features"]: row for row in json.loads(out.read_text())}
+    assert set(rows) == {"target encoder", "untrained encoder", "pixels"}
+    assert rows["target encoder"]["shape k-NN"] == pytest.approx(100 * online)
+    assert f"{rows['pixels']['shape linear']:.1f} %" in done.stdout
+    wrong = run("evaluate.py", checkpoint, "--train", train, "--val", str(tmp_path / "nowhere"))
+    assert wrong.returncode == 1 and "nowhere" in wrong.stderr and "Traceback" not in wrong.stderr

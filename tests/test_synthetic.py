@@ -1,0 +1,77 @@
+"""The drawn scenes hold what their labels say."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jepa.synthetic import FAR, NEAR, RADIUS, SHAPES, draw, write
+
+
+def components(mask: np.ndarray) -> list[np.ndarray]:
+    """The 4-connected parts of a mask, as arrays of (row, column)."""
+    left, parts = {tuple(p) for p in np.argwhere(mask)}, []
+    while left:
+        part, edge = [], [left.pop()]
+        while edge:
+            row, column = edge.pop()
+            part.append((row, column))
+            for step in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+                neighbour = (row + step[0], column + step[1])
+                if neighbour in left:
+                    left.remove(neighbour)
+                    edge.append(neighbour)
+        parts.append(np.array(part))
+    return parts
+
+
+def test_pixels_hold_the_number_and_the_distance_of_the_objects() -> None:
+    first = int(np.random.default_rng().integers(100_000))
+    scenes = draw(first, 120)
+    right_count = right_size = 0
+    for image, count, distance in zip(scenes.images, scenes.count, scenes.distance, strict=True):
+        ground = np.median(image.reshape(-1, 3), axis=0)
+        # The texture stays within 3 x 0.04 of the ground; an object differs by 0.4 or more in some channel.
+        parts = components(np.abs(image - ground).max(-1) > 0.25 * 255)
+        parts = [part for part in parts if len(part) > 3]
+        tallest = max(np.ptp(part[:, 0]) + 1 for part in parts)
+        right_count += len(parts) == count
+        right_size += 0.75 < tallest / (2 * RADIUS / distance) < 1.2
+    # Neighbours may touch, and the median may fall on an object: rarely.
+    assert right_count > 100 and right_size > 100
+
+
+def test_labels_are_balanced_and_in_range() -> None:
+    scenes = draw(0, 600, split=1)
+    assert np.bincount(scenes.shape).tolist() == [100] * len(SHAPES)
+    assert all(130 < n < 270 for n in np.bincount(scenes.count)[2:5])
+    assert scenes.distance.min() >= NEAR and scenes.distance.max() <= FAR
+
+
+def test_a_scene_depends_on_its_number_alone() -> None:
+    whole, part = draw(0, 30), draw(10, 5)
+    np.testing.assert_array_equal(whole.images[10:15], part.images)
+    assert not np.array_equal(whole.images, draw(0, 30, split=1).images)
+    assert not np.array_equal(whole.images, draw(0, 30, seed=1).images)
+
+
+def test_files_and_table_agree_and_a_second_run_writes_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    assert write(root, {"train": 30, "val": 12})
+    with (root / "val/labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    scenes = draw(0, 12, split=1)
+    for i, row in enumerate(rows):
+        drawn, stored = scenes.images[i].astype(float), np.asarray(Image.open(root / "val" / row["file"]), float)
+        assert np.abs(drawn - stored).mean() < 4, "JPEG of quality 95"
+        assert row["file"].startswith(row["shape"]) and row["shape"] == SHAPES[scenes.shape[i]]
+        assert int(row["count"]) == scenes.count[i] and float(row["distance"]) == pytest.approx(
+            scenes.distance[i], abs=1e-4
+        )
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    assert not write(root, {"train": 30, "val": 12})
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
+    with pytest.raises(ValueError, match="is not this data set"):
+        write(root, {"train": 31, "val": 12})
