@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -10,8 +11,9 @@
 namespace jepa {
 namespace {
 
-constexpr int64_t kLanes = 16;  // separate sums, so that the compiler may use vectors; the order is fixed
-constexpr int64_t kGrain = 1 << 14;
+constexpr int64_t kLanes = 16;       // separate sums, so that the compiler may use vectors; the order is fixed
+constexpr int64_t kGrain = 1 << 14;  // elements of a task
+constexpr double kEps = 1e-5;
 
 template <class A>
 A total(const A* lanes) {
@@ -20,41 +22,42 @@ A total(const A* lanes) {
     return static_cast<A>(sum);
 }
 
-// Sum over a row of smooth_l1(p - norm(y)); `wide` is room for D numbers. Writes clamp(p - norm(y)) *
-// fraction.
-template <class P, class T>
-JEPA_VECTOR_CLONES Wide<P> row_loss(const P* p, const T* y, Wide<P>* wide, P* slope, int64_t D, double eps,
-                                    double fraction) {
-    using A = Wide<P>;
+template <class T, class A>
+JEPA_VECTOR_CLONES void widen(const T* x, A* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(static_cast<Wide<T>>(x[i]));
+}
+
+// Sum over a row of smooth_l1(e), e = p - norm(y), which takes y's place; writes clamp(e) * fraction as its slope.
+template <class P, class A = Wide<P>>
+JEPA_VECTOR_CLONES A row_loss(const P* p, A* y, P* slope, int64_t D, A fraction) {
     const int64_t body = D - D % kLanes;
     A sums[kLanes] = {}, squares[kLanes] = {}, losses[kLanes] = {};
-    for (int64_t d = 0; d < D; ++d) wide[d] = static_cast<A>(y[d]);
     for (int64_t d = 0; d < body; d += kLanes) {
-        for (int64_t l = 0; l < kLanes; ++l) sums[l] += wide[d + l];
+        for (int64_t l = 0; l < kLanes; ++l) sums[l] += y[d + l];
     }
-    for (int64_t d = body; d < D; ++d) sums[d - body] += wide[d];
+    for (int64_t d = body; d < D; ++d) sums[d - body] += y[d];
     const A mean = total(sums) / static_cast<A>(D);
     for (int64_t d = 0; d < body; d += kLanes) {
-        for (int64_t l = 0; l < kLanes; ++l) squares[l] += (wide[d + l] - mean) * (wide[d + l] - mean);
+        for (int64_t l = 0; l < kLanes; ++l) squares[l] += (y[d + l] - mean) * (y[d + l] - mean);
     }
-    for (int64_t d = body; d < D; ++d) squares[d - body] += (wide[d] - mean) * (wide[d] - mean);
-    const A scale = 1 / std::sqrt(total(squares) / static_cast<A>(D) + static_cast<A>(eps));
+    for (int64_t d = body; d < D; ++d) squares[d - body] += (y[d] - mean) * (y[d] - mean);
+    const A scale = 1 / std::sqrt(total(squares) / static_cast<A>(D) + static_cast<A>(kEps));
 
-    for (int64_t d = 0; d < D; ++d) wide[d] = static_cast<A>(p[d]) - (wide[d] - mean) * scale;
+    for (int64_t d = 0; d < D; ++d) y[d] = static_cast<A>(p[d]) - (y[d] - mean) * scale;
     // With c = clamp(e, -1, 1) the loss is c * (e - c / 2). A NaN passes through both.
     const auto clamp = [](A e) { return e > 1 ? A(1) : e < -1 ? A(-1) : e; };
     for (int64_t d = 0; d < body; d += kLanes) {
         for (int64_t l = 0; l < kLanes; ++l) {
-            const A c = clamp(wide[d + l]);
-            losses[l] += c * (wide[d + l] - c / 2);
+            const A c = clamp(y[d + l]);
+            losses[l] += c * (y[d + l] - c / 2);
         }
     }
     for (int64_t d = body; d < D; ++d) {
-        const A c = clamp(wide[d]);
-        losses[d - body] += c * (wide[d] - c / 2);
+        const A c = clamp(y[d]);
+        losses[d - body] += c * (y[d] - c / 2);
     }
     if (slope != nullptr) {
-        for (int64_t d = 0; d < D; ++d) slope[d] = static_cast<P>(clamp(wide[d]) * static_cast<A>(fraction));
+        for (int64_t d = 0; d < D; ++d) slope[d] = static_cast<P>(clamp(y[d]) * fraction);
     }
     return total(losses);
 }
@@ -83,26 +86,26 @@ std::pair<double, double> unit(const Tensor& pred) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> prediction_loss(const Tensor& pred_QKD, const Tensor& target_BND,
-                                           const Tensor& index_MBK, bool with_slope) {
+std::tuple<Tensor, Tensor> prediction_loss(const Tensor& pred_QKD, const Tensor& target_BND, const Tensor& index_MBK,
+                                           bool with_slope) {
     STD_TORCH_CHECK(pred_QKD.dim() == 3 && target_BND.dim() == 3 && index_MBK.dim() == 3,
                     "prediction_loss: pred must be [M*B, K, D], target [B, N, D], index [M, B, K]");
     const int64_t M = index_MBK.size(0), B = index_MBK.size(1), K = index_MBK.size(2), D = pred_QKD.size(2);
-    STD_TORCH_CHECK(pred_QKD.size(0) == M * B && pred_QKD.size(1) == K && target_BND.size(0) == B &&
-                        target_BND.size(2) == D,
-                    "prediction_loss: sizes differ");
+    STD_TORCH_CHECK(
+        pred_QKD.size(0) == M * B && pred_QKD.size(1) == K && target_BND.size(0) == B && target_BND.size(2) == D,
+        "prediction_loss: sizes differ");
     const Tensor pred = rows_of(pred_QKD), target = rows_of(target_BND);
     const Tensor index = torch::stable::contiguous(index_MBK);
     const auto* chosen = checked_index(index, target.size(1), "prediction_loss: index");
     const Tensor losses = torch::stable::new_empty(pred, {M}, wide_of(pred));
     const Tensor slope =
         with_slope ? torch::stable::new_empty(pred, {M * B, K, D}) : torch::stable::new_empty(pred, {0});
-    const double fraction = unit(pred).first;
     dispatch(pred.scalar_type(), [&](auto pred_type) {
         dispatch(target.scalar_type(), [&](auto target_type) {
             using P = decltype(pred_type);
             using T = decltype(target_type);
             using A = Wide<P>;
+            const auto fraction = static_cast<A>(unit(pred).first);
             const auto* from = pointer<const P>(pred);
             const auto* goal = pointer<const T>(target);
             auto* to = with_slope ? pointer<P>(slope) : nullptr;
@@ -113,7 +116,8 @@ std::tuple<Tensor, Tensor> prediction_loss(const Tensor& pred_QKD, const Tensor&
                 for (int64_t r = begin; r < end; ++r) {
                     const P* p = from + r / K * pred.stride(0) + r % K * pred.stride(1);
                     const T* y = goal + r / K % B * target.stride(0) + chosen[r] * target.stride(1);
-                    rows[r] = row_loss(p, y, wide.data(), to ? to + r * D : nullptr, D, 1e-5, fraction);
+                    widen(y, wide.data(), D);
+                    rows[r] = row_loss(p, wide.data(), to ? to + r * D : nullptr, D, fraction);
                 }
             });
             for (int64_t m = 0; m < M; ++m) {
@@ -132,9 +136,8 @@ Tensor prediction_loss_backward(const Tensor& slope, const Tensor& grad_losses_M
     if (grad.numel() == 0) return grad;
     const int64_t block = slope.numel() / M;
     const Tensor grad_losses = torch::stable::contiguous(grad_losses_M);
-    STD_TORCH_CHECK(
-        slope.is_contiguous() && grad_losses.scalar_type() == wide_of(slope) && block * M == slope.numel(),
-        "prediction_loss_backward: slope must be contiguous, M blocks of it, and grad_losses wide");
+    STD_TORCH_CHECK(slope.is_contiguous() && grad_losses.scalar_type() == wide_of(slope) && block * M == slope.numel(),
+                    "prediction_loss_backward: slope must be contiguous, M blocks of it, and grad_losses wide");
     const double power = unit(slope).second * static_cast<double>(M);
     dispatch(slope.scalar_type(), [&](auto type) {
         using T = decltype(type);

@@ -6,9 +6,9 @@ of a view do not depend on its partner, and the squared distances between all vi
 so M covariances stand for 2*M*(M-1). Where rows are fewer than channels, the covariance (D x D) gives way to
 the Gram matrix (G x G), which has the same norm and gives the same gradient.
 
-Memory: the forward keeps nothing but statistics unless a gradient is wanted; then one matrix per view,
-min(G, D)^2 float32: never more than a float32 copy of z, and a second computation would cost half again the
-FLOPs of the backward.
+The covariance is computed a tile at a time, mirrored tiles once, and only its squares are kept. When a gradient
+is wanted one matrix per view stays: min(G, D)^2 in float32, never more than a float32 copy of z. Computing it again
+instead would add half to the FLOPs of the backward. The CPU kernel is in csrc/vicreg.cpp.
 """
 
 from typing import Any
@@ -69,6 +69,9 @@ def vicreg(
     if torch.is_grad_enabled() and z.requires_grad:
         return _VICReg.apply(z, gamma, eps, precision, group)
     return _forward(z, gamma, eps, precision, group, keep=False)[0]
+
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:
@@ -479,7 +482,7 @@ def _forward(
     rows = z
     if group is not None and not reduce:
         rows = z.new_empty(G, M, D)
-        dist.all_gather_into_tensor(rows, z.contiguous(), group=group)
+        _all_gather(rows, z.contiguous(), group=group)
     mean, scatter, spread = ops.vicreg_moments(rows)
     if reduce:
         own = mean
