@@ -2,13 +2,13 @@
 
     python benchmarks/kernels.py [--device cuda|cpu] [--op NAME ...] [--size vit_huge_14] [--batch 128] [--out FOLDER]
 
-Contenders: `ours`; `eager`, plain PyTorch (for adamw_ema, torch's foreach AdamW and lerp); `compiled`, torch.compile of
-that; and what else does the same. Before anything is timed, outputs and gradients of each must be as near to those of
-float64 as eager's: at most twice its error, and 2e-6. Contenders take turns; figures are medians. On a GPU a call is
-timed by events, with cold caches and behind work that covers the host's part. Forward means without a graph, both a
+Contenders: `ours`; `eager`, plain PyTorch (for adamw_ema, torch's foreach AdamW and lerp); `compiled`, torch.compile
+of that; and what else does the same. Before anything is timed, outputs and gradients of each must be as near to those
+of float64 as eager's: at most twice its error, and 2e-6. Contenders take turns; figures are medians. On a GPU a call
+is timed by events, with cold caches and behind work that covers the host's part. Forward means without a graph, both a
 training step. GB/s and TFLOP/s count what the op has to do, not what a contender does; the limit is that of a copy or
-of a matrix product, measured in the same run (what fits a cache may exceed it). In the roofline a copied element counts
-as one operation.
+a matrix product, measured in the same run (a cache, or writing where it was read, may exceed it). In the roofline a
+copied element counts as one operation.
 """
 
 import argparse
