@@ -1,5 +1,5 @@
-// Elementwise work over lists of tensors of mixed dtypes: cut into pieces that stay in the first cache,
-// converted to float32 there where they are not.
+// Elementwise work over lists of tensors of mixed dtypes: cut into pieces that stay in cache, and converted to float32
+// there where they are not.
 #pragma once
 
 #include <algorithm>

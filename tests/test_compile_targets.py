@@ -170,9 +170,13 @@ def test_nothing_is_spilled(compiled):
 
 def test_registers_and_shared_memory_stay_within_the_table(compiled, committed):
     if compiled["triton"] == committed["triton"]:  # another compiler has other numbers
-        for name, row in compiled["kernels"].items():
-            for resource in ("registers", "shared"):
-                assert row[resource] <= committed["kernels"][name][resource], (name, resource)
+        grown = {
+            f"{name}: {resource}": (committed["kernels"][name][resource], row[resource])
+            for name, row in compiled["kernels"].items()
+            for resource in ("registers", "shared")
+            if row[resource] > committed["kernels"][name][resource]
+        }
+        assert not grown, "if these are worth it, write the table again: see the top of this file"
 
 
 def test_products_run_where_they_are_meant_to(compiled, committed):

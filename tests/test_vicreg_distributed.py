@@ -26,9 +26,7 @@ def step(z: Tensor, layer: nn.Linear, group: dist.ProcessGroup | None) -> tuple[
 
 
 def rank_main(rank: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", timedelta(minutes=2), world_size=RANKS, rank=rank
-    )
+    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(minutes=2), world_size=RANKS, rank=rank)
     torch.set_num_threads(1)
     results = []
     for z, weight in torch.load(folder / "cases.pt"):

@@ -228,7 +228,7 @@ def _coefficients(
     given = [options["lr"], options["weight_decay"], options["momentum"], grad_scale, found_inf]
     on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in (*given, steps[0]))
     lr, weight_decay, momentum, scale, inf = (
-        x.item() if isinstance(x, Tensor) and x.device.type == "cpu" else x for x in given
+        x.item() if on_device and isinstance(x, Tensor) and x.device.type == "cpu" else x for x in given
     )
     t = torch.stack(steps)
     t = (upload(t, device) if on_device and t.device.type == "cpu" else t).double()

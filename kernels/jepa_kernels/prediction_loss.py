@@ -7,7 +7,7 @@ csrc/prediction_loss.cpp.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,12 @@ from .checks import check_index
 EPS = 1e-5  # of the layer norm on the targets
 
 
+@overload
+def prediction_loss(pred: Tensor, target: Tensor, index: Tensor, *, per_block: Literal[False] = False) -> Tensor: ...
+@overload
+def prediction_loss(
+    pred: Tensor, target: Tensor, index: Tensor, *, per_block: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def prediction_loss(
     pred: Tensor, target: Tensor, index: Tensor, *, per_block: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -1,0 +1,345 @@
+"""The ops of jepa_kernels and who else does the same: plain PyTorch, torch.compile of it, the best that is installed.
+
+An op is a function of (size, device, dtype) that makes a `Case`: calls to time, what they must move and compute, and a
+check that every contender is right. `eager` is plain PyTorch as one writes it from the paper.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+import torch.utils.cpp_extension
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+import jepa_kernels as ours
+
+Call = Callable[[], Any]
+Contenders = dict[str, Callable[..., Any]]
+torch._functorch.config.donated_buffer = False  # compiled backwards are run many times on one graph
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+M = 4  # target blocks
+
+
+@dataclass(frozen=True)
+class Size:
+    """A ViT with I-JEPA's masks: D, depth, patch; tokens kept in the context (Kc) and in a target (Kt), on average."""
+
+    D: int
+    depth: int
+    patch: int
+    Kc: int
+    Kt: int
+    Dp: int = 384
+    B: int = 128
+
+    @property
+    def N(self) -> int:
+        return (224 // self.patch) ** 2
+
+    def weights(self) -> list[tuple[int, ...]]:
+        """The shapes of the encoder's parameters."""
+        D = self.D
+        block = [(D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (4 * D, D), (4 * D,), (D, 4 * D), (D,)]
+        return [(D, 3, self.patch, self.patch), (D,), *block * self.depth, (D,), (D,)]
+
+
+SIZES = {
+    "vit_tiny_16": Size(192, 12, 16, 51, 33),
+    "vit_small_16": Size(384, 12, 16, 51, 33),
+    "vit_base_16": Size(768, 12, 16, 51, 33),
+    "vit_large_16": Size(1024, 24, 16, 51, 33),
+    "vit_huge_14": Size(1280, 32, 14, 69, 44),
+}
+
+
+@dataclass
+class Case:
+    """One op: calls[mode][contender], and what a mode must move (bytes) and compute (operations)."""
+
+    calls: dict[str, dict[str, Call]]
+    work: dict[str, tuple[float, float]]
+    check: Callable[[], None]
+
+
+# --- the ops, and the same in plain PyTorch
+
+
+def gather(size: Size, device: str, dtype: torch.dtype) -> Case:
+    def eager(x: Tensor, index: Tensor) -> Tensor:
+        return torch.gather(x, 1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+    def indexing(x: Tensor, index: Tensor) -> Tensor:
+        return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+    x, index = randn(size.B, size.N, size.D), subsets((size.B,), size.N, size.Kc)
+    n, e = size.B * size.Kc * size.D, dtype.itemsize
+    grad = (n + x.numel()) * e
+    work = {"forward": (2 * n * e, n), "backward": (grad, n), "both": (2 * n * e + grad, 2 * n)}
+    contenders = {"ours": ours.gather_tokens, "eager": eager, "indexing": indexing}
+    return differentiable(contenders, [x, index], [x], work, device, dtype)
+
+
+def patchify(size: Size, device: str, dtype: torch.dtype) -> Case:
+    P = size.patch
+
+    def fused(images: Tensor, index: Tensor, like: Tensor) -> Tensor:
+        return ours.patchify(images, index, mean=MEAN, std=STD, patch_size=P, dtype=like.dtype)
+
+    def eager(images: Tensor, index: Tensor, like: Tensor) -> Tensor:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        mean, std = (torch.tensor(x, dtype=wide, device=images.device)[:, None, None] for x in (MEAN, STD))
+        x = ((images.to(wide) / 255 - mean) / std).to(like.dtype)
+        x = x.unflatten(3, (-1, P)).unflatten(2, (-1, P)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return torch.gather(x, 1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+    images = torch.randint(256, (size.B, 3, 224, 224), dtype=torch.uint8)
+    index, kept = subsets((size.B,), size.N, size.Kc), size.B * size.Kc * 3 * P * P
+    contenders = {"ours": fused, "eager": eager}
+    inputs = [images, index, torch.empty(0)]
+    work = {"forward": (kept * (1 + dtype.itemsize), 2 * kept)}
+    return differentiable(contenders, inputs, [], work, device, dtype)
+
+
+def predictor_tokens(size: Size, device: str, dtype: torch.dtype) -> Case:
+    def eager(context: Tensor, context_index: Tensor, target_index: Tensor, pos: Tensor, mask_token: Tensor) -> Tensor:
+        seen = (context + pos[context_index]).to(context.dtype)
+        asked = (mask_token + pos[target_index]).to(context.dtype)
+        return torch.cat([seen.repeat(len(target_index), 1, 1), asked.flatten(0, 1)], 1)
+
+    B, Dp = size.B, size.Dp
+    context, pos, mask_token = randn(B, size.Kc, Dp), randn(size.N, Dp), randn(Dp)
+    inputs = [context, subsets((B,), size.N, size.Kc), subsets((M, B), size.N, size.Kt), pos, mask_token]
+    written = M * B * (size.Kc + size.Kt) * Dp
+    one = (context.numel() + written) * dtype.itemsize
+    work = {"forward": (one, written), "backward": (one, written), "both": (2 * one, 2 * written)}
+    contenders = {"ours": ours.predictor_tokens, "eager": eager}
+    return differentiable(contenders, inputs, [context, mask_token], work, device, dtype)
+
+
+def prediction_loss(size: Size, device: str, dtype: torch.dtype) -> Case:
+    def eager(pred: Tensor, target: Tensor, index: Tensor) -> Tensor:
+        wide = torch.promote_types(target.dtype, torch.float32)
+        target = F.layer_norm(target.to(wide), target.shape[-1:])
+        chosen = [torch.gather(target, 1, k[:, :, None].expand(-1, -1, target.shape[2])) for k in index]
+        return F.smooth_l1_loss(pred.to(wide), torch.cat(chosen))
+
+    B, D = size.B, size.D
+    pred, target = randn(M * B, size.Kt, D), randn(B, size.N, D)
+    n, e = pred.numel(), dtype.itemsize
+    work = {"forward": (2 * n * e, 12 * n), "backward": (n * e, n), "both": (3 * n * e, 13 * n)}
+    inputs = [pred, target, subsets((M, B), size.N, size.Kt)]
+    return differentiable({"ours": ours.prediction_loss, "eager": eager}, inputs, [pred], work, device, dtype)
+
+
+def vicreg(size: Size, device: str, dtype: torch.dtype) -> Case:
+    def weighted(terms: Sequence[Tensor]) -> Tensor:
+        return 25 * terms[0] + 25 * terms[1] + terms[2]
+
+    def covariance(x: Tensor) -> Tensor:
+        C = x.mT @ x / (x.shape[-2] - 1)
+        return (C * (1 - torch.eye(len(C[0]), dtype=C.dtype, device=C.device))).square().sum() / x.shape[-1]
+
+    def eager(z: Tensor) -> Tensor:
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        variance = F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
+        invariance = 2 / (M - 1) * (z - z.mean(1, keepdim=True)).square().sum(1).mean()
+        return weighted((invariance, variance, 2 / M * covariance((z - z.mean(0)).transpose(0, 1))))
+
+    def pairwise(z: Tensor) -> Tensor:
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        total = []
+        for a, b in ((z[:, i], z[:, j]) for i in range(M) for j in range(M) if i != j):
+            std = [F.relu(1 - (x.var(0) + 1e-4).sqrt()).mean() for x in (a, b)]
+            cov = [covariance(x - x.mean(0)) for x in (a, b)]
+            total.append(weighted((F.mse_loss(a, b), sum(std) / 2, sum(cov))))
+        return torch.stack(total).mean()
+
+    B, D = size.B, size.D
+    z = randn(B, M, D)
+    one, product = z.numel() * dtype.itemsize, z.numel() * min(B, D)
+    work = {"forward": (one, product), "backward": (2 * one, 2 * product), "both": (3 * one, 3 * product)}
+    contenders = {"ours": lambda z: weighted(ours.vicreg(z)), "eager": eager, "pairwise": pairwise}
+    return differentiable(contenders, [z], [z], work, device, dtype)
+
+
+def ema(size: Size, device: str, dtype: torch.dtype) -> Case:
+    """float32 averages of weights in the device's dtype."""
+    momentum = 0.996
+
+    def eager(targets: list[Tensor], sources: list[Tensor]) -> None:
+        for t, s in zip(targets, sources, strict=True):
+            t.mul_(momentum).add_(s, alpha=1 - momentum)
+
+    def foreach_lerp(targets: list[Tensor], sources: list[Tensor]) -> None:
+        same = sources if sources[0].dtype == targets[0].dtype else [s.to(targets[0].dtype) for s in sources]
+        torch._foreach_lerp_(targets, same, 1 - momentum)
+
+    sources = [torch.randn(shape, device=device, dtype=dtype) for shape in size.weights()]
+    start = [torch.randn(shape, device=device) for shape in size.weights()]
+    contenders: Contenders = {
+        "ours": lambda t, s: ours.ema_(t, s, momentum),
+        "eager": eager,
+        "compiled": torch.compile(eager),
+        "foreach lerp": foreach_lerp,
+    }
+    targets = {name: [t.clone() for t in start] for name in contenders}
+    calls = {name: lambda f=f, t=targets[name]: f(t, sources) for name, f in contenders.items()}
+
+    def check() -> None:
+        exact = [momentum * t.double() + (1 - momentum) * s.double() for t, s in zip(start, sources, strict=True)]
+        for name, call in calls.items():
+            call()
+            must_agree(name, targets[name], exact)
+
+    n = sum(t.numel() for t in start)
+    return Case({"step": calls}, {"step": ((8 + dtype.itemsize) * n, 3 * n)}, check)
+
+
+def adamw_ema(size: Size, device: str, dtype: torch.dtype) -> Case:
+    """float32 weights, gradients, moments and averages. Everyone reads the same gradients."""
+    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.05}
+    start = [torch.randn(shape, device=device) for shape in size.weights()]
+    grads = [torch.randn_like(p) * 1e-3 for p in start]
+    results: dict[str, list[Tensor]] = {}
+
+    def contender(name: str, make: Callable[..., torch.optim.Optimizer]) -> Call:
+        """An optimizer, and an average beside it."""
+        params, averages = parameters(), [p.clone() for p in start]
+        optimizer, weights = make(params, **options), [p.detach() for p in params]
+        results[name] = [*weights, *averages]
+
+        def call() -> None:
+            optimizer.step()
+            torch._foreach_lerp_(averages, weights, 0.004)
+
+        return call
+
+    def parameters() -> list[torch.nn.Parameter]:
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        return params
+
+    params = parameters()
+    one_pass = ours.AdamWEMA(params, **options, momentum=0.996)
+    one_pass.step()
+    results["ours"] = [*(p.detach() for p in params), *(one_pass.state[p]["ema"] for p in params)]
+    AdamW = torch.optim.AdamW
+    calls = {
+        "ours": one_pass.step,
+        "eager": contender("eager", partial(AdamW, foreach=True)),
+        "fused + lerp": contender("fused + lerp", partial(AdamW, fused=True)),
+    }
+    if device == "cuda":
+        calls["compiled"] = torch.compile(contender("compiled", partial(AdamW, foreach=True, capturable=True)))
+        for name, optimizer in installed_optimizers().items():
+            calls[f"{name} + lerp"] = contender(f"{name} + lerp", optimizer)
+        if find_spec("apex") and find_spec("apex.contrib.openfold_triton"):  # writes a float32 copy more
+            apex = import_module("apex.contrib.openfold_triton.fused_adam_swa")
+            params, averages = parameters(), [p.clone() for p in start]
+            options["adam_math_mode"] = apex.AdamMathType.ApexAdamW
+            one_launch = apex.FusedAdamSWA(params, parameters(), averages, 0.996, **options)
+            one_launch.swa_param_groups[0]["n_averaged"] = 1  # starts from the weights, as the others do
+            results["apex FusedAdamSWA"] = [*(p.detach() for p in params), *averages]
+            calls["apex FusedAdamSWA"] = one_launch.step
+
+    def check() -> None:
+        for name, call in calls.items():
+            for _ in range(2 if name == "ours" else 3):  # ours has made its state in a first step
+                call()
+        for name, result in results.items():
+            must_agree(name, result, results["eager"])
+
+    n = sum(p.numel() for p in start)
+    return Case({"step": calls}, {"step": (36 * n, 18 * n)}, check)
+
+
+def installed_optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    found = {}
+    if find_spec("deepspeed") and torch.utils.cpp_extension.CUDA_HOME:  # it compiles with nvcc
+        found["DeepSpeed FusedAdam"] = import_module("deepspeed.ops.adam").FusedAdam
+    if find_spec("apex") and find_spec("apex.optimizers"):
+        found["apex FusedAdam"] = import_module("apex.optimizers").FusedAdam
+    return found
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+def must_agree(name: str, results: list[Tensor], wanted: list[Tensor]) -> None:
+    for a, b in zip(results, wanted, strict=True):
+        error = ((a - b).abs().max() / (1 + b.abs().max())).item()
+        if not error < 1e-6:
+            sys.exit(f"{name} is wrong by {error:.1e}")
+
+
+def subsets(shape: tuple[int, ...], N: int, K: int) -> Tensor:
+    """K of N tokens in raster order, as masks keep them."""
+    return torch.rand(*shape, N).argsort(-1)[..., :K].sort(-1).values
+
+
+def differentiable(
+    contenders: Contenders,
+    inputs: list[Tensor],
+    wanted: list[Tensor],
+    work: dict[str, tuple[float, float]],
+    device: str,
+    dtype: torch.dtype,
+) -> Case:
+    """`wanted`: the inputs whose gradients belong to the work."""
+    contenders = {**contenders, "compiled": torch.compile(contenders["eager"])}
+    places = [i for i, x in enumerate(inputs) if any(x is y for y in wanted)]
+
+    def prepared(dtype: torch.dtype) -> list[Tensor]:
+        moved = [x.to(device, dtype if x.is_floating_point() else x.dtype) for x in inputs]
+        return [x.detach().requires_grad_(i in places) for i, x in enumerate(moved)]
+
+    def results(f: Callable[..., Any], xs: list[Tensor]) -> list[Tensor]:
+        y = f(*xs)
+        dy = slope.to(y.dtype)
+        return [y.detach(), *(torch.autograd.grad(y, [xs[i] for i in places], dy) if places else ())]
+
+    args = prepared(dtype)
+    slope = torch.randn_like(contenders["eager"](*args))
+
+    def check() -> None:
+        exact = results(contenders["eager"], prepared(torch.float64))
+        errors = {
+            name: [rms(a.double() - b) / rms(b) for a, b in zip(results(f, args), exact, strict=True)]
+            for name, f in contenders.items()
+        }
+        for name, found in errors.items():
+            for error, allowed in zip(found, errors["eager"], strict=True):
+                if not error <= 2 * allowed + 2e-6:
+                    sys.exit(f"{name} is wrong: its relative error is {error:.1e}, that of eager {allowed:.1e}")
+
+    def forward(f: Callable[..., Any]) -> Call:
+        return torch.no_grad()(lambda: f(*args))
+
+    def backward(f: Callable[..., Any]) -> Call:
+        y, xs = f(*args), [args[i] for i in places]
+        return lambda: torch.autograd.grad(y, xs, slope.to(y.dtype), retain_graph=True)
+
+    def both(f: Callable[..., Any]) -> Call:
+        return lambda: results(f, args)
+
+    modes = {"forward": forward, "backward": backward, "both": both} if places else {"forward": forward}
+    return Case({mode: {name: make(f) for name, f in contenders.items()} for mode, make in modes.items()}, work, check)
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+OPS = {f.__name__: f for f in (gather, patchify, predictor_tokens, prediction_loss, vicreg, ema, adamw_ema)}

@@ -1,0 +1,188 @@
+"""How fast every op of jepa_kernels is, against what, and how close to the limit of this machine.
+
+    python benchmarks/kernels.py [--device cuda|cpu] [--op NAME ...] [--size vit_huge_14] [--batch 128] [--out FOLDER]
+
+Contenders: `ours`; `eager`, plain PyTorch (for adamw_ema, torch's foreach AdamW and lerp); `compiled`, torch.compile of
+that; and what else does the same. Before anything is timed, outputs and gradients of each must be as near to those of
+float64 as eager's: at most twice its error, and 2e-6. Contenders take turns; figures are medians. On a GPU a call is
+timed by events, with cold caches and behind work that covers the host's part. Forward means without a graph, both a
+training step. GB/s and TFLOP/s count what the op has to do, not what a contender does; the limit is that of a copy or
+of a matrix product, measured in the same run (what fits a cache may exceed it). In the roofline a copied element counts
+as one operation.
+"""
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import OPS, SIZES, Call
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def milliseconds(calls: dict[str, Call], device: str, seconds: float) -> dict[str, float]:
+    """The median time of each, in turns, for so many seconds each and at least five times."""
+    cold = torch.empty(2**26 if device == "cuda" else 0, device=device)  # 256 MB: more than any cache
+
+    def once(call: Call) -> float:
+        if device == "cpu":
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        cold.zero_()
+        torch.cuda._sleep(10_000_000)  # ~5 ms, in which the host runs ahead
+        events[0].record()
+        call()
+        events[1].record()
+        torch.cuda.synchronize()
+        return events[0].elapsed_time(events[1])
+
+    for call in calls.values():
+        call(), call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.monotonic() + seconds * len(calls)
+    while time.monotonic() < end or len(times[next(iter(calls))]) < 5:
+        for name, call in calls.items():
+            times[name].append(once(call))
+    return {name: statistics.median(all_) for name, all_ in times.items()}
+
+
+def peak_megabytes(call: Call, device: str) -> float | None:
+    """What a call needs on top of what is there before it."""
+    if device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def ceilings(device: str) -> tuple[float, float]:
+    """Bytes/s of a copy, operations/s of a float32 matrix product."""
+    n, side = (2**30, 8192) if device == "cuda" else (2**27, 2048)
+    source, target = torch.ones(n // 4, device=device), torch.empty(n // 4, device=device)
+    a, b = (torch.randn(side, side, device=device) for _ in range(2))
+    times = milliseconds({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device, 2)
+    return 2 * n / times["copy"] * 1e3, 2 * side**3 / times["matmul"] * 1e3
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--size", choices=SIZES, help="default: vit_huge_14 on a GPU, vit_small_16 on a CPU")
+    parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 16 on a CPU)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, CPU: float32")
+    parser.add_argument("--seconds", type=float, default=1, help="for each figure (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="default: %(default)s")
+    args = parser.parse_args()
+    on_gpu = args.device == "cuda"
+    size_name = args.size or ("vit_huge_14" if on_gpu else "vit_small_16")
+    size = replace(SIZES[size_name], B=args.batch or (128 if on_gpu else 16))
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    torch.manual_seed(0)
+
+    copy, matmul = ceilings(args.device)
+    print(f"{hardware(args.device)}; {size_name}, {size.B} images, {dtype}")
+    print(f"ceilings: copy {copy / 1e9:.1f} GB/s, float32 matmul {matmul / 1e12:.3f} TFLOP/s")
+    print(
+        f"{'op':17}{'mode':9}{'contender':21}{'ms':>9}{'GB/s':>8}{'TFLOP/s':>9}{'of limit':>10}{'x ours':>8}{'MB':>8}"
+    )
+    rows = []
+    for op in args.op:
+        case = OPS[op](size, args.device, dtype)
+        case.check()
+        for mode, calls in case.calls.items():
+            times = milliseconds(calls, args.device, args.seconds)
+            for name, ms in times.items():
+                row = figures(op, mode, name, ms, case.work[mode], copy, matmul)
+                row |= {"times ours": ms / times["ours"], "peak MB": peak_megabytes(calls[name], args.device)}
+                rows.append(row)
+                print(line(row), flush=True)
+        del case, calls
+    report = {
+        "hardware": hardware(args.device),
+        "versions": {name: version(name) for name in ("torch", "triton")} | {"python": platform.python_version()},
+        "commit": subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip(),
+        "command": " ".join(["python", *sys.argv]),
+        "size": {"name": size_name, "dtype": str(dtype), **asdict(size)},
+        "ceilings": {"copy GB/s": copy / 1e9, "float32 matmul TFLOP/s": matmul / 1e12},
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"kernels_{re.sub('[^a-z0-9]+', '_', report['hardware'].lower())}_{size_name}"
+    file.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    roofline(report, file.with_suffix(".png"))
+    print(f"written: {file}.json, {file.name}.png")
+
+
+def figures(
+    op: str, mode: str, name: str, ms: float, work: tuple[float, float], copy: float, matmul: float
+) -> dict[str, Any]:
+    moved, computed = work
+    return {
+        "op": op,
+        "mode": mode,
+        "contender": name,
+        "ms": ms,
+        "GB/s": moved / ms / 1e6,
+        "TFLOP/s": computed / ms / 1e9,
+        "share of limit": max(moved / copy, computed / matmul) * 1e3 / ms,
+        "operations per byte": computed / moved,
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    peak = "" if row["peak MB"] is None else f"{row['peak MB']:.0f}"
+    return (
+        f"{row['op']:17}{row['mode']:9}{row['contender']:21}{row['ms']:9.3f}{row['GB/s']:8.1f}{row['TFLOP/s']:9.3f}"
+        f"{row['share of limit']:10.1%}{row['times ours']:8.2f}{peak:>8}"
+    )
+
+
+def roofline(report: dict[str, Any], file: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    copy, matmul = (x * scale for x, scale in zip(report["ceilings"].values(), (1e9, 1e12), strict=True))
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    knee = matmul / copy
+    axes.loglog([0.01, knee, 100 * knee], [0.01 * copy, matmul, matmul], color="black", label="limit")
+    for mode in {row["mode"]: None for row in report["rows"]}:
+        for name, marker, colour in (("ours", "o", "tab:blue"), ("eager", "x", "tab:red")):
+            rows = [row for row in report["rows"] if row["contender"] == name and row["mode"] == mode]
+            x, y = [row["operations per byte"] for row in rows], [row["TFLOP/s"] * 1e12 for row in rows]
+            axes.plot(x, y, marker, color=colour, label=name)
+            if name == "ours":
+                for row, x_, y_ in zip(rows, x, y, strict=True):
+                    axes.annotate(f" {row['op']} {mode}", (x_, y_), fontsize=6)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys())
+    axes.set(xlabel="operations per byte that must be moved", ylabel="operations/s", title=report["hardware"])
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Who may import what, read from the source: nothing is imported here, so lazy imports count as well."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = sorted(ROOT.glob("kernels/jepa_kernels/*.py"))
+ENGINE = sorted(ROOT.glob("engine/**/*.py"))
+TREE = sorted(
+    path for folder in ("kernels", "engine", "benchmarks", "tests") for path in ROOT.glob(f"{folder}/**/*.py")
+)
+CSRC = sorted(ROOT.glob("csrc/*"))
+
+MODULE_OF = {"PyYAML": "yaml", "pillow": "PIL", "nvidia-dali-cuda130": "nvidia", "flash-attn-4": "flash_attn"}
+
+
+class Import(NamedTuple):
+    """`from module import name`, or `import module` with no name; a relative module begins with its dots."""
+
+    module: str
+    name: str | None
+
+    @property
+    def top(self) -> str:
+        return self.module.partition(".")[0]  # "" if relative
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path) -> list[Import]:
+    found = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found += [Import(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [Import("." * node.level + (node.module or ""), alias.name) for alias in node.names]
+    return found
+
+
+def outside(path: Path) -> set[str]:
+    """The packages that a file imports, other than the standard library's and its own."""
+    return {i.top for i in imports(path)} - {""} - sys.stdlib_module_names
+
+
+def is_op(path: Path) -> bool:
+    return any(isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.library.define" for n in ast.walk(tree(path)))
+
+
+def named(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@named(KERNELS)
+def test_the_kernels_import_torch_and_triton_and_no_other_op(path):
+    assert outside(path) <= {"torch", "triton"}
+    if path.name != "__init__.py":
+        beside = {i.module.removeprefix(".") or i.name for i in imports(path) if not i.top}
+        assert beside.isdisjoint(p.stem for p in KERNELS if is_op(p))
+
+
+def test_the_ops_are_found():
+    assert {"gather", "vicreg"} <= {path.stem for path in KERNELS if is_op(path)}
+
+
+@named(ENGINE)
+def test_the_engine_takes_public_names_of_the_kernels(path):
+    assignment = next(n for n in tree(ROOT / "kernels/jepa_kernels/__init__.py").body if isinstance(n, ast.Assign))
+    assert ast.unparse(assignment.targets[0]) == "__all__"
+    public = ast.literal_eval(assignment.value)
+    for i in imports(path):
+        if i.top == "jepa_kernels":
+            assert i.module == "jepa_kernels" and i.name in (None, *public), i
+
+
+@named(ENGINE)
+def test_deepspeed_and_dali_each_have_one_place(path):
+    assert "deepspeed" not in outside(path) or path.name == "zero.py"
+    assert "nvidia" not in outside(path) or path.name == "data.py"
+
+
+@named([path for path in ENGINE if path.parent.name == "jepa"])
+def test_the_engines_library_does_not_import_its_programs(path):
+    assert outside(path).isdisjoint(program.stem for program in ROOT.glob("engine/*.py"))
+
+
+@named(TREE)
+def test_nothing_needs_the_folders_to_be_packages(path):
+    assert outside(path).isdisjoint({"engine", "kernels", "benchmarks", "tests"})
+
+
+@named(KERNELS + ENGINE)
+def test_what_is_imported_is_declared(path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = list(project["dependencies"])
+    if path in ENGINE:
+        wanted += [one for name, extra in project["optional-dependencies"].items() if name != "test" for one in extra]
+    names = [re.match(r"[\w.-]+", requirement)[0] for requirement in wanted]
+    declared = {MODULE_OF.get(name, name.replace("-", "_")) for name in names}
+    ours = {"jepa", "jepa_kernels"} if path in ENGINE else set()
+    assert outside(path) <= declared | ours
+
+
+@named(CSRC)
+def test_csrc_includes_the_stable_abi_and_the_standard_library(path):
+    for line in path.read_text().splitlines():
+        if re.match(r"\s*#\s*include", line):
+            header = re.search(r'[<"](.+)[>"]', line)[1]
+            standard = "<" in line and re.fullmatch(r"[a-z_]+", header)
+            stable = "<" in line and header.startswith(("torch/csrc/stable/", "torch/headeronly/"))
+            assert standard or stable or (path.parent / header).is_file(), line
