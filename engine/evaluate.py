@@ -19,12 +19,19 @@ from jepa.checkpoint import CheckpointError, load_encoder
 from jepa.config import Config, ConfigError
 from jepa.data import ImageSource, eval_batches
 from jepa.probe import Encoder, extract, knn, linear_probe, open_labelled
-from jepa.vit import build_encoder
+from jepa.vit import VisionTransformer, build_encoder
 
 
 def pixels(images: Tensor) -> Tensor:
     """The images themselves as features, [B, 1, 3 * H * W]."""
     return images.flatten(1)[:, None] / 255.0
+
+
+def last(encoder: VisionTransformer, layers: int) -> Encoder:
+    """The outputs of the last blocks side by side, [B, N, layers * D]; I-JEPA reports the better of one and four."""
+    if not 1 <= layers <= len(encoder.blocks):
+        raise ValueError(f"--layers {layers}: the encoder has {len(encoder.blocks)} blocks")
+    return lambda images: torch.cat(encoder.features(images, range(-layers, 0)), dim=2)
 
 
 def features(encoder: Encoder, sources: list[ImageSource], config: Config, device: torch.device) -> list[Tensor]:
@@ -68,7 +75,9 @@ def labels_of(sources: list[ImageSource], name: str | None) -> list[Tensor]:
     return [torch.tensor([classes.index(v) for v in values]) for values in (train, val)]
 
 
-def evaluate(checkpoint: str, train: str, val: str, names: list[str | None]) -> list[dict[str, object]]:
+def evaluate(
+    checkpoint: str, train: str, val: str, names: list[str | None], layers: int = 1
+) -> list[dict[str, object]]:
     """One row an encoder: accuracies in percent under "<label> k-NN" and "<label> linear"."""
     encoder, config = load_encoder(checkpoint)
     sources = open_labelled(train, val)
@@ -77,8 +86,8 @@ def evaluate(checkpoint: str, train: str, val: str, names: list[str | None]) -> 
     untrained = build_encoder(config).eval()
     labels = {name or "class": labels_of(sources, name) for name in names}
     encoders: dict[str, Encoder] = {
-        "target encoder": encoder.to(device),
-        "untrained encoder": untrained.to(device),
+        "target encoder": last(encoder.to(device), layers),
+        "untrained encoder": last(untrained.to(device), layers),
         "pixels": pixels,
     }
     rows = []
@@ -115,10 +124,11 @@ def main() -> int:
     )
     parser.add_argument("--val", required=True, metavar="FOLDER", help="labelled images that they are judged on")
     parser.add_argument("--label", action="append", metavar="COLUMN", help="of labels.csv; may be given several times")
+    parser.add_argument("--layers", type=int, default=1, help="last blocks whose outputs are joined (default: 1)")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the numbers there too")
     args = parser.parse_args()
     try:
-        rows = evaluate(args.checkpoint, args.train, args.val, args.label or [None])
+        rows = evaluate(args.checkpoint, args.train, args.val, args.label or [None], args.layers)
     except (ValueError, ConfigError, CheckpointError, OSError) as error:
         print(f"engine/evaluate.py: {error}", file=sys.stderr)
         return 1

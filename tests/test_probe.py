@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import torch
 import yaml
 
-from jepa.probe import evenly, extract, knn, linear_probe
+from evaluate import last
+from jepa.probe import _solve, evenly, extract, knn, linear_probe
 from jepa.synthetic import write
+from jepa.vit import VisionTransformer
 from small import MAPPING
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +52,37 @@ def test_linear_probe_is_as_good_as_the_best_linear_rule() -> None:
     assert abs(found - best) < 0.02
 
 
+def test_solver_finds_the_minimum_that_newton_finds() -> None:
+    """On features whose sizes fall a thousandfold, as those of an untrained encoder do along their principal axes."""
+    (x, y), strength = blobs(120, 1.5), 10.0 ** float(np.random.default_rng().uniform(-8, 0))
+    x = x.double() * torch.logspace(0, -3, 5, dtype=torch.float64)
+    design = np.hstack([x.numpy(), np.ones((120, 1))])
+    penalty = np.kron(np.diag([strength] * 5 + [0.0]), np.eye(3))
+    weights = np.zeros((6, 3))
+    for _ in range(50):
+        scores = design @ weights
+        p = np.exp(scores - scores.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        slope = (design.T @ (p - np.eye(3)[y.numpy()]) / 120).ravel() + penalty @ weights.ravel()
+        curve = np.einsum("sa,sb,sij->aibj", design, design, p[:, :, None] * np.eye(3) - p[:, :, None] * p[:, None])
+        # A shift of all biases changes nothing, so that direction of the Hessian is empty: least squares.
+        weights -= np.linalg.lstsq(curve.reshape(18, 18) / 120 + penalty, slope, rcond=1e-12)[0].reshape(6, 3)
+    found = _solve(x, y, torch.zeros(6, 3, dtype=torch.float64), strength).numpy()
+    np.testing.assert_allclose(found[:-1], weights[:-1], atol=1e-3 * np.abs(weights).max(), err_msg=f"{strength=}")
+    probability = torch.from_numpy(design @ found).softmax(1).numpy()
+    np.testing.assert_allclose(probability, p, atol=1e-4, err_msg=f"{strength=}")
+
+
+@pytest.mark.parametrize("probe", [knn, linear_probe])
+def test_probes_refuse_what_means_nothing(probe: Callable[..., float]) -> None:
+    (x, y), (t, u) = blobs(40, 1.0), blobs(10, 1.0)
+    broken = x.clone()
+    broken[3, 2] = torch.nan
+    for given in ((broken, y, t, u), (x, y[1:], t, u), (x, y, t[:, 1:], u), (x[:4], y[:4], t, u), (x, y, t[:0], u[:0])):
+        with pytest.raises(ValueError, match=r"train|test"):
+            probe(*given)
+
+
 def test_linear_probe_finds_nothing_in_noise() -> None:
     labels = torch.randint(0, 4, (4000,))
     noise = torch.randn(4000, 20)
@@ -64,6 +98,21 @@ def test_extract_pools_over_patches() -> None:
     assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
     with pytest.raises(ValueError, match="needs labels"):
         extract(lambda images: images, [(batches[0][0], None)])
+
+
+def test_last_joins_the_blocks_asked_for() -> None:
+    encoder = VisionTransformer(16, 4, 24, 3, 2).eval()
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(last(encoder, 1)(images), encoder(images))
+        joined = last(encoder, 2)(images)
+        torch.testing.assert_close(joined[..., 24:], encoder(images))
+        # The second block of three is the last of the encoder without its third.
+        encoder.blocks = encoder.blocks[:2]
+        torch.testing.assert_close(joined[..., :24], encoder(images))
+    for layers in (0, 3):
+        with pytest.raises(ValueError, match="2 blocks"):
+            last(encoder, layers)
 
 
 def test_evenly_spreads_without_repeats() -> None:

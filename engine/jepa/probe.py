@@ -17,7 +17,7 @@ from .config import Config
 from .data import ImageSource, eval_batches, open_images
 
 Encoder = Callable[[Tensor], Tensor]
-STRENGTHS = tuple(10.0**e for e in range(0, -7, -1))  # of the linear probe's L2 penalty, strongest first
+STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the linear probe's L2 penalty, strongest first
 
 
 @torch.no_grad()
@@ -38,7 +38,9 @@ def knn(
     """Accuracy, 0 to 1, of the k nearest training samples by cosine, each voting exp(cosine / temperature).
 
     Features [S, D], labels [S]. The protocol of Wu et al. (arXiv 1805.01978) and DINO.
+    Raises ValueError as `_check` says.
     """
+    _check(train_x, train_y, test_x, test_y)
     train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
     classes, right = int(torch.cat([train_y, test_y]).max()) + 1, 0
     for x, y in zip(test_x.split(1024), test_y.split(1024), strict=True):
@@ -52,12 +54,18 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     """Accuracy, 0 to 1, of multinomial logistic regression on standardised features.
 
     The L2 penalty is the one that does best on a held-out fifth of the training samples: the test ones choose nothing.
-    Solved to convergence by L-BFGS in float64, so there is no learning rate to tune. (The paper's protocol trains the
-    same classifier by LARS for 50 epochs on augmented images.)
+    Solved by L-BFGS in float64, so there is no learning rate to tune. An encoder's features are so collinear, an
+    untrained one's above all, that it would stop far from the minimum: up to 4096 features are turned to their
+    principal axes, which does not move the minimum, and `_solve` scales those. (The paper's protocol trains the same
+    classifier by LARS for 50 epochs on augmented images.) Raises ValueError as `_check` says.
     """
+    _check(train_x, train_y, test_x, test_y)
     x, t = train_x.double(), test_x.double()
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
     x, t = (x - mean) / std, (t - mean) / std
+    if x.shape[1] <= 4096:  # the penalty is the same in any orthonormal basis
+        axes = torch.linalg.eigh(x.T @ x).eigenvectors
+        x, t = x @ axes, t @ axes
     classes = int(torch.cat([train_y, test_y]).max()) + 1
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     held, fitted = order[: len(x) // 5], order[len(x) // 5 :]
@@ -71,22 +79,40 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     return _accuracy(_solve(x, train_y, best[2], best[1]), t, test_y)
 
 
+def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> None:
+    """Raises ValueError for sets that do not fit together, too few samples, and features that are not finite."""
+    for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
+        if x.ndim != 2 or x.shape[1] != train_x.shape[1] or y.shape != x.shape[:1]:
+            raise ValueError(
+                f"{name}: features {list(x.shape)} and labels {list(y.shape)}, wanted [S, {train_x.shape[-1]}] and [S]"
+            )
+        if len(x) < (5 if name == "train" else 1):
+            raise ValueError(f"{name}: {len(x)} samples; a probe needs 5 to train on and 1 to test")
+        if not x.isfinite().all():
+            raise ValueError(f"{name}: the features hold NaN or infinity, so the encoder is broken: nothing to probe")
+
+
 def _solve(x: Tensor, y: Tensor, start: Tensor, strength: float) -> Tensor:
-    """The minimum of the mean cross-entropy + strength / 2 * |weights|^2; the last row of the weights is the bias."""
-    weights = start.clone().requires_grad_()
+    """The minimum of the mean cross-entropy + strength / 2 * |weights|^2; the last row of the weights is the bias.
+
+    L-BFGS moves weights / scale: the curvature along a feature is about its mean square + strength, and is made 1.
+    """
+    scale = torch.cat([(x.square().mean(0) + strength).rsqrt(), x.new_ones(1)])[:, None]
+    scaled = (start / scale).requires_grad_()
     solver = torch.optim.LBFGS(
-        [weights], max_iter=200, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        [scaled], max_iter=500, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
 
     def objective() -> Tensor:
         solver.zero_grad()
+        weights = scaled * scale
         loss = F.cross_entropy(x @ weights[:-1] + weights[-1], y) + strength / 2 * weights[:-1].square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         solver.step(objective)
-    return weights.detach()
+    return (scaled * scale).detach()
 
 
 def _accuracy(weights: Tensor, x: Tensor, y: Tensor) -> float:
