@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jepa.checkpoint import CheckpointError, load_encoder
@@ -23,8 +24,8 @@ from jepa.vit import VisionTransformer, build_encoder
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The images themselves as features, [B, 1, 3 * H * W]."""
-    return images.flatten(1)[:, None] / 255.0
+    """The images themselves as features, averaged down to 16 x 16 pixels: [B, 1, 768]."""
+    return F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2) / 255.0, 16).flatten(1)[:, None]
 
 
 def last(encoder: VisionTransformer, layers: int) -> Encoder:

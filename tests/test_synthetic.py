@@ -32,21 +32,19 @@ def test_pixels_hold_the_number_and_the_distance_of_the_objects() -> None:
     scenes = draw(first, 120)
     right_count = right_size = 0
     for image, count, distance in zip(scenes.images, scenes.count, scenes.distance, strict=True):
-        ground = np.median(image.reshape(-1, 3), axis=0)
-        # The texture stays within 3 x 0.04 of the ground; an object differs by 0.4 or more in some channel.
-        parts = components(np.abs(image - ground).max(-1) > 0.25 * 255)
+        # The ground is 0.2 with a grain of 0.04; an object has 0.5 or more in every channel.
+        parts = components(image.min(-1) > 0.42 * 255)
         parts = [part for part in parts if len(part) > 3]
         tallest = max(np.ptp(part[:, 0]) + 1 for part in parts)
         right_count += len(parts) == count
-        right_size += 0.75 < tallest / (2 * RADIUS / distance) < 1.2
-    # Neighbours may touch, and the median may fall on an object: rarely.
-    assert right_count > 100 and right_size > 100
+        right_size += 0.8 < tallest / (2 * RADIUS / distance) < 1.1
+    assert right_count == 120 and right_size > 110  # a triangle's thin tip may fall under the threshold
 
 
 def test_labels_are_balanced_and_in_range() -> None:
     scenes = draw(0, 600, split=1)
     assert np.bincount(scenes.shape).tolist() == [100] * len(SHAPES)
-    assert all(130 < n < 270 for n in np.bincount(scenes.count)[2:5])
+    assert all(100 < n < 200 for n in np.bincount(scenes.count)[1:5])
     assert scenes.distance.min() >= NEAR and scenes.distance.max() <= FAR
 
 

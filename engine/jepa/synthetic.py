@@ -2,9 +2,9 @@
 
     python engine/jepa/synthetic.py OUT
 
-A scene has two to four objects, one in each of as many quadrants. All have the scene's shape, each its own colour and
-distance; a near one looks large. So a part of the picture tells something of the rest, which is what joint-embedding
-prediction learns from, and three things can be read off a picture afterwards: which shape, how many, how near.
+A scene has one to four objects, one in each of as many quadrants, on a grainy ground. All have the scene's shape, each
+its own colour and distance; a near one looks large. So a part of the picture tells something of the rest, which is what
+joint-embedding prediction learns from, and three things can be read off a picture: which shape, how many, how near.
 
     OUT/{train,val}/<shape>/NNNNN.jpg
     OUT/{train,val}/labels.csv        file, shape, count, distance (of the nearest object)
@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image
 
 SHAPES = ("diamond", "disc", "plus", "ring", "square", "triangle")
-SIZE = 32  # pixels
-NEAR, FAR = 1.0, 2.0
-RADIUS = 7.0  # pixels, of an object at distance 1
-CONTRAST = 0.4  # least difference of an object's colour from the ground's, in the channel where it is largest
-TEXTURE = 0.04
+SIZE = 64  # pixels
+NEAR, FAR = 1.0, 1.8
+RADIUS = 12.5  # pixels, of an object at distance 1
+JITTER = 2.0  # pixels, of an object's place in its quadrant
+GROUND, GRAIN = 0.2, 0.04  # grey level and its deviation, 0 to 1
 CHUNK = 500  # scenes drawn at once
 
 
@@ -35,35 +35,27 @@ CHUNK = 500  # scenes drawn at once
 class Scenes:
     """B drawn pictures and what is true of them."""
 
-    images: np.ndarray  # uint8 [B, 32, 32, 3]
+    images: np.ndarray  # uint8 [B, 64, 64, 3]
     shape: np.ndarray  # int64 [B], index into SHAPES
-    count: np.ndarray  # int64 [B], 2..4
+    count: np.ndarray  # int64 [B], 1..4
     distance: np.ndarray  # float64 [B], of the nearest object
 
 
 def draw(first: int, count: int, *, split: int = 0, seed: int = 0) -> Scenes:
     """Draws scenes first .. first + count - 1 of a split. Shapes are balanced: scene i shows shape i % 6."""
-    uniform = np.stack(
-        [
-            np.random.Generator(np.random.Philox(key=[seed, 2 * i + split])).random(64)
-            for i in range(first, first + count)
-        ]
-    )
-    ground, waves, cells = (
-        uniform[:, :3],
-        uniform[:, 3:21].reshape(count, 3, 6),
-        uniform[:, 21:61].reshape(count, 4, 10),
-    )
+    streams = [np.random.Generator(np.random.Philox(key=[seed, 2 * i + split])) for i in range(first, first + count)]
+    cells = np.stack([stream.random((4, 7)) for stream in streams])
+    grain = np.stack([stream.standard_normal((SIZE // 2, SIZE // 2)) for stream in streams])
     shape = np.arange(first, first + count) % len(SHAPES)
-    objects = 2 + (uniform[:, 61] * 3).astype(np.int64)
+    objects = 1 + (cells[:, 0, 6] * 4).astype(np.int64)
     present = cells[:, :, 0].argsort(1).argsort(1) < objects[:, None]
     distance = NEAR + (FAR - NEAR) * cells[:, :, 1]
     radius = RADIUS / distance
     quadrant = SIZE / 4 * np.array([[1, 1], [1, 3], [3, 1], [3, 3]])
-    centre = quadrant + (2 * cells[:, :, 2:4] - 1) * (SIZE / 4 - radius)[..., None]
-    colour = _distinct(cells[:, :, 4:7], ground[:, None])
+    centre = quadrant + JITTER * (2 * cells[:, :, 2:4] - 1)
+    colour = 0.5 + 0.5 * cells[:, :, 3:6]
 
-    canvas = np.clip(ground[:, None, None] + _texture(waves), 0, 1)
+    canvas = np.repeat(np.clip(GROUND + GRAIN * grain, 0, 1).repeat(2, 1).repeat(2, 2)[..., None], 3, axis=3)
     pixel = np.arange(SIZE) + 0.5
     for cell in range(4):
         y = pixel[:, None] - centre[:, cell, 0, None, None]
@@ -71,7 +63,7 @@ def draw(first: int, count: int, *, split: int = 0, seed: int = 0) -> Scenes:
         outside = np.empty((count, SIZE, SIZE))
         for s, name in enumerate(SHAPES):
             of = shape == s
-            outside[of] = _outside(name, *np.broadcast_arrays(x[of], y[of]), radius[of, cell, None, None])
+            outside[of] = _outside(name, x[of], y[of], radius[of, cell, None, None])
         cover = np.clip(0.5 - outside, 0, 1) * present[:, cell, None, None]
         canvas += cover[..., None] * (colour[:, cell, None, None] - canvas)
     nearest = np.where(present, distance, np.inf).min(1)
@@ -94,27 +86,12 @@ def _outside(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.
     return np.maximum(y - radius, (2 * ax - y - radius) / np.sqrt(5))  # triangle, point up
 
 
-def _distinct(colour: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """Colours moved half around in all channels where they are too near the ground's."""
-    near = np.abs(colour - ground).max(-1, keepdims=True) < CONTRAST
-    return np.where(near, (colour + 0.5) % 1.0, colour)
-
-
-def _texture(waves: np.ndarray) -> np.ndarray:
-    """The sum of three coloured gratings of random direction, one to five periods long: [B, S, S, 3]."""
-    angle, turns, phase = 2 * np.pi * waves[..., 0], 1 + 4 * waves[..., 1], 2 * np.pi * waves[..., 2]
-    step = np.arange(SIZE) / SIZE
-    along = np.cos(angle)[..., None, None] * step + np.sin(angle)[..., None, None] * step[:, None]
-    wave = np.sin(2 * np.pi * turns[..., None, None] * along + phase[..., None, None])
-    return TEXTURE * np.einsum("bwyx,bwc->byxc", wave, waves[..., 3:])
-
-
 def write(root: Path, splits: dict[str, int], seed: int = 0) -> bool:
     """Draws the data set into `root`; False where it is there already. It gets its name when it is complete.
 
     Raises ValueError where `root` exists and holds something else.
     """
-    stamp = f"scenes 1, seed {seed}, {splits}\n"
+    stamp = f"scenes, seed {seed}, {splits}\n"
     if root.exists():
         if (root / "README").is_file() and (root / "README").read_text() == stamp:
             return False
