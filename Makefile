@@ -22,11 +22,12 @@ demo: setup
 	$(BIN)/python engine/jepa/synthetic.py data/demo
 	rm -rf runs/demo
 	$(BIN)/deepspeed --num_accelerators 1 engine/train.py --config engine/configs/demo.yaml
-	$(BIN)/python engine/evaluate.py runs/demo/jepa-latest --train data/demo/train --val data/demo/val
+	$(BIN)/python engine/evaluate.py runs/demo/jepa-latest --train data/demo/train --val data/demo/val \
+		--label shape --label count --label distance
 	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl --out runs/demo
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)
