@@ -28,10 +28,10 @@ class Ranks:
 
 def first_host(nodelist: str) -> str:
     """The first host of Slurm's short form: "gpu[003-007,9],cpu1" -> "gpu003"."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+))?([^,\[\]]*)", nodelist)
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
     if match is None:
         raise ValueError(f"SLURM_JOB_NODELIST: given {nodelist!r}, wanted a host list; set MASTER_ADDR yourself")
-    return match[1] + (match[2] or "")
+    return "".join(part or "" for part in match.groups())
 
 
 def launch_environment(given: dict[str, str]) -> dict[str, str]:
