@@ -79,7 +79,11 @@ def test_values(op, device, dtype, channels_last, shape):
     else:
         rounding = expected.to(dtype).double() - expected
         truncates = op is patchify_triton and device == "cpu" and dtype == torch.bfloat16  # the interpreter
-        assert error.norm() <= (2.5 if truncates else 1.25) * rounding.norm()
+        if error.numel() < 64:  # too few for a mean: each within its own last bit, or half of it
+            bit = torch.finfo(dtype).eps * expected.abs() * (1 if truncates else 0.5)
+            assert (error.abs() <= bit + 4 * 2**-24 * size).all()
+        else:
+            assert error.norm() <= (2.5 if truncates else 1.25) * rounding.norm()
 
 
 @implementations
