@@ -73,7 +73,7 @@ def within_rounding(value: Tensor, exact: Tensor, interpreted: bool) -> bool:
     """Rounded once: the error is that of rounding `exact`. The interpreter cuts bfloat16 off: twice that."""
     rounding = exact.to(value.dtype).double() - exact
     budget = 2.5 if interpreted and value.dtype == torch.bfloat16 else 1.25
-    if exact.numel() < 64:  # too few for a mean: each within its own last bit, or half of it
+    if exact.numel() < 512:  # too few for a mean: each within its own last bit, or half of it
         bit = torch.finfo(value.dtype).eps * exact.abs() * (1 if budget > 2 else 0.5)
         return bool(((value.double() - exact).abs() <= 1.01 * bit + 2**-22).all())
     return bool((value.double() - exact).norm() <= budget * rounding.norm())
