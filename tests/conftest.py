@@ -1,6 +1,14 @@
-"""Every test runs on a small number of threads, with uninitialised memory filled with NaN."""
+"""Every test runs on a small number of threads, with uninitialised memory filled with NaN, on inputs of its own.
 
+The inputs of a test are drawn from a seed made of the commit and the test's name: new ones with every commit, the same
+ones when a failure is looked at again. `JEPA_TEST_SEED=random`, or a number, draws others.
+"""
+
+import hashlib
 import os
+import random
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +16,36 @@ import torch
 # Without a GPU the Triton kernels run in the interpreter, which must be chosen before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def chosen_seed() -> str:
+    seed = os.environ.get("JEPA_TEST_SEED", "")
+    if not seed:
+        head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        seed = subprocess.run(head, capture_output=True, text=True).stdout.strip()
+    return seed if seed and seed != "random" else f"{random.SystemRandom().getrandbits(32)}"
+
+
+def number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+def pytest_configure(config):
+    # The controller's choice reaches the workers of pytest-xdist.
+    os.environ["JEPA_TEST_SEED"] = chosen_seed()
+    if config.getoption("hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = str(number(os.environ["JEPA_TEST_SEED"]))
+
+
+def pytest_report_header():
+    return f"inputs drawn from JEPA_TEST_SEED={os.environ['JEPA_TEST_SEED']}"
+
+
+@pytest.fixture(autouse=True)
+def inputs_of_its_own(request):
+    seed = number(os.environ["JEPA_TEST_SEED"] + request.node.nodeid)
+    random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)

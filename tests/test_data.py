@@ -23,6 +23,12 @@ from jepa.data import Decoder, Loader, eval_batches, open_images, random_boxes
 rng = np.random.default_rng()
 
 
+@pytest.fixture(autouse=True)
+def fresh_numbers(inputs_of_its_own: None) -> None:
+    global rng
+    rng = np.random.default_rng(random.getrandbits(64))
+
+
 def picture(height: int, width: int) -> Image.Image:
     """Blobs of colour with some noise: smooth and sharp parts, like a photograph."""
     blobs = Image.fromarray(rng.integers(0, 256, (height // 12 + 2, width // 12 + 2, 3), np.uint8))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -143,7 +144,7 @@ def log_file(path: Path, rows: list[dict], end: str = "") -> Path:
 
 
 def test_a_log_has_a_panel_for_what_it_holds_and_the_lines_go_through_its_values(tmp_path: Path) -> None:
-    values = np.random.default_rng().random((12, 2))
+    values = np.random.default_rng(random.getrandbits(64)).random((12, 2))
     rows: list[dict] = [{"step": 5 * i, "loss": a, "jepa": a, "sim": 0.0, "std": 0.0, "cov": 0.0, "lr": b}
                         for i, (a, b) in enumerate(values.tolist())]  # fmt: skip
     rows[3] |= {"knn": 0.25, "target_rank": 7.0}
@@ -165,7 +166,7 @@ def test_a_log_has_a_panel_for_what_it_holds_and_the_lines_go_through_its_values
 
 
 def test_a_long_noisy_log_of_a_cjepa_is_smoothed_past_a_slow_first_step(tmp_path: Path) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(random.getrandbits(64))
     rows = [
         {"step": i, "loss": 2 - i / 400 + rng.normal(0, 0.1), "jepa": 1.0, "sim": rng.random(), "std": rng.random(),
          "cov": rng.random(), "step_ms": 9e4 if i == 0 else rng.uniform(90, 110), "data_wait_ms": 1.0}
@@ -199,7 +200,7 @@ def test_the_program_draws_a_checkpoint_and_a_log(
 ) -> None:
     (tmp_path / "images").mkdir()
     for i in range(5):
-        pixels = np.random.default_rng().integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(random.getrandbits(64)).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
     config = small_config()
     monkeypatch.setattr(visualize, "load_encoder", lambda path: (build_encoder(config).eval(), config))

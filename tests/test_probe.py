@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def test_linear_probe_is_as_good_as_the_best_linear_rule() -> None:
 
 def test_solver_finds_the_minimum_that_newton_finds() -> None:
     """On features whose sizes fall a thousandfold, as those of an untrained encoder do along their principal axes."""
-    (x, y), strength = blobs(120, 1.5), 10.0 ** float(np.random.default_rng().uniform(-8, 0))
+    (x, y), strength = blobs(120, 1.5), 10.0 ** float(np.random.default_rng(random.getrandbits(64)).uniform(-8, 0))
     x = x.double() * torch.logspace(0, -3, 5, dtype=torch.float64)
     design = np.hstack([x.numpy(), np.ones((120, 1))])
     penalty = np.kron(np.diag([strength] * 5 + [0.0]), np.eye(3))

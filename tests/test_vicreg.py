@@ -128,13 +128,17 @@ def test_low_precision(kernel, shape, dtype):
     """Float32 inside, whatever comes in; the gradient rounded once."""
     z = embeddings(*shape, dtype)
     exact, z_ = z.double().requires_grad_(), on(kernel, z).requires_grad_()
-    expected, terms = pairwise(exact), vicreg(z_)
-    for a, b in zip(terms, expected, strict=True):
+    # A few images of nearly equal embeddings are ill-conditioned: inputs off by a float32 rounding give other answers.
+    off = (z.double() * (1 + 2**-24 * torch.randn(z.shape, dtype=torch.float64))).requires_grad_()
+    expected, expected_off, terms = pairwise(exact), pairwise(off), vicreg(z_)
+    for a, b, c in zip(terms, expected, expected_off, strict=True):
         assert a.dtype == torch.float32
-        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-6 * z.double().var().item() ** 2)
+        atol = 1e-6 * z.double().var().item() ** 2 + 4 * (b - c).abs().item()
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=atol)
     scale = 2.0**10  # a loss scale, so that float16 can hold the gradient at all
-    for a, b in zip(gradients([scale * t for t in terms], z_), gradients(expected, exact), strict=True):
-        budget = 1.25 * rms(rounding(scale * b, dtype, kernel)) + 4e-6 * scale * rms(b) + 1e-9
+    answers = gradients([scale * t for t in terms], z_), gradients(expected, exact), gradients(expected_off, off)
+    for a, b, c in zip(*answers, strict=True):
+        budget = 1.25 * rms(rounding(scale * b, dtype, kernel)) + scale * (4e-6 * rms(b) + 4 * rms(b - c)) + 1e-9
         assert rms(a - scale * b) <= budget
 
 
