@@ -279,7 +279,7 @@ class Reader:
             try:
                 opened = self.files[file["name"]] = safetensors.safe_open(where, framework="pt")
             except (OSError, safetensors.SafetensorError) as error:
-                raise CheckpointError(f"{where} cannot be read: {error}") from error
+                raise CheckpointError(f"{where} cannot be read: {str(error)[:300]}") from error
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             found = {key: (s.get_dtype(), s.get_shape()) for key, s in slices.items()}
             for name, start, length, index, offset in file["pieces"]:

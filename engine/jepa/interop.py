@@ -124,8 +124,8 @@ def _open_safetensors(path: Path) -> Weights:
         about = json.loads((file.metadata() or {})[METADATA])
         described, trained = about["config"], {str(k): int(v) for k, v in about["trained"].items()}
     except (safetensors.SafetensorError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {str(error)[:300]}") from error
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{path} does not say which model it holds; wanted a file that `engine/export.py --to safetensors` wrote"
         ) from error
@@ -149,7 +149,7 @@ def _open_published(path: Path, config: Config) -> Weights:
         pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
         ImportError, AssertionError, OverflowError,
     ) as error:  # fmt: skip
-        reason = str(error).split("\n")[0].split("WeightsUnpickler error: ")[-1].strip()
+        reason = str(error).split("\n")[0].split("WeightsUnpickler error: ")[-1].strip()[:300]
         raise CheckpointError(f"{path} is not a file of plain tensors, and nothing else is loaded: {reason}") from error
     found = [part for part in PARTS if isinstance(content, dict) and isinstance(content.get(part), dict)]
     if not found:
