@@ -557,6 +557,9 @@ def _mask_conflicts(c: Config) -> Iterator[tuple[str, str]]:
 # --- DeepSpeed
 
 BUCKET = 50_000_000  # elements; DeepSpeed's default, 5e8, makes one buffer larger than most of these models
+LIVE = (
+    100_000_000  # elements that ZeRO-3 keeps gathered; by default, 1e9, it would keep all of a ViT-H until its backward
+)
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -568,6 +571,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.engine.zero_stage}
     if config.engine.zero_stage:
         zero |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    if config.engine.zero_stage == 3:
+        zero |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE}
     return {
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
