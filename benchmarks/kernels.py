@@ -185,8 +185,8 @@ def roofline(report: dict[str, Any], file: Path) -> None:
     place = 0.0
     for name, (x, y) in sorted(heights.items(), key=lambda item: item[1][1]):
         place = max(place * 1.35, y)  # names one above the other, each tied to its point
-        line = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
-        axes.annotate(name, (x, y), (20 * knee, place), fontsize=8, va="center", arrowprops=line)
+        line = {"arrowstyle": "-", "relpos": (0, 0.5), "color": "grey", "linewidth": 0.5}
+        axes.annotate(name, (x, y), (8 * knee, place), fontsize=8, va="center", arrowprops=line)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys())
     axes.set(xlabel="operations per byte that must be moved", ylabel="operations/s", title=report["hardware"])
