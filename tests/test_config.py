@@ -429,9 +429,11 @@ def test_deepspeed_reads_every_key(stage: int, bf16: bool) -> None:
 # --- the images' folder
 
 
-def test_the_train_folder_is_taken_where_there_is_one(tmp_path: Path) -> None:
+def test_the_train_folder_is_taken_beside_val_and_is_a_class_elsewhere(tmp_path: Path) -> None:
     plain = parse_config(small(data__root_path=str(tmp_path), data__image_folder="images/"))
     (tmp_path / "images/class").mkdir(parents=True)
     assert plain.data.folder == tmp_path / "images"
     (tmp_path / "images/train").mkdir()
+    assert plain.data.folder == tmp_path / "images"
+    (tmp_path / "images/val").mkdir()
     assert plain.data.folder == tmp_path / "images/train"

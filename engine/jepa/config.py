@@ -152,9 +152,10 @@ class Data(_Section):
 
     @property
     def folder(self) -> Path:
-        """Where the images are: root_path/image_folder, or its sub-folder `train` if there is one."""
+        """root_path/image_folder; its sub-folder `train` where `val` or `test` lies beside it (else it is a class)."""
         folder = Path(self.root_path).expanduser() / self.image_folder
-        return folder / "train" if (folder / "train").is_dir() else folder
+        splits = [(folder / split).is_dir() for split in ("train", "val", "test")]
+        return folder / "train" if splits[0] and any(splits[1:]) else folder
 
 
 class Mask(_Section):
