@@ -38,6 +38,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     engine = config.engine
     ranks = distributed.start(engine.device, engine.timeout_minutes, engine.deterministic)
     with StopRequest(ranks, args.max_minutes) as stop, Watchdog(ranks, engine.timeout_minutes) as watchdog:
+        watchdog.at(None, "opening the images")
         loader = open_loader(config, ranks)
         if args.replay_step is not None:
             replay(config, ranks, loader, args.replay_step, args.resume)
@@ -74,11 +75,13 @@ def train(
     last_step = min(all_steps, config.engine.max_steps or all_steps)
     probe = OnlineProbe(config, ranks.rank, ranks.world_size, ranks.device) if config.eval.every else None
 
+    watchdog.at(None, "building the model")
     torch.manual_seed(config.engine.seed)
     model = JepaModel(config).to(ranks.device)
     target_encoder = copy.deepcopy(model.encoder)
     engine = zero.start(model, config)
     teacher = Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    watchdog.at(None, "loading the checkpoint")
     saver = checkpoint.Saver(config, engine, loader.steps_per_epoch)
     progress = saver.resume(args.resume, args.accept_changes) if args.resume else saver.begin()
     if progress.applied:

@@ -28,7 +28,7 @@ from .distributed import Ranks
 STOPPED, RANK_LOST = os.EX_TEMPFAIL, os.EX_UNAVAILABLE
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RELAYED = 2.0  # seconds in which a second signal is the first one again, passed on by a launcher
-PULSE = 2.0  # seconds between two signs of life, at most
+PULSE = 1.0  # seconds between two signs of life, at most
 SUSPICIOUS = 5  # pulses without a sign of life that prove a rank's death once a connection broke
 
 
@@ -127,7 +127,7 @@ class Watchdog:
             threading.Thread(target=work, name="jepa-watchdog", daemon=True).start()
         return self
 
-    def at(self, step: int, doing: str) -> None:
+    def at(self, step: int | None, doing: str) -> None:
         """Notes what the main thread turns to; all ranks pass the same points."""
         self.me |= {"step": step, "doing": doing, "moves": self.me["moves"] + 1}
 
