@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -96,6 +97,7 @@ class Saver:
                 "or choose another logging.folder or logging.write_tag"
             )
         self._on_first(lambda: tidy(self.folder, self.tag))
+        self._on_first(self._try_to_write)
         return Progress()
 
     def resume(self, which: str, accept_changes: bool = False) -> Progress:
@@ -118,6 +120,7 @@ class Saver:
         refuse_change(path, state, self.config, accept_changes)
         progress = load(path, state, self.engine)
         self.saved = progress.step
+        self._on_first(self._try_to_write)
         self._on_first(lambda: self._set_aside(progress.step))
         if dist.get_rank() == 0:
             print(f"resuming from {path} at step {state['step']}", flush=True)
@@ -146,6 +149,12 @@ class Saver:
         for old in rolling[self.config.logging.keep_last :]:
             _delete(old)
 
+    def _try_to_write(self) -> None:
+        """Better now than at the first checkpoint, hours later."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder):
+            pass
+
     def _set_aside(self, step: int) -> None:
         """Steps after the one gone on from are taken again: their checkpoints must not pass for this run's."""
         for path in candidates(self.folder, self.tag):
@@ -161,7 +170,7 @@ class Saver:
         try:
             return _together(lambda: work() if dist.get_rank() == 0 else None)[0]
         except OSError as error:
-            raise CheckpointError(f"logging.folder {self.folder} cannot be used: {error}") from error
+            raise CheckpointError(f"logging.folder {self.folder} cannot be written: {error}") from error
 
     def _write(self, name: str, progress: Progress) -> Path:
         """Writes `folder/name`; one of this name is replaced.
