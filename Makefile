@@ -31,7 +31,7 @@ test: lint
 
 # Breaks real runs on purpose, for about ten minutes: kills, damaged files, moves to other numbers of ranks.
 soak: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+	PYTHONPATH=kernels:engine OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

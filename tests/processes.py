@@ -24,10 +24,8 @@ from small import MAPPING
 
 ROOT = Path(__file__).resolve().parents[1]
 _server = mp.get_context("forkserver")
-_server.set_forkserver_preload(
-    ["processes", "train", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3"]
-    + ["deepspeed.runtime.zero.stage_1_and_2", "torch._dynamo", "torch._inductor.compile_fx"]  # what it loads lazily
-)
+LAZILY = ("zero.muon.muon_optimizer", "zero.stage3", "zero.stage_1_and_2")  # and these import torch's compiler
+_server.set_forkserver_preload(["processes", "train", *(f"deepspeed.runtime.{name}" for name in LAZILY)])
 
 
 @dataclass
@@ -77,7 +75,7 @@ class Run:
 
 
 def start(world_size: int, folder: Path, *words: object, fault: Callable[[int], None] | None = None) -> Run:
-    """Starts engine/train.py with `words` on `world_size` ranks; `fault(rank)`, of a module, is called in each before."""
+    """Starts engine/train.py with `words` on `world_size` ranks. `fault(rank)` is called in each first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import os
 import random
 import re
 import shutil
@@ -25,9 +24,6 @@ from pathlib import Path
 import torch
 import yaml
 
-for folder in ("kernels", "engine"):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
-
 from jepa import zero
 from jepa.checkpoint import KINDS, CheckpointError, Reader, Saver, candidates, read_state, verify
 from jepa.config import load_config
@@ -36,7 +32,8 @@ from processes import Run, rows, start, write_config, write_images
 from small import run_ranks, whole_weights
 
 CLOCKS = ("images_per_second", "step_ms", "data_wait_ms")
-PLACES = tuple(itertools.product((1, 2), (0, 1, 2, 3)))  # ranks, ZeRO stage
+Place = tuple[int, int]
+PLACES: tuple[Place, ...] = tuple(itertools.product((1, 2), (0, 1, 2, 3)))  # ranks, ZeRO stage
 FIRST, LOSSES = 4, 10  # steps before the move, and compared after it
 # How far a loss after a move may lie from the undisturbed one's, relative to it: fp32, eight roundings (2^-24 each) of
 # every gradient of ten steps; bf16, whose gradients are rounded before the ranks sum them, one rounding of the loss.
@@ -75,17 +72,19 @@ def bytes_that_differ(one: Path, other: Path) -> int:
 
 
 def kill(run: Run, said: re.Pattern[str], rng: random.Random) -> str:
-    """At a random moment: while it starts, or within a second after it has saved; all ranks, or one."""
+    """At a random moment: while it starts, or within a second after it has saved; all ranks, or one.
+
+    All while it starts: ranks that have not met have no watchdog, and wait for one another for minutes.
+    """
+    victim = rng.choice(["all", 0, 1])
     if rng.random() < 0.2:
+        victim = "all"
         time.sleep(rng.uniform(0, 3))
     else:
         run.wait_for(said.pattern)
         time.sleep(rng.uniform(0, 1))
-    victim = rng.choice(["all", 0, 1])
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it had ended already
         run.signal(signal.SIGKILL, *(() if victim == "all" else (victim,)))
-    except ProcessLookupError:
-        pass  # it was done already
     run.wait(seconds=60)  # those left alone notice it themselves
     return f"rank {victim}" if victim != "all" else "all ranks"
 
@@ -190,7 +189,7 @@ def resume_damaged(folder: Path, config: Path, number: int, seed: int) -> dict[s
     return counts
 
 
-def place_words(place: tuple[int, int], precision: str) -> tuple[str, ...]:
+def place_words(place: Place, precision: str) -> tuple[str, ...]:
     ranks, stage = place
     return (
         f"engine.zero_stage={stage}", f"data.batch_size={8 // ranks}", f"meta.use_bfloat16={precision == 'bf16'}",
@@ -223,9 +222,7 @@ def moved(
             counts["beyond"] += error > BOUND[precision]
             counts["inexact"] += source == target and found != wanted
             shutil.rmtree(here)
-        say(
-            f"{precision}, from {source[0]} rank(s), ZeRO-{source[1]}: deviation of a loss at most {counts['worst']:.1e}"
-        )
+        say(f"{precision}, from {source[0]} rank(s), ZeRO-{source[1]}: a loss off by at most {counts['worst']:.1e}")
     return counts
 
 

@@ -66,7 +66,9 @@ def replay(config: Config, ranks: Ranks, loader: Loader, step: int, which: str |
             weight.copy_(reader.tensor("weight", name, list(weight.shape)))
         for name, weight in teacher.named_parameters():
             weight.copy_(reader.tensor(average, f"encoder.{name}", list(weight.shape)))
-    model.to(ranks.device, low)
+    model.to(ranks.device)
+    for weight in model.parameters():  # as DeepSpeed does, which leaves buffers as they are
+        weight.data = weight.data.to(low)
     teacher.to(ranks.device, low)
 
     found: dict[str, list[str]] = {"losses": [], "target features of": [], "predictions for": [], "gradients of": []}
