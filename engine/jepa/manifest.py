@@ -15,6 +15,7 @@ MAX_BYTES = 2**28  # of state.json; ViT-g/16 at ZeRO-3 on 1024 ranks has about 6
 
 Number = Annotated[int, Field(ge=0, lt=2**53)]
 Natural = Annotated[int, Field(ge=1, lt=2**53)]
+Sum = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 
 
@@ -36,29 +37,22 @@ class Piece(NamedTuple):
 class File(_Checked):
     name: Annotated[str, StringConstraints(pattern=r"^rank-[0-9]{5}\.safetensors$")]
     bytes: Number
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sum
     pieces: list[Piece]
 
 
-class _Seed(_Checked):
-    seed: Number
-
-
-class _Config(_Checked):
-    """Of the config no more than a resume compares; `parse_config` checks all of it."""
-
-    engine: _Seed
-
-
 class State(_Checked):
+    """The whole; `parse_config` checks the config, and `checkpoint.read_state` the sum."""
+
     format: Literal[1]
+    sha256: Sum
     step: Number
     applied: Number
     samples: Number
     skipped: Number
     steps_per_epoch: Natural
-    global_batch: Natural
-    config: _Config
+    law: dict[str, int | str]
+    config: dict[str, Any]
     versions: dict[str, str]
     shapes: dict[Name, Annotated[list[Natural], Field(max_length=8)]]
     files: Annotated[list[File], Field(min_length=1)]
