@@ -79,7 +79,7 @@ def start(world_size: int, folder: Path, *words: object, fault: Callable[[int], 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     given = [*map(str, words), f"logging.folder={folder}"]
     run = Run([], [])
     for rank in range(world_size):

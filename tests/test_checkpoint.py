@@ -130,6 +130,7 @@ DAMAGE = {
     "a flipped bit": lambda folder: flip_a_bit(folder / "rank-00000.safetensors"),
     "a file cut short": lambda folder: os.truncate(folder / "rank-00000.safetensors", 1000),
     "a missing file": lambda folder: (folder / "rank-00000.safetensors").unlink(),
+    "a flipped bit in the state": lambda folder: flip_a_bit(folder / "state.json"),
     "a missing state": lambda folder: (folder / "state.json").unlink(),
     "a state cut short": lambda folder: os.truncate(folder / "state.json", 200),
 }

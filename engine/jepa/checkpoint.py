@@ -13,7 +13,6 @@ temporary name and renamed when all of it is on the disk: a folder with its fina
 
 import glob
 import hashlib
-import json
 import os
 import platform
 import re
@@ -186,7 +185,8 @@ class Saver:
 
         def finish() -> None:
             if first:
-                _write_json(unfinished / "state.json", self._state(progress, files))
+                (unfinished / "state.json").write_text(manifest.seal(self._state(progress, files)))
+                _sync(unfinished / "state.json")
                 _swap(unfinished, final)
 
         try:
@@ -385,7 +385,9 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as opened:
             text = opened.read(manifest.MAX_BYTES)
-        state = manifest.State.model_validate_json(text).model_dump()
+        if not manifest.is_sealed(text):
+            raise CheckpointError(f"{file} is damaged, or of another version: it does not end with its own SHA-256")
+        return manifest.State.model_validate_json(text).model_dump()
     except ValidationError as error:
         first, *more = error.errors(include_url=False, include_input=False)
         place = ".".join(map(str, first["loc"])) or "its JSON"
@@ -393,15 +395,6 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not a state that this version reads: {reason}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
-    if state["sha256"] != _fingerprint(json.loads(text)):
-        raise CheckpointError(f"{file} is damaged: its contents do not match the SHA-256 in it")
-    return state
-
-
-def _fingerprint(state: dict[str, Any]) -> str:
-    """SHA-256 of a state without its own: of the JSON with sorted keys and no spaces."""
-    text = json.dumps({k: v for k, v in state.items() if k != "sha256"}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def verify(path: Path, files: list[dict[str, Any]]) -> None:
@@ -456,11 +449,6 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _write_json(path: Path, state: dict[str, Any]) -> None:
-    path.write_text(json.dumps(state | {"sha256": _fingerprint(state)}))
-    _sync(path)
 
 
 def _sync(path: Path) -> None:
