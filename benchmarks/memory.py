@@ -38,6 +38,7 @@ from jepa.teacher import Teacher
 LARGE = {"ViT-H/14": "in1k_vith14_ep300_ijepa", "ViT-g/16": "in22k_vitg16_ep44_ijepa"}
 CASES = [*itertools.product(range(4), ("fp32", "bf16"), (1, 2))]  # stage, precision, micro-batches accumulated
 QUICK = [case for case in CASES if case[1:] == ("bf16", 2)]
+TOKENS = 8, 3  # patches in a context and in a target of the small model, about
 TOLERANCE = 0.05
 
 
@@ -134,7 +135,7 @@ def rank(me: int, world_size: int, folder: str, cases: list[tuple[int, str, int]
         config = small(*case)
         found = torch.tensor(float(peak(config)))
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        figures.append((float(found), budget.memory_per_rank(config, world_size).total))
+        figures.append((float(found), budget.memory_per_rank(config, world_size, TOKENS).total))
     if me == 0:
         torch.save(figures, f"{folder}/figures")
     dist.destroy_process_group()
