@@ -165,7 +165,7 @@ def test_activations_are_what_autograd_keeps() -> None:
 
 
 def test_memory_is_what_the_tensors_of_real_ranks_hold() -> None:
-    """At every ZeRO stage, on two ranks; the program fails where the formula is off by more than 3 %."""
+    """At every ZeRO stage, on two ranks; the program fails where the formula is off by more than 5 %."""
     command = [sys.executable, str(ROOT / "benchmarks/memory.py"), "--measure", "--quick", "--ranks", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -44,7 +44,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. All but the activations are what `benchmarks/memory.py --measure` finds, within 3 %."""
+    """Bytes on one rank. All but the activations are what `benchmarks/memory.py --measure` finds, within 5 %."""
 
     weights: float
     master: float  # fp32 copies of the weights
