@@ -9,16 +9,19 @@ import argparse
 import copy
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from jepa import checkpoint, distributed, zero
 from jepa.budget import report
 from jepa.config import Config, ConfigError, load_config
-from jepa.data import Loader, open_images
+from jepa.data import Batch, Loader, open_images
 from jepa.masks import sample_masks
 from jepa.metrics import RunLog, collapse_warning, health
-from jepa.objective import JepaModel
+from jepa.objective import JepaModel, Losses
 from jepa.probe import OnlineProbe
 from jepa.schedules import Schedules
 from jepa.teacher import Teacher
@@ -55,11 +58,7 @@ def train(config: Config, resume: str | None) -> None:
     last_step = min(all_steps, config.engine.max_steps or all_steps)
     probe = OnlineProbe(config, ranks.rank, ranks.world_size, ranks.device) if config.eval.every else None
 
-    torch.manual_seed(config.engine.seed)
-    model = JepaModel(config).to(ranks.device)
-    target_encoder = copy.deepcopy(model.encoder)
-    engine = zero.start(model, config)
-    teacher = Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    engine, teacher = start_model(config, ranks.device)
     saver = checkpoint.Saver(config, engine, loader.steps_per_epoch)
     progress = saver.resume(resume) if resume else saver.begin()
     if progress.applied:
@@ -73,31 +72,20 @@ def train(config: Config, resume: str | None) -> None:
     skipped_in_a_row = 0
     batches = loader.batches(progress.step, last_step)
     for step in range(progress.step, last_step):
-        waited_before, losses = loader.wait_seconds, []
+        waited_before = loader.wait_seconds
         lr = schedules.lr(progress.applied)
         weight_decay = schedules.weight_decay(progress.applied)
         momentum = schedules.momentum(progress.applied)
         zero.schedule(engine, lr, weight_decay, momentum)
 
-        for _ in range(accumulation):
-            _, micro, batch = next(batches)
-            first = (micro * ranks.world_size + ranks.rank) * micro_batch
-            masks = sample_masks(config.mask_spec, seed=config.engine.seed, step=step, first=first, batch=micro_batch)
-            context, target = (index.to(ranks.device, non_blocking=True) for index in (masks.context, masks.target))
-            features = teacher(batch.images)
-            output = engine(batch.images, context, target, features)
-            engine.backward(output.losses.total)
-            losses.append(output.losses)
-            applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
-
-        progress.count(applied, global_batch)
-        log.step(step, losses, context.shape[-1], target.shape[-1], loader.wait_seconds - waited_before)
-        if applied:
+        done = take_step(config, ranks, engine, teacher, batches, step)
+        progress.count(done.applied, global_batch)
+        log.step(step, done.losses, *done.tokens, loader.wait_seconds - waited_before)
+        if done.applied:
             skipped_in_a_row = 0
-            teacher.refresh()
         else:
             skipped_in_a_row += 1
-            log.say(f"step {step} skipped: its gradient is not finite; images {', '.join(batch.files[:3])}, ...")
+            log.say(f"step {step} skipped: its gradient is not finite; images {', '.join(done.files[:3])}, ...")
             if skipped_in_a_row >= config.engine.max_skipped:
                 raise TrainingError(
                     f"{skipped_in_a_row} steps in a row had a gradient that is not finite; stopped at step {step}. "
@@ -105,21 +93,69 @@ def train(config: Config, resume: str | None) -> None:
                 )
 
         found: dict[str, float] = {}
-        if applied and progress.step % config.logging.health_freq == 0:
-            found |= health(features, output.predicted_RD) | {"teacher_distance": teacher.distance()}
+        if done.applied and progress.step % config.logging.health_freq == 0:
+            found |= health(done.target_BND, done.predicted_RD) | {"teacher_distance": teacher.distance()}
             if warning := collapse_warning(found):
                 log.say(f"step {step}: {warning}")
         if probe and progress.step % config.eval.every == 0:
             found |= probe(teacher.encoder)
             log.say(f"step {step}: k-NN of the target encoder {100 * found['knn']:.1f} %")
         if found or progress.step % config.logging.log_freq == 0 or progress.step == last_step:
-            log.flush(lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=grad_norm, **found)
+            log.flush(lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=done.grad_norm, **found)
         if saver.due(progress.step) or progress.step == last_step:
             log.say(f"saved {saver.save(progress)}")
         if found or saver.due(progress.step):
             log.restart_clock()
 
     log.close()
+
+
+def start_model(config: Config, device: torch.device) -> tuple[Any, Teacher]:
+    """The model, freshly initialised, under DeepSpeed, and its teacher."""
+    torch.manual_seed(config.engine.seed)
+    model = JepaModel(config).to(device)
+    target_encoder = copy.deepcopy(model.encoder)
+    engine = zero.start(model, config)
+    return engine, Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+
+
+class Step(NamedTuple):
+    """What became of a step; of the images, features and masks only the last micro-batch's."""
+
+    applied: bool
+    grad_norm: float | None
+    losses: list[Losses]  # one a micro-batch
+    tokens: tuple[int, int]  # kept in a context, in a target
+    target_BND: Tensor
+    predicted_RD: Tensor
+    files: list[str]
+
+
+def take_step(
+    config: Config,
+    ranks: distributed.Ranks,
+    engine: Any,
+    teacher: Teacher,
+    batches: Iterator[tuple[int, int, Batch]],
+    step: int,
+) -> Step:
+    """Step `step`, all its micro-batches, under the numbers last given to `zero.schedule`; then the teacher follows."""
+    micro_batch, accumulation, _ = config.batch(ranks.world_size)
+    losses = []
+    for _ in range(accumulation):
+        _, micro, batch = next(batches)
+        first = (micro * ranks.world_size + ranks.rank) * micro_batch
+        masks = sample_masks(config.mask_spec, seed=config.engine.seed, step=step, first=first, batch=micro_batch)
+        context, target = (index.to(ranks.device, non_blocking=True) for index in (masks.context, masks.target))
+        features = teacher(batch.images)
+        output = engine(batch.images, context, target, features)
+        engine.backward(output.losses.total)
+        losses.append(output.losses)
+        applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
+    if applied:
+        teacher.refresh()
+    tokens = (context.shape[-1], target.shape[-1])
+    return Step(applied, grad_norm, losses, tokens, features, output.predicted_RD, batch.files)
 
 
 def arguments() -> argparse.Namespace:
