@@ -153,7 +153,7 @@ def take_step(
         losses.append(output.losses)
         applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
     if applied:
-        teacher.refresh()
+        teacher.follow()
     tokens = (context.shape[-1], target.shape[-1])
     return Step(applied, grad_norm, losses, tokens, features, output.predicted_RD, batch.files)
 
