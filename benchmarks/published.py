@@ -27,6 +27,7 @@ from jepa.objective import JepaModel
 MODULES = {
     "models": "src.models.vision_transformer",
     "helper": "src.helper",
+    "collator": "src.masks.multiblock",
     "masks": "src.masks.utils",
     "tensors": "src.utils.tensors",
     "distributed": "src.utils.distributed",
