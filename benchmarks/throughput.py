@@ -180,11 +180,14 @@ def fp32(config: Config) -> Config:
 
 
 def losses(make: Callable[[], Contender], images: Synthetic, steps: int = 3) -> list[float]:
+    """The mean over the ranks of each step's loss."""
     contender = make()
-    found = [float(contender.run(step, images.batches(step))[2]) for step in range(steps)]
+    mine = [float(contender.run(step, images.batches(step))[2]) for step in range(steps)]
     contender.close()
     gc.collect()
-    return found
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return [statistics.mean(of_step) for of_step in zip(*every, strict=True)]
 
 
 def check(makers: dict[str, Callable[[Config], Contender]], config: Config, images: Synthetic) -> dict[str, float]:
