@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jepa import zero
-from jepa.checkpoint import CheckpointError, Saver, load_encoder, read_state
+from jepa.checkpoint import CheckpointError, Saver, read_state
+from jepa.interop import load_encoder
 from jepa.masks import sample_masks
 from jepa.objective import JepaModel
 from small import run_ranks, small_config, whole_weights

@@ -27,13 +27,13 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 
-from .config import Config, parse_config
-from .vit import VisionTransformer, build_encoder
+from . import manifest
+from .config import Config
 from .zero import Flat, flats, refresh_training_weights
 
-FORMAT = 1
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
@@ -183,8 +183,9 @@ class Saver:
 
     def _state(self, progress: Progress, files: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": manifest.FORMAT,
             **asdict(progress),
+            "steps_per_epoch": self.steps_per_epoch,
             "global_batch": self.config.batch(dist.get_world_size()).global_batch,
             "config": self.config.model_dump(mode="json"),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -265,13 +266,28 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
 
 
 class Reader:
-    """Reads any range of any parameter from the rank files of a checkpoint."""
+    """Reads any range of any parameter from the rank files of a checkpoint.
+
+    Raises CheckpointError where a file cannot be read or does not have what state.json says it has.
+    """
 
     def __init__(self, path: Path, state: dict[str, Any]) -> None:
-        self.files = {f["name"]: safetensors.safe_open(path / f["name"], framework="pt") for f in state["files"]}
+        self.files: dict[str, Any] = {}
         self.parts: dict[str, list[Part]] = {}
+        kinds = KINDS if state["applied"] else KINDS[:1]
         for file in state["files"]:
+            where = path / file["name"]
+            try:
+                opened = self.files[file["name"]] = safetensors.safe_open(where, framework="pt")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise CheckpointError(f"{where} cannot be read: {str(error)[:300]}") from error
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            found = {key: (s.get_dtype(), s.get_shape()) for key, s in slices.items()}
             for name, start, length, index, offset in file["pieces"]:
+                for key in [f"{kind}.{index}" for kind in kinds if kind != "ema" or name.startswith("encoder.")]:
+                    dtype, shape = found.get(key, (None, []))
+                    if dtype != "F32" or len(shape) != 1 or shape[0] < offset + length:
+                        raise CheckpointError(f"{where}: {key} is not the fp32 line that holds a piece of {name}")
                 self.parts.setdefault(name, []).append(Part(name, start, length, file["name"], index, offset))
 
     def read(self, kind: str, name: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
@@ -298,15 +314,19 @@ class Reader:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, checked to be one that this version reads."""
+    """state.json of a checkpoint. Raises CheckpointError for all that `manifest.State` does not let through."""
     file = path / "state.json"
     try:
-        state = json.loads(file.read_text())
+        with file.open("rb") as opened:
+            text = opened.read(manifest.MAX_BYTES)
+        return manifest.State.model_validate_json(text).model_dump()
+    except ValidationError as error:
+        first, *more = error.errors(include_url=False, include_input=False)
+        place = ".".join(map(str, first["loc"])) or "its JSON"
+        reason = f"{place}: {first['msg']}" + (f"; {len(more)} more problems" if more else "")
+        raise CheckpointError(f"{file} is not a state that this version reads: {reason}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: given another format than {FORMAT}, the one that this version reads and writes")
-    return state
 
 
 def verify(path: Path, files: list[dict[str, Any]]) -> None:
@@ -330,24 +350,6 @@ def candidates(folder: Path, tag: str) -> list[Path]:
             except CheckpointError:
                 steps[path] = -1
     return sorted(steps, key=lambda path: (steps[path], path.name), reverse=True)
-
-
-def load_encoder(path: str | Path, which: str = "target_encoder") -> tuple[VisionTransformer, Config]:
-    """The encoder of a checkpoint in fp32, and the config it was trained with.
-
-    `which`: "target_encoder" (the EMA: what I-JEPA evaluates) or "encoder".
-    """
-    path = Path(path)
-    state = read_state(path)
-    config, reader = parse_config(state["config"], source=str(path / "state.json")), Reader(path, state)
-    kinds = {"target_encoder": "ema" if state["applied"] else "weight", "encoder": "weight"}
-    if which not in kinds:
-        raise ValueError(f"which: given {which!r}, wanted one of {sorted(kinds)}")
-    encoder = build_encoder(config)
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            parameter.copy_(reader.tensor(kinds[which], f"encoder.{name}", list(parameter.shape)))
-    return encoder.eval(), config
 
 
 def _sha256(path: Path) -> str:
