@@ -9,18 +9,20 @@ import argparse
 import copy
 import os
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from jepa import checkpoint, distributed, interrupt, zero
 from jepa.budget import report
 from jepa.config import Config, ConfigError, load_config
-from jepa.data import Loader, open_images
+from jepa.data import Batch, Loader, open_images
 from jepa.distributed import Ranks
 from jepa.interrupt import StopRequest, Watchdog
 from jepa.metrics import RunLog, collapse_warning, health
-from jepa.objective import JepaModel
+from jepa.objective import JepaModel, Losses
 from jepa.probe import OnlineProbe
 from jepa.replay import blame, masks_of, poison, replay
 from jepa.schedules import Schedules
@@ -69,18 +71,14 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
 def train(
     config: Config, args: argparse.Namespace, ranks: Ranks, loader: Loader, stop: StopRequest, watchdog: Watchdog
 ) -> int:
-    _, accumulation, global_batch = config.batch(ranks.world_size)
+    global_batch = config.batch(ranks.world_size).global_batch
     schedules = Schedules(config, loader.steps_per_epoch)
     all_steps = config.optimization.epochs * loader.steps_per_epoch
     last_step = min(all_steps, config.engine.max_steps or all_steps)
     probe = OnlineProbe(config, ranks.rank, ranks.world_size, ranks.device) if config.eval.every else None
 
     watchdog.at(None, "building the model")
-    torch.manual_seed(config.engine.seed)
-    model = JepaModel(config).to(ranks.device)
-    target_encoder = copy.deepcopy(model.encoder)
-    engine = zero.start(model, config)
-    teacher = Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    engine, teacher = start_model(config, ranks.device)
     watchdog.at(None, "loading the checkpoint")
     saver = checkpoint.Saver(config, engine, loader.steps_per_epoch)
     progress = saver.resume(args.resume, args.accept_changes) if args.resume else saver.begin()
@@ -97,39 +95,26 @@ def train(
     batches = loader.batches(progress.step, last_step)
     for step in range(progress.step, last_step):
         stop.ask()
-        waited_before, losses, files = loader.wait_seconds, [], []
+        waited_before = loader.wait_seconds
         lr = schedules.lr(progress.applied)
         weight_decay = schedules.weight_decay(progress.applied)
         momentum = schedules.momentum(progress.applied)
         zero.schedule(engine, lr, weight_decay, momentum)
 
-        for micro in range(accumulation):
-            watchdog.at(step, "waiting for images")
-            _, _, batch = next(batches)
-            watchdog.at(step, "computing")
-            masks = masks_of(config, ranks, step, micro)
-            context, target = (index.to(ranks.device, non_blocking=True) for index in (masks.context, masks.target))
-            features = teacher(batch.images)
-            output = engine(batch.images, context, target, features)
-            engine.backward(poison(output.losses.total))
-            losses.append(output.losses)
-            files += batch.files
-            applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
-
-        progress.count(applied, global_batch)
-        log.step(step, losses, context.shape[-1], target.shape[-1], loader.wait_seconds - waited_before)
+        done = take_step(config, ranks, engine, teacher, batches, step, watchdog.at)
+        progress.count(done.applied, global_batch)
+        log.step(step, done.losses, *done.tokens, loader.wait_seconds - waited_before)
         found: dict[str, Any] = {}
-        if applied:
+        if done.applied:
             skipped_in_a_row = 0
-            teacher.refresh()
         else:
             skipped_in_a_row += 1
-            found |= blame(losses, files)
+            found |= blame(done.losses, done.files)
             what = f"the loss of rank(s) {found['bad_ranks']}" if found["bad_ranks"] else "its gradient"
             log.say(f"step {step} skipped: {what} is not finite; --replay-step {step} looks at it alone")
 
-        if applied and progress.step % config.logging.health_freq == 0:
-            found |= health(features, output.predicted_RD) | {"teacher_distance": teacher.distance()}
+        if done.applied and progress.step % config.logging.health_freq == 0:
+            found |= health(done.target_BND, done.predicted_RD) | {"teacher_distance": teacher.distance()}
             if warning := collapse_warning(found):
                 log.say(f"step {step}: {warning}")
         if probe and progress.step % config.eval.every == 0:
@@ -140,7 +125,7 @@ def train(
         finished, stopping = progress.step == last_step, stop.agreed()
         saving = saver.due(progress.step) or finished or stopping
         if found or saving or progress.step % config.logging.log_freq == 0:
-            log.flush(lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=grad_norm, **found)
+            log.flush(lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=done.grad_norm, **found)
         if skipped_in_a_row >= config.engine.max_skipped:
             raise TrainingError(
                 f"{skipped_in_a_row} steps in a row had a gradient that is not finite; stopped at step {step}. "
@@ -157,6 +142,59 @@ def train(
 
     log.close()
     return 0 if progress.step >= last_step else interrupt.STOPPED
+
+
+def start_model(config: Config, device: torch.device) -> tuple[Any, Teacher]:
+    """The model, freshly initialised, under DeepSpeed, and its teacher."""
+    torch.manual_seed(config.engine.seed)
+    model = JepaModel(config).to(device)
+    target_encoder = copy.deepcopy(model.encoder)
+    engine = zero.start(model, config)
+    return engine, Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+
+
+class Step(NamedTuple):
+    """What became of a step; of the features and masks only the last micro-batch's."""
+
+    applied: bool
+    grad_norm: float | None
+    losses: list[Losses]  # one a micro-batch
+    tokens: tuple[int, int]  # kept in a context, in a target
+    target_BND: Tensor
+    predicted_RD: Tensor
+    files: list[str]  # of all micro-batches
+
+
+def take_step(
+    config: Config,
+    ranks: Ranks,
+    engine: Any,
+    teacher: Teacher,
+    batches: Iterator[tuple[int, int, Batch]],
+    step: int,
+    at: Callable[[int, str], None] = lambda step, doing: None,
+) -> Step:
+    """Step `step`, all its micro-batches, under the numbers last given to `zero.schedule`; then the teacher follows.
+
+    `at` is told what is done next.
+    """
+    losses, files = [], []
+    for micro in range(config.batch(ranks.world_size).accumulation):
+        at(step, "waiting for images")
+        _, _, batch = next(batches)
+        at(step, "computing")
+        masks = masks_of(config, ranks, step, micro)
+        context, target = (index.to(ranks.device, non_blocking=True) for index in (masks.context, masks.target))
+        features = teacher(batch.images)
+        output = engine(batch.images, context, target, features)
+        engine.backward(poison(output.losses.total))
+        losses.append(output.losses)
+        files += batch.files
+        applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
+    if applied:
+        teacher.follow()
+    tokens = (context.shape[-1], target.shape[-1])
+    return Step(applied, grad_norm, losses, tokens, features, output.predicted_RD, files)
 
 
 def arguments() -> argparse.Namespace:

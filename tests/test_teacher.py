@@ -81,7 +81,7 @@ def follow(stage: int, precision: str) -> list[str]:
         if (applied, moved) != (step != BAD_STEP,) * 2:
             wrong.append(f"step {step}: applied {applied}, moved {moved}, gradient norm {norm}")
         if applied:
-            teacher.refresh()
+            teacher.follow()
             for name in average:
                 average[name] = momentum * average[name] + (1 - momentum) * weights[name].double()
         wrong += deviations(engine, teacher, average, roundings=len(MOMENTA), where=f"step {step}: ")

@@ -321,7 +321,8 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
     for flat in flats(engine):
         kept = {kind: torch.zeros_like(flat.weight) for kind in KINDS[1:] if kind != "ema" or flat.group["ema"]}
         if progress.applied:
-            optimizer.state[flat.weight] = {"step": torch.tensor(float(progress.applied)), **kept}
+            counter = torch.tensor(float(progress.applied), device=flat.weight.device)
+            optimizer.state[flat.weight] = {"step": counter, **kept}
         for kind, target in {"weight": flat.weight.data, **(kept if progress.applied else {})}.items():
             for piece in flat.pieces:
                 for start, values in reader.read(kind, piece.name, piece.start, piece.length):

@@ -212,6 +212,7 @@ class Engine(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "fp32"] | None = None  # null: as meta.use_bfloat16 says
     zero_stage: Annotated[Count, Field(le=3)] = 1
+    optimizer: Literal["adamw_ema", "torch", "deepspeed", "apex"] = "adamw_ema"  # jepa.optimizer
     global_batch_size: Natural | None = None  # null: data.batch_size x accumulation x ranks
     gradient_accumulation_steps: Natural | None = None  # null: what global_batch_size needs, else 1
     max_steps: Natural | None = None  # stop early; the schedules do not change
@@ -588,7 +589,8 @@ LIVE = (
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's config (0.19) of this run on `world_size` ranks. Raises ConfigError as `Config.batch` does.
 
-    Optimizer and schedules are not in it: both are the engine's own (jepa_kernels.AdamWEMA, jepa.schedules).
+    Optimizer and schedules are not in it: both are the engine's own (jepa.optimizer, jepa.schedules). Gradients are
+    reduced in the training precision. DeepSpeed's throughput timer is off: it waits for the GPU twice a step.
     """
     batch = config.batch(world_size)
     zero: dict[str, Any] = {"stage": config.engine.zero_stage}
@@ -603,6 +605,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.precision == "bf16"},
+        "communication_data_type": config.precision,
+        "timers": {"throughput": {"enabled": False}},
         "gradient_clipping": config.optimization.clip_grad or 0.0,
         "wall_clock_breakdown": False,
     }
