@@ -22,6 +22,8 @@ from jepa.objective import JepaModel
 from jepa.probe import OnlineProbe
 from jepa.schedules import Schedules
 from jepa.teacher import Teacher
+from jepa.tokens import tokens
+from jepa.vit import compile_blocks
 
 
 class TrainingError(RuntimeError):
@@ -29,8 +31,6 @@ class TrainingError(RuntimeError):
 
 
 def train(config: Config, resume: str | None) -> None:
-    if config.mask.mode == "packed":
-        raise ConfigError(["mask.mode = 'packed': the sampler draws it, the encoder cannot run it yet; give unbiased"])
     ranks = distributed.start(config.engine.device)
     micro_batch, accumulation, global_batch = config.batch(ranks.world_size)
     data = config.data
@@ -60,6 +60,8 @@ def train(config: Config, resume: str | None) -> None:
     target_encoder = copy.deepcopy(model.encoder)
     engine = zero.start(model, config)
     teacher = Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    if config.compiles(ranks.device.type):
+        compile_blocks(engine.module, teacher.encoder)
     saver = checkpoint.Saver(config, engine, loader.steps_per_epoch)
     progress = saver.resume(resume) if resume else saver.begin()
     if progress.applied:
@@ -83,15 +85,16 @@ def train(config: Config, resume: str | None) -> None:
             _, micro, batch = next(batches)
             first = (micro * ranks.world_size + ranks.rank) * micro_batch
             masks = sample_masks(config.mask_spec, seed=config.engine.seed, step=step, first=first, batch=micro_batch)
-            context, target = (index.to(ranks.device, non_blocking=True) for index in (masks.context, masks.target))
-            features = teacher(batch.images)
-            output = engine(batch.images, context, target, features)
+            whole = (step + 1) % config.logging.health_freq == 0  # health asks for the features of all patches
+            rows = tokens(masks, config, ranks.device, whole=whole)
+            features = teacher(batch.images, rows.teacher)
+            output = engine(batch.images, rows.context, rows.target_MBK, features, rows.places_MBK)
             engine.backward(output.losses.total)
             losses.append(output.losses)
             applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
 
         progress.count(applied, global_batch)
-        log.step(step, losses, context.shape[-1], target.shape[-1], loader.wait_seconds - waited_before)
+        log.step(step, losses, rows.mean_context, rows.target_MBK.shape[-1], loader.wait_seconds - waited_before)
         if applied:
             skipped_in_a_row = 0
             teacher.refresh()

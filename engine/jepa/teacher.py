@@ -6,6 +6,7 @@ parts, rounded to the training precision, are gathered by one all-gather for eac
 1 and 2, or one rank) the target encoder's weight is a view of it and nothing is copied.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ class Teacher:
         self.gathered = [self._adopt(flat) for flat in self.averaged] if self.sharded else []
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 images -> target features [B, N, D] in the training precision, not yet layer-normed."""
-        return self.encoder(images)
+    def __call__(self, images: Tensor, rows: Sequence[Tensor] = ()) -> Tensor:
+        """uint8 images -> target features [B, N, D], or of the given rows, in the training precision, not yet
+        layer-normed."""
+        return self.encoder(images, rows=rows)
 
     @torch.no_grad()
     def refresh(self) -> None:
