@@ -5,10 +5,10 @@
 Contenders: `ours`; `eager`, plain PyTorch (for adamw_ema, torch's foreach AdamW and lerp); `compiled`, torch.compile
 of that; and what else does the same. Before anything is timed, outputs and gradients of each must be as near to those
 of float64 as eager's: at most twice its error, and 2e-6. Contenders take turns; figures are medians. On a GPU a call
-is timed by events, with cold caches and behind work that covers the host's part. Forward means without a graph, both a
-training step. GB/s and TFLOP/s count what the op has to do, not what a contender does; the limit is that of a copy or
-a matrix product, measured in the same run (a cache, or writing where it was read, may exceed it). In the roofline a
-copied element counts as one operation.
+is timed by events, with cold caches and behind work that covers the host's part. Forward means without a graph, both
+a training step. GB/s and TFLOP/s count what the op has to do, not what a contender does; the limit is that of memory
+(the faster of a copy and a scaling in place, beyond the caches: what fits into them may exceed it) or of a matrix
+product, measured in the same run. In the roofline a copied element counts as one operation.
 """
 
 import argparse
@@ -71,12 +71,13 @@ def peak_megabytes(call: Call, device: str) -> float | None:
 
 
 def ceilings(device: str) -> tuple[float, float]:
-    """Bytes/s of a copy, operations/s of a float32 matrix product."""
+    """Bytes/s of memory, operations/s of a float32 matrix product."""
     n, side = (2**30, 8192) if device == "cuda" else (2**27, 2048)
     source, target = torch.ones(n // 4, device=device), torch.empty(n // 4, device=device)
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
-    times = milliseconds({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device, 2)
-    return 2 * n / times["copy"] * 1e3, 2 * side**3 / times["matmul"] * 1e3
+    calls = {"copy": lambda: target.copy_(source), "scale": lambda: target.mul_(1.0), "matmul": lambda: a @ b}
+    times = milliseconds(calls, device, 2)
+    return 2 * n / min(times["copy"], times["scale"]) * 1e3, 2 * side**3 / times["matmul"] * 1e3
 
 
 def hardware(device: str) -> str:
@@ -103,12 +104,13 @@ def main() -> None:
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     torch.manual_seed(0)
 
-    copy, matmul = ceilings(args.device)
-    print(f"{hardware(args.device)}; {size_name}, {size.B} images, {dtype}")
-    print(f"ceilings: copy {copy / 1e9:.1f} GB/s, float32 matmul {matmul / 1e12:.3f} TFLOP/s")
-    print(
-        f"{'op':17}{'mode':9}{'contender':21}{'ms':>9}{'GB/s':>8}{'TFLOP/s':>9}{'of limit':>10}{'x ours':>8}{'MB':>8}"
-    )
+    memory, matmul = ceilings(args.device)
+    table = [
+        f"{hardware(args.device)}; {size_name}, {size.B} images, {dtype}",
+        f"ceilings: memory {memory / 1e9:.1f} GB/s, float32 matmul {matmul / 1e12:.3f} TFLOP/s",
+        f"{'op':17}{'mode':9}{'contender':21}{'ms':>9}{'GB/s':>8}{'TFLOP/s':>9}{'of limit':>10}{'x ours':>8}{'MB':>8}",
+    ]
+    print("\n".join(table), flush=True)
     rows = []
     for op in args.op:
         case = OPS[op](size, args.device, dtype)
@@ -116,10 +118,11 @@ def main() -> None:
         for mode, calls in case.calls.items():
             times = milliseconds(calls, args.device, args.seconds)
             for name, ms in times.items():
-                row = figures(op, mode, name, ms, case.work[mode], copy, matmul)
+                row = figures(op, mode, name, ms, case.work[mode], memory, matmul)
                 row |= {"times ours": ms / times["ours"], "peak MB": peak_megabytes(calls[name], args.device)}
                 rows.append(row)
-                print(line(row), flush=True)
+                table.append(line(row))
+                print(table[-1], flush=True)
         del case, calls
     report = {
         "hardware": hardware(args.device),
@@ -129,18 +132,21 @@ def main() -> None:
         ).stdout.strip(),
         "command": " ".join(["python", *sys.argv]),
         "size": {"name": size_name, "dtype": str(dtype), **asdict(size)},
-        "ceilings": {"copy GB/s": copy / 1e9, "float32 matmul TFLOP/s": matmul / 1e12},
+        "ceilings": {"memory GB/s": memory / 1e9, "float32 matmul TFLOP/s": matmul / 1e12},
         "rows": rows,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"kernels_{re.sub('[^a-z0-9]+', '_', report['hardware'].lower())}_{size_name}"
-    file.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    name = re.sub("[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()) if on_gpu else "cpu"
+    file = args.out / f"kernels-{name}-{size_name}"
+    file.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    about = [f"commit {report['commit']}, {report['versions']}", f"    {report['command']}", "", *table]
+    file.with_suffix(".md").write_text("\n".join(["```", *(row.rstrip() for row in about), "```", ""]))
     roofline(report, file.with_suffix(".png"))
-    print(f"written: {file}.json, {file.name}.png")
+    print(f"written: {file}.json, .md and .png")
 
 
 def figures(
-    op: str, mode: str, name: str, ms: float, work: tuple[float, float], copy: float, matmul: float
+    op: str, mode: str, name: str, ms: float, work: tuple[float, float], memory: float, matmul: float
 ) -> dict[str, Any]:
     moved, computed = work
     return {
@@ -150,7 +156,7 @@ def figures(
         "ms": ms,
         "GB/s": moved / ms / 1e6,
         "TFLOP/s": computed / ms / 1e9,
-        "share of limit": max(moved / copy, computed / matmul) * 1e3 / ms,
+        "share of limit": max(moved / memory, computed / matmul) * 1e3 / ms,
         "operations per byte": computed / moved,
     }
 
@@ -166,18 +172,21 @@ def line(row: dict[str, Any]) -> str:
 def roofline(report: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot as plt
 
-    copy, matmul = (x * scale for x, scale in zip(report["ceilings"].values(), (1e9, 1e12), strict=True))
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    knee = matmul / copy
-    axes.loglog([0.01, knee, 100 * knee], [0.01 * copy, matmul, matmul], color="black", label="limit")
-    for mode in {row["mode"]: None for row in report["rows"]}:
-        for name, marker, colour in (("ours", "o", "tab:blue"), ("eager", "x", "tab:red")):
-            rows = [row for row in report["rows"] if row["contender"] == name and row["mode"] == mode]
-            x, y = [row["operations per byte"] for row in rows], [row["TFLOP/s"] * 1e12 for row in rows]
-            axes.plot(x, y, marker, color=colour, label=name)
-            if name == "ours":
-                for row, x_, y_ in zip(rows, x, y, strict=True):
-                    axes.annotate(f" {row['op']} {mode}", (x_, y_), fontsize=6)
+    memory, matmul = (x * scale for x, scale in zip(report["ceilings"].values(), (1e9, 1e12), strict=True))
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    knee = matmul / memory
+    axes.loglog([0.01, knee, 100 * knee], [0.01 * memory, matmul, matmul], color="black", label="limit")
+    ours = [row for row in report["rows"] if row["contender"] == "ours"]
+    eager = [row for row in report["rows"] if row["contender"] == "eager"]
+    for name, rows, marker, colour in (("eager", eager, "x", "tab:red"), ("ours", ours, "o", "tab:blue")):
+        x, y = [row["operations per byte"] for row in rows], [row["TFLOP/s"] * 1e12 for row in rows]
+        axes.plot(x, y, marker, color=colour, label=name)
+    heights = {f"{row['op']} {row['mode']}": (row["operations per byte"], row["TFLOP/s"] * 1e12) for row in ours}
+    place = 0.0
+    for name, (x, y) in sorted(heights.items(), key=lambda item: item[1][1]):
+        place = max(place * 1.35, y)  # names one above the other, each tied to its point
+        line = {"arrowstyle": "-", "relpos": (0, 0.5), "color": "grey", "linewidth": 0.5}
+        axes.annotate(name, (x, y), (8 * knee, place), fontsize=8, va="center", arrowprops=line)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys())
     axes.set(xlabel="operations per byte that must be moved", ylabel="operations/s", title=report["hardware"])

@@ -37,8 +37,8 @@ def pytest_configure(config):
         config.option.hypothesis_seed = str(number(os.environ["JEPA_TEST_SEED"]))
 
 
-def pytest_report_header():
-    return f"inputs drawn from JEPA_TEST_SEED={os.environ['JEPA_TEST_SEED']}"
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"inputs drawn from JEPA_TEST_SEED={os.environ['JEPA_TEST_SEED']}")
 
 
 @pytest.fixture(autouse=True)
