@@ -36,11 +36,19 @@ class Sequences(NamedTuple):
     longest: int
     """The length of the longest, known without asking the device."""
 
+    def to(self, device: torch.device) -> "Sequences":
+        return Sequences(to_device(self.offsets, device), self.longest)
+
     def means(self, x_TD: Tensor) -> Tensor:
         """The mean row of each sequence, [S, D]."""
         row, (begin, end) = torch.arange(x_TD.shape[0], device=x_TD.device), (self.offsets[:-1], self.offsets[1:])
         member_ST = (row >= begin[:, None]) & (row < end[:, None])
         return member_ST.to(x_TD.dtype) @ x_TD / (end - begin)[:, None]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory, so that nobody waits for a GPU's copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:

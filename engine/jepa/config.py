@@ -529,7 +529,7 @@ def _conflicts(c: Config) -> Iterator[tuple[str, str]]:
     if c.engine.compile and c.engine.zero_stage == 3:
         yield "engine.compile", "does not go with engine.zero_stage 3, which swaps weights in and out of a block"
     if c.engine.attention == "flash_attn" and (c.precision == "fp32" or c.engine.device == "cpu"):
-        yield "engine.attention", "runs in bf16 on a GPU only: give sdpa, or meta.use_bfloat16=true and engine.device=cuda"
+        yield "engine.attention", "runs in bf16 on a GPU only: give sdpa, or meta.use_bfloat16=true on a GPU"
     if c.engine.attention == "xformers" and c.mask.mode == "packed":
         yield "engine.attention", "is not offered for mask.mode packed: give sdpa or flash_attn"
     if (c.engine.device, c.data.decoder) == ("cpu", "gpu"):

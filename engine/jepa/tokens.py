@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Sequences
+from .attention import Sequences, to_device
 from .config import Config
 from .masks import Masks
 
@@ -38,6 +38,11 @@ class Ragged(NamedTuple):
     back_R: Tensor
     """int64, the inverse of it."""
 
+    def to(self, device: torch.device) -> "Ragged":
+        patch, order, back = (to_device(x, device) for x in (self.patch_T, self.order_R, self.back_R))
+        contexts, joined, targets = (x.to(device) for x in (self.contexts, self.joined, self.targets))
+        return Ragged(patch, contexts, joined, targets, order, back)
+
 
 class Tokens(NamedTuple):
     """The rows of a micro-batch, on the device."""
@@ -62,17 +67,14 @@ def tokens(masks: Masks, config: Config, device: torch.device, *, whole: bool = 
     target, N = masks.target, config.grid**2
     context: Tensor | list[Ragged]
     if masks.lengths is None:
-        context = _move(masks.context, device)
+        context = to_device(masks.context, device)
     else:
         pad = device.type == "cuda"
         parts = masks.context.split(masks.lengths.sum(1).tolist())
         ragged = [pack(part, n, target, N, pad=pad) for part, n in zip(parts, masks.lengths, strict=True)]
-        context = [
-            Ragged(*(Sequences(_move(x.offsets, device), x.longest) if isinstance(x, Sequences) else _move(x, device)
-                     for x in one)) for one in ragged
-        ]  # fmt: skip
+        context = [one.to(device) for one in ragged]
     mean = masks.context.numel() // (config.mask.num_enc_masks * target.shape[1])
-    on_device = _move(target, device)
+    on_device = to_device(target, device)
     if not config.engine.skip_dead_compute or config.needs_all_targets:
         return Tokens(context, on_device, (), on_device, mean)
     order, places, used = target_rows(target, N)
@@ -80,8 +82,8 @@ def tokens(masks: Masks, config: Config, device: torch.device, *, whole: bool = 
     return Tokens(
         context,
         on_device,
-        tuple(_move(rows, device) for rows in groups if rows.numel()),
-        _move(places, device),
+        tuple(to_device(rows, device) for rows in groups if rows.numel()),
+        to_device(places, device),
         mean,
     )
 
@@ -126,8 +128,3 @@ def pack(context_T: Tensor, lengths_B: Tensor, target_MBK: Tensor, N: int, *, pa
 
 def _sequences(lengths: Tensor) -> Sequences:
     return Sequences(F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()))
-
-
-def _move(x: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory, so that a GPU's copy is waited for by nobody."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

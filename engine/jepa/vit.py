@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -330,13 +332,15 @@ def run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
     return block(*inputs)
 
 
-def compile_blocks(*models: nn.Module) -> None:
-    """Compiles every block of the models, one graph for all that are alike, for any number of images and tokens.
+def compile_blocks(*models: nn.Module, backend: str = "inductor") -> None:
+    """Compiles every block of the models: one graph for all that are alike, for any number of images and tokens.
 
-    Block by block, because that starts in seconds and leaves what lies between alone: DeepSpeed, the kernels' ops.
+    Block by block, because that starts soon and leaves what lies between alone: DeepSpeed, the kernels' ops.
     """
+    torch._dynamo.config.recompile_limit = 64  # graphs of Block.forward: encoder, target encoder, predictor, eval; ...
+    torch.fx.experimental._config.use_duck_shape = False  # two sizes that are equal by chance are still two sizes
     for block in (module for model in models for module in model.modules() if isinstance(module, Block)):
-        block.compile(dynamic=True)
+        block.compile(dynamic=True, backend=backend)
 
 
 def init_weights(module: nn.Module) -> None:
