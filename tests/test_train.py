@@ -84,7 +84,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(config: Path, tmp_path: Path) ->
 
 
 def test_launchers_agree(config: Path, tmp_path: Path) -> None:
-    words = ("engine.max_steps=3", "engine.device=cpu")
+    words = ("engine.max_steps=3", "engine.device=cpu", "mask.mode=packed")
     deepspeed = train(
         config,
         tmp_path / "a",
