@@ -5,27 +5,32 @@ import random
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from jepa.attention import FLASH, Sequences, _installed, attend, attend_packed, require
 from jepa.config import ConfigError
 
 HEAD_DIMS = (80, 88, 64, 32, 24)
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-backends = pytest.mark.parametrize(
-    "backend",
-    [
-        "sdpa",
-        pytest.param(
-            "flash_attn",
-            marks=[pytest.mark.skipif(not any(map(_installed, FLASH)), reason="flash_attn is not installed"), cuda],
-        ),
-        pytest.param(
-            "xformers",
-            marks=[pytest.mark.skipif(not _installed("xformers"), reason="xformers is not installed"), cuda],
-        ),
-    ],
-)
+
+
+def case(backend: str, device: str, dtype: torch.dtype, packages: tuple[str, ...] = ()) -> ParameterSet:
+    """In bf16 the output is rounded, and so are the scores' weights before they meet v: a few 2^-8."""
+    missing = [f"{backend} is not installed"] if packages and not any(map(_installed, packages)) else []
+    missing += ["needs a GPU"] if device == "cuda" and not torch.cuda.is_available() else []
+    mark = pytest.mark.skipif(bool(missing), reason=", ".join(missing))
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-6
+    return pytest.param(backend, device, dtype, tolerance, marks=mark, id=f"{backend} {device} {dtype}")
+
+
+ANYWHERE = [
+    case("sdpa", "cpu", torch.float32),
+    case("math", "cpu", torch.float32),
+    case("sdpa", "cuda", torch.bfloat16),
+    case("flash_attn", "cuda", torch.bfloat16, FLASH),
+]
+OF_ONE_LENGTH = [*ANYWHERE, case("xformers", "cuda", torch.bfloat16, ("xformers",))]
+END_TO_END = [*ANYWHERE, case("sdpa", "cuda", torch.float32)]
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -57,40 +62,28 @@ def inputs_of(Kq: int, K: int, H: int, C: int, device: str, dtype: torch.dtype, 
     return [*(torch.randn(*lead, Kq, H, C, device=device, dtype=dtype) for _ in range(2)), *kv]
 
 
-# The output is rounded once and the scores' weights are, before they meet v, another time: a few 2^-8 in bf16.
-CASES = [("cpu", torch.float32, 2e-6), pytest.param("cuda", torch.bfloat16, 2**-6, marks=cuda)]
+@pytest.mark.parametrize(("backend", "device", "dtype", "tolerance"), OF_ONE_LENGTH)
+def test_sequences_of_one_length(backend: str, device: str, dtype: torch.dtype, tolerance: float) -> None:
+    for C in HEAD_DIMS:
+        q, dy, k, v = inputs_of(random.randint(1, 9), random.randint(1, 19), 3, C, device, dtype, lead=(2,))
+        fast = [x.detach().requires_grad_() for x in (q, k, v)]
+        exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        wanted = torch.stack([definition(*one) for one in zip(*exact, strict=True)])
+        compare(with_gradients(attend(*fast, backend), dy, fast), with_gradients(wanted, dy, exact), tolerance)
 
 
-@backends
-@pytest.mark.parametrize("C", HEAD_DIMS)
-@pytest.mark.parametrize(("device", "dtype", "tolerance"), CASES)
-def test_sequences_of_one_length(backend: str, C: int, device: str, dtype: torch.dtype, tolerance: float) -> None:
-    if backend != "sdpa" and device == "cpu":
-        pytest.skip(f"{backend} runs on a GPU only")
-    q, dy, k, v = inputs_of(random.randint(1, 9), random.randint(1, 19), 3, C, device, dtype, lead=(2,))
-    fast = [x.detach().requires_grad_() for x in (q, k, v)]
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    wanted = torch.stack([definition(*one) for one in zip(*exact, strict=True)])
-    compare(with_gradients(attend(*fast, backend), dy, fast), with_gradients(wanted, dy, exact), tolerance)
-
-
-@backends
-@pytest.mark.parametrize("C", HEAD_DIMS)
-@pytest.mark.parametrize(
-    ("device", "dtype", "tolerance"), [*CASES, pytest.param("cuda", torch.float32, 2e-6, marks=cuda)]
-)
-def test_sequences_end_to_end(backend: str, C: int, device: str, dtype: torch.dtype, tolerance: float) -> None:
-    if backend == "xformers" or (backend == "flash_attn" and dtype == torch.float32):
-        pytest.skip(f"{backend} does not offer it")
-    S = random.randint(1, 5)
-    asking, asked = ([random.randint(1, n) for _ in range(S)] for n in (7, 40))
-    q, dy, k, v = inputs_of(sum(asking), sum(asked), 3, C, device, dtype)
-    fast = [x.detach().requires_grad_() for x in (q, k, v)]
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    parts = zip(exact[0].split(asking), exact[1].split(asked), exact[2].split(asked), strict=True)
-    wanted = torch.cat([definition(*one) for one in parts])
-    got = attend_packed(*fast, sequences(asking, device), sequences(asked, device), backend)
-    compare(with_gradients(got, dy, fast), with_gradients(wanted, dy, exact), tolerance)
+@pytest.mark.parametrize(("backend", "device", "dtype", "tolerance"), END_TO_END)
+def test_sequences_end_to_end(backend: str, device: str, dtype: torch.dtype, tolerance: float) -> None:
+    for C in HEAD_DIMS:
+        S = random.randint(1, 5)
+        asking, asked = ([random.randint(1, n) for _ in range(S)] for n in (7, 40))
+        q, dy, k, v = inputs_of(sum(asking), sum(asked), 3, C, device, dtype)
+        fast = [x.detach().requires_grad_() for x in (q, k, v)]
+        exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        parts = zip(exact[0].split(asking), exact[1].split(asked), exact[2].split(asked), strict=True)
+        wanted = torch.cat([definition(*one) for one in parts])
+        got = attend_packed(*fast, sequences(asking, device), sequences(asked, device), backend)
+        compare(with_gradients(got, dy, fast), with_gradients(wanted, dy, exact), tolerance)
 
 
 def test_means_of_sequences() -> None:

@@ -58,8 +58,8 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-PLAIN = "engine.skip_dead_compute=false"
-LEVERS = ["engine.skip_dead_compute=true", "engine.activation_checkpointing=true"]
+PLAIN = "engine.dead_compute=true"
+LEVERS = ["engine.dead_compute=false", "engine.activation_checkpointing=true"]
 
 
 @pytest.mark.parametrize("mode", MODES)

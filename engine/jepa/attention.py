@@ -1,8 +1,8 @@
 """Attention whose scores are never written to memory: for sequences of one length, and for sequences end to end.
 
 Backends: `sdpa` is PyTorch's own; `flash_attn` (the newest installed of FlashAttention 4, 3 and 2) and `xformers` are
-used when asked for. The two have been written from their published signatures and compared with `sdpa` only where they
-are installed (tests/test_attention.py).
+used when asked for; `math` writes the scores after all, as something to compare with. flash_attn and xformers follow
+their published signatures and have not been run yet: tests/test_attention.py compares them where they are installed.
 
 Legend: B sequences of K tokens (Kq of them queries); S sequences end to end, T tokens in all; H heads of C channels.
 """
@@ -57,8 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
         return _output(_flash().flash_attn_func(q, k, v))
     if backend == "xformers":
         return _xformers().memory_efficient_attention(q, k, v)
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return y.transpose(1, 2)
+    return _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, backend).transpose(1, 2)
 
 
 def attend_packed(
@@ -80,15 +79,23 @@ def attend_packed(
                 max_seqlen_k=keys.longest,
             )
         )
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
+    if backend == "sdpa" and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
         # By position: what follows these seven has changed from one version of torch to the next.
         out = varlen_attn(q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest)
         assert isinstance(out, Tensor)
         return out
-    return _attend_padded(q, k, v, queries, keys)
+    return _attend_padded(q, k, v, queries, keys, backend)
 
 
-def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, backend: str) -> Tensor:
+    """[B, H, K, C]; `seen` are the keys that count, bool [B, 1, 1, K]."""
+    if backend != "math":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    return (scores if seen is None else scores.masked_fill(~seen, -torch.inf)).softmax(-1) @ v
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, backend: str) -> Tensor:
     """`attend_packed` on dense [S, longest, H, C]. A padded slot holds a copy of some row; as a key it is masked, as a
     query it is dropped, so no gradient comes out of it."""
 
@@ -100,9 +107,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Se
     offsets = queries.offsets.long()
     lengths = keys.offsets.diff()
     seen = torch.arange(keys.longest, device=k.device) < lengths[:, None]
-    y = F.scaled_dot_product_attention(
-        dense(q, queries), dense(k, keys), dense(v, keys), attn_mask=seen[:, None, None, :]
-    )
+    y = _attend(dense(q, queries), dense(k, keys), dense(v, keys), seen[:, None, None, :], backend)
     row = torch.arange(q.shape[0], device=q.device)
     owner = torch.searchsorted(offsets[1:], row, right=True)
     place = owner * queries.longest + row - offsets[owner]

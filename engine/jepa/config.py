@@ -210,10 +210,10 @@ class Engine(_Section):
     gradient_accumulation_steps: Natural | None = None  # null: what global_batch_size needs, else 1
     max_steps: Natural | None = None  # stop early; the schedules do not change
     max_skipped: Natural = 10  # steps skipped in a row (a gradient that is not finite) before the run stops
-    attention: Literal["sdpa", "flash_attn", "xformers"] = "sdpa"
+    attention: Literal["sdpa", "math", "flash_attn", "xformers"] = "sdpa"
     compile: bool | None = None  # the blocks, by torch.compile; null: on a GPU, where ZeRO's stage is below 3
     activation_checkpointing: bool = False  # blocks are computed again in the backward instead of kept
-    skip_dead_compute: bool = True  # leave out what no loss reads; no result changes
+    dead_compute: bool = False  # compute what no loss reads as well; no result changes
 
 
 class Logging(_Section):

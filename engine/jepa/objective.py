@@ -122,7 +122,7 @@ class JepaModel(nn.Module):
             if isinstance(module, Attention):
                 module.backend = config.engine.attention
         self.encoder.checkpointing = self.predictor.checkpointing = config.engine.activation_checkpointing
-        self.predictor.skip_dead_compute = config.engine.skip_dead_compute
+        self.predictor.dead_compute = config.engine.dead_compute
 
     def forward(
         self,

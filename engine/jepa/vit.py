@@ -277,7 +277,7 @@ class Predictor(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        self.checkpointing, self.skip_dead_compute = False, True
+        self.checkpointing = self.dead_compute = False
         self.predictor_embed = nn.Linear(embed_dim, predictor_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, predictor_embed_dim))
         self.predictor_pos_embed: Tensor
@@ -306,13 +306,13 @@ class Predictor(nn.Module):
 
         joined, asking = (ragged.joined, ragged.targets) if ragged else (None, None)
         for i, block in enumerate(self.predictor_blocks):
-            if not self.skip_dead_compute:
+            if self.dead_compute:
                 x = run(block, self.checkpointing, x, None, None, joined, joined)
             elif i == len(self.predictor_blocks) - 1:
                 x = run(block, self.checkpointing, x, targets(x), None, asking, joined)
             else:
                 x = run(block, self.checkpointing, x, None, shared if i == 0 else None, joined, joined)
-        if not self.skip_dead_compute:
+        if self.dead_compute:
             x = targets(x)
         if ragged:  # without the image of padding, if there is one
             x = x.view(M, -1, target_MBK.shape[2], x.shape[-1])[:, :B].flatten(0, 1)
