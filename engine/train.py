@@ -27,6 +27,8 @@ from jepa.probe import OnlineProbe
 from jepa.replay import blame, masks_of, poison, replay
 from jepa.schedules import Schedules
 from jepa.teacher import Teacher
+from jepa.tokens import tokens
+from jepa.vit import compile_blocks
 
 
 class TrainingError(RuntimeError):
@@ -35,8 +37,6 @@ class TrainingError(RuntimeError):
 
 def run(config: Config, args: argparse.Namespace) -> int:
     """Trains, or replays a step, and returns the exit code; jepa.interrupt says which there are."""
-    if config.mask.mode == "packed":
-        raise ConfigError(["mask.mode = 'packed': the sampler draws it, the encoder cannot run it yet; give unbiased"])
     engine = config.engine
     ranks = distributed.start(engine.device, engine.timeout_minutes, engine.deterministic)
     with StopRequest(ranks, args.max_minutes) as stop, Watchdog(ranks, engine.timeout_minutes) as watchdog:
@@ -103,7 +103,7 @@ def train(
 
         done = take_step(config, ranks, engine, teacher, batches, step, watchdog.at)
         progress.count(done.applied, global_batch)
-        log.step(step, done.losses, *done.tokens, loader.wait_seconds - waited_before)
+        log.step(step, done.losses, *done.kept, loader.wait_seconds - waited_before)
         found: dict[str, Any] = {}
         if done.applied:
             skipped_in_a_row = 0
@@ -150,7 +150,10 @@ def start_model(config: Config, device: torch.device) -> tuple[Any, Teacher]:
     model = JepaModel(config).to(device)
     target_encoder = copy.deepcopy(model.encoder)
     engine = zero.start(model, config)
-    return engine, Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    teacher = Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    if config.compiles(device.type):
+        compile_blocks(engine.module, target_encoder)
+    return engine, teacher
 
 
 class Step(NamedTuple):
@@ -159,7 +162,7 @@ class Step(NamedTuple):
     applied: bool
     grad_norm: float | None
     losses: list[Losses]  # one a micro-batch
-    tokens: tuple[int, int]  # kept in a context, in a target
+    kept: tuple[int, int]  # tokens of a context, of a target
     target_BND: Tensor
     predicted_RD: Tensor
     files: list[str]  # of all micro-batches
@@ -184,17 +187,17 @@ def take_step(
         _, _, batch = next(batches)
         at(step, "computing")
         masks = masks_of(config, ranks, step, micro)
-        context, target = (index.to(ranks.device, non_blocking=True) for index in (masks.context, masks.target))
-        features = teacher(batch.images)
-        output = engine(batch.images, context, target, features)
+        rows = tokens(masks, config, ranks.device, whole=(step + 1) % config.logging.health_freq == 0)
+        features = teacher(batch.images, rows.teacher)
+        output = engine(batch.images, rows.context, rows.target_MBK, features, rows.places_MBK)
         engine.backward(poison(output.losses.total))
         losses.append(output.losses)
         files += batch.files
         applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
     if applied:
         teacher.follow()
-    tokens = (context.shape[-1], target.shape[-1])
-    return Step(applied, grad_norm, losses, tokens, features, output.predicted_RD, files)
+    kept = (rows.mean_context, rows.target_MBK.shape[-1])
+    return Step(applied, grad_norm, losses, kept, features, output.predicted_RD, files)
 
 
 def arguments() -> argparse.Namespace:

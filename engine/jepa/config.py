@@ -218,6 +218,10 @@ class Engine(_Section):
     max_steps: Natural | None = None  # stop early; the schedules do not change
     max_skipped: Natural = 10  # steps skipped in a row (a gradient that is not finite) before the run stops
     timeout_minutes: Positive = 30.0  # without a sign of life of a rank, or a move of any, before the others stop
+    attention: Literal["sdpa", "math", "flash_attn", "xformers"] = "sdpa"
+    compile: bool | None = None  # the blocks, by torch.compile; null: on a GPU, where ZeRO's stage is below 3
+    activation_checkpointing: bool = False  # blocks are computed again in the backward instead of kept
+    dead_compute: bool = False  # compute what no loss reads as well; no result changes
 
 
 class Logging(_Section):
@@ -305,6 +309,15 @@ class Config(_Section):
     @property
     def has_projector(self) -> bool:
         return self.loss.objective == "cjepa" and self.loss.regularizer == "vicreg"
+
+    @property
+    def needs_all_targets(self) -> bool:
+        """Whether a loss reads the target encoder's output at patches that are in no target."""
+        return self.has_projector and self.loss.vicreg_on == "context"
+
+    def compiles(self, device_type: str) -> bool:
+        default = device_type == "cuda" and self.engine.zero_stage < 3
+        return default if self.engine.compile is None else self.engine.compile
 
     def batch(self, world_size: int) -> Batch:
         """The batch triple on `world_size` ranks. Raises ConfigError if it does not multiply out."""
@@ -555,6 +568,12 @@ def _conflicts(c: Config) -> Iterator[tuple[str, str]]:
         yield "engine.global_batch_size", f"must be a multiple of data.batch_size x accumulation = {unit}"
     if c.loss.objective == "cjepa" and c.loss.vicreg_on == "predictions" and c.mask.num_pred_masks < 2:
         yield "mask.num_pred_masks", "must be at least 2: C-JEPA compares an image's blocks"
+    if c.engine.compile and c.engine.zero_stage == 3:
+        yield "engine.compile", "does not go with engine.zero_stage 3, which swaps weights in and out of a block"
+    if c.engine.attention == "flash_attn" and (c.precision == "fp32" or c.engine.device == "cpu"):
+        yield "engine.attention", "runs in bf16 on a GPU only: give sdpa, or meta.use_bfloat16=true on a GPU"
+    if c.engine.attention == "xformers" and c.mask.mode == "packed":
+        yield "engine.attention", "is not offered for mask.mode packed: give sdpa or flash_attn"
     if (c.engine.device, c.data.decoder) == ("cpu", "gpu"):
         yield "data.decoder", "needs a GPU, but engine.device is cpu"
     if c.eval.every and not (c.eval.train_path and c.eval.val_path):

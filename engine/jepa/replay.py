@@ -19,6 +19,7 @@ from .data import Loader
 from .distributed import Ranks
 from .masks import Masks, sample_masks
 from .objective import JepaModel, Losses
+from .tokens import tokens
 from .vit import build_encoder
 
 
@@ -76,9 +77,10 @@ def replay(config: Config, ranks: Ranks, loader: Loader, step: int, which: str |
     for micro in range(loader.accumulation):
         images, files = loader.batch(step, micro)
         masks = masks_of(config, ranks, step, micro)
+        rows = tokens(masks, config, ranks.device)
         with torch.no_grad():
-            features = teacher(images)
-        output = model(images, masks.context.to(ranks.device), masks.target.to(ranks.device), features)
+            features = teacher(images, rows=rows.teacher)
+        output = model(images, rows.context, rows.target_MBK, features, rows.places_MBK)
         poison(output.losses.total / loader.accumulation).backward()
         losses.append(torch.stack(output.losses).detach().double())
         predicted = output.predicted_RD.view(-1, len(files), output.predicted_RD.shape[-1]).transpose(0, 1)
