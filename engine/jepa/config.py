@@ -163,6 +163,8 @@ class Mask(_Section):
 
     patch_size: Pixels
     mode: Literal["reference", "unbiased", "packed"] = "reference"
+    cut: Literal["rank", "global"] | None = None  # contexts as long as the shortest of the rank's micro-batch, or of
+    # the step's global batch: then no number of ranks changes them. null: rank in mode reference, else global
     num_enc_masks: Natural = 1
     num_pred_masks: Natural = 4
     enc_mask_scale: ScaleRange = (0.85, 1.0)  # area of a context block, as a share of the image
@@ -206,6 +208,7 @@ class Engine(_Section):
     """How the run is carried out."""
 
     seed: Annotated[int, BeforeValidator(_integer), Field(ge=0, lt=2**63)] = 0
+    deterministic: bool = False  # the same bits from every run, at some speed; on CPUs that holds anyway
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "fp32"] | None = None  # null: as meta.use_bfloat16 says
     zero_stage: Annotated[Count, Field(le=3)] = 1
@@ -213,6 +216,7 @@ class Engine(_Section):
     gradient_accumulation_steps: Natural | None = None  # null: what global_batch_size needs, else 1
     max_steps: Natural | None = None  # stop early; the schedules do not change
     max_skipped: Natural = 10  # steps skipped in a row (a gradient that is not finite) before the run stops
+    timeout_minutes: Positive = 30.0  # without a sign of life of a rank, or a move of any, before the others stop
 
 
 class Logging(_Section):
@@ -285,7 +289,12 @@ class Config(_Section):
 
     @property
     def mask_spec(self) -> MaskSpec:
-        return MaskSpec(self.grid, self.grid, **self.mask.model_dump(exclude={"patch_size"}))
+        return MaskSpec(self.grid, self.grid, **self.mask.model_dump(exclude={"patch_size", "cut"}))
+
+    @property
+    def cut(self) -> Literal["rank", "global"]:
+        """Whose shortest context all are cut to; see `Mask.cut`."""
+        return self.mask.cut or ("rank" if self.mask.mode == "reference" else "global")
 
     @property
     def precision(self) -> Literal["bf16", "fp32"]:
@@ -310,6 +319,19 @@ class Config(_Section):
             problem = f"data.batch_size = {micro}: VICReg's variance over the ranks' micro-batches needs 2 images"
             raise ConfigError([problem])
         return Batch(micro, steps, total)
+
+    def law(self, world_size: int) -> dict[str, int | str]:
+        """What decides, beside model, data and loss, what the steps of a run compute: two runs alike in this take the
+        same steps, on whatever number of ranks. VICReg's statistics are those of a micro-batch of all ranks, so there
+        the accumulation counts; a mask that is cut to the shortest of a rank's micro-batch depends on its size.
+        """
+        micro, accumulation, total = self.batch(world_size)
+        law: dict[str, int | str] = {"engine.seed": self.engine.seed, "global batch": total, "mask.cut": self.cut}
+        if self.cut == "rank":
+            law["data.batch_size"] = micro
+        if self.has_projector:
+            law["accumulation"] = accumulation
+        return law
 
     def _batch_problem(self, wanted: int, world_size: int) -> str:
         micro, steps = self.data.batch_size, self.engine.gradient_accumulation_steps
