@@ -9,6 +9,8 @@ column names the files).
 import argparse
 import csv
 import json
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -16,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa.checkpoint import CheckpointError, load_encoder
+from jepa.checkpoint import CheckpointError
 from jepa.config import Config, ConfigError
 from jepa.data import ImageSource, eval_batches
+from jepa.interop import load_encoder
 from jepa.probe import Encoder, extract, knn, linear_probe, open_labelled
 from jepa.vit import VisionTransformer, build_encoder
 
@@ -60,8 +63,18 @@ def column(source: ImageSource, name: str) -> list[str]:
         file.seek(0)
         if name not in columns:
             raise ValueError(f"--label {name}: {table} has the columns {', '.join(columns)}")
-        values = {str(Path(source.path) / row[first]): row[name] for row in csv.DictReader(file)}
-    return [values[source.name(i)] for i in range(len(source))]
+        values = {os.path.abspath(Path(source.path, row[first])): row[name] for row in csv.DictReader(file)}
+    images = [os.path.abspath(source.name(i)) for i in range(len(source))]
+    if missing := [image for image in images if image not in values]:
+        raise ValueError(f"--label {name}: {table} has no row for {len(missing)} images, such as {missing[0]}")
+    return [values[image] for image in images]
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def labels_of(sources: list[ImageSource], name: str | None) -> list[Tensor]:
@@ -69,7 +82,7 @@ def labels_of(sources: list[ImageSource], name: str | None) -> list[Tensor]:
     if name is None:
         return [torch.from_numpy(source.labels) for source in sources]
     train, val = (column(source, name) for source in sources)
-    if any("." in value for value in train):
+    if any("." in value for value in train) and all(is_number(value) for value in train + val):
         cuts = torch.tensor([float(v) for v in train]).quantile(torch.tensor([0.25, 0.5, 0.75]))
         return [torch.bucketize(torch.tensor([float(v) for v in values]), cuts) for values in (train, val)]
     classes = sorted(set(train) | set(val))
@@ -119,7 +132,7 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or an exported .safetensors")
     parser.add_argument(
         "--train", required=True, metavar="FOLDER", help="labelled images that the probes are fitted on"
     )

@@ -2,6 +2,8 @@
 
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from jepa.config import Config, load_config, parse_config
 from jepa.objective import JepaModel
 from jepa.vit import build_encoder
 
-SHIPPED = sorted((Path(__file__).parents[1] / "engine/configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "engine/configs").glob("*.yaml"))
 
 
 def config(model: str = "vit_tiny", patch: int = 16, crop: int = 224, batch: int = 128, **sections: Any) -> Config:
@@ -165,6 +168,13 @@ def test_activations_are_what_autograd_keeps() -> None:
     assert loss.requires_grad and estimate == pytest.approx(held, rel=0.25)
 
 
+def test_memory_is_what_the_tensors_of_real_ranks_hold() -> None:
+    """At every ZeRO stage, on two ranks; the program fails where the formula is off by more than 5 %."""
+    command = [sys.executable, str(ROOT / "benchmarks/memory.py"), "--measure", "--quick", "--ranks", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_memory_of_the_stages(precision: str) -> None:
     """Bytes per parameter, by hand: what is whole on a rank and what is a quarter on each of four."""
@@ -186,6 +196,7 @@ def test_memory_of_the_stages(precision: str) -> None:
             number = count.encoder if name == "ema" else count.total
             assert getattr(memory, name) == each * number / (1 if name in kept else 4)
         assert memory.teacher == size * count.encoder * (2 if stage == 3 else 1)
+        assert memory.gathered == (size * count.total if stage == 3 else 0)
         assert memory.total > memory.weights + memory.moments
 
 

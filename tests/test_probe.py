@@ -1,5 +1,6 @@
 """The probes against independent computations, and evaluate.py on a real checkpoint."""
 
+import csv
 import json
 import os
 import random
@@ -13,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from evaluate import last
+from evaluate import labels_of, last
+from jepa.data import open_images
 from jepa.probe import _solve, evenly, extract, knn, linear_probe
 from jepa.synthetic import write
 from jepa.vit import VisionTransformer
@@ -114,6 +116,23 @@ def test_last_joins_the_blocks_asked_for() -> None:
     for layers in (0, 3):
         with pytest.raises(ValueError, match="2 blocks"):
             last(encoder, layers)
+
+
+def test_labels_are_read_from_the_table_whatever_the_way_to_the_folder(tmp_path: Path) -> None:
+    write(tmp_path / "set", {"train": 40, "val": 12})
+    sources = [open_images(os.path.relpath(tmp_path / "set" / split)) for split in ("train", "val")]
+    counts, distances = labels_of(sources, "count"), labels_of(sources, "distance")
+    for source, count, quarter in zip(sources, counts, distances, strict=True):
+        table = csv.DictReader((Path(source.path) / "labels.csv").open())
+        rows = {row["file"]: row for row in table}
+        mine = [rows["/".join(Path(source.name(i)).parts[-2:])] for i in range(len(source))]
+        assert count.tolist() == [int(row["count"]) - 1 for row in mine]
+        values = np.array([float(row["distance"]) for row in mine])
+        assert all(values[quarter == q].max() < values[quarter == q + 1].min() for q in range(3))
+    table = tmp_path / "set/val/labels.csv"
+    table.write_text("\n".join(table.read_text().splitlines()[:-1]))
+    with pytest.raises(ValueError, match="no row for 1 images"):
+        labels_of(sources, "count")
 
 
 def test_evenly_spreads_without_repeats() -> None:

@@ -35,7 +35,7 @@ def test_pixels_hold_the_number_and_the_distance_of_the_objects() -> None:
     for image, count, distance in zip(scenes.images, scenes.count, scenes.distance, strict=True):
         # The ground is 0.2 with a grain of 0.04; an object has 0.5 or more in every channel.
         parts = components(image.min(-1) > 0.42 * 255)
-        parts = [part for part in parts if len(part) > 3]
+        parts = [part for part in parts if len(part) > 4]  # a single grain has four pixels
         tallest = max(np.ptp(part[:, 0]) + 1 for part in parts)
         right_count += len(parts) == count
         right_size += 0.8 < tallest / (2 * RADIUS / distance) < 1.1

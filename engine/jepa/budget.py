@@ -14,7 +14,7 @@ from itertools import pairwise
 from json import dumps
 from typing import NamedTuple
 
-from .config import BUCKET, Config, Size, deepspeed_config
+from .config import BUCKET, LIVE, Config, Size, deepspeed_config
 from .masks import MaskSpec, sample_masks
 from .tokens import target_rows
 
@@ -56,20 +56,24 @@ class Flops:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. All but the activations are exact up to DeepSpeed's padding."""
+    """Bytes on one rank. All but the activations are what `benchmarks/memory.py --measure` finds, within 5 %."""
 
     weights: float
-    gradients: float
     master: float  # fp32 copies of the weights
     moments: float  # AdamW's two, fp32
     ema: float  # of the encoder, fp32
     teacher: float  # the target encoder's weights
     buckets: float  # DeepSpeed's communication buffer
+    gathered: float  # the weights that ZeRO-3 has put together for the layers at work
+    gradients: float
     activations: float  # an estimate
+    update: float  # gradients in the optimizer's step, and their fp32 copies
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        """At the worst moment: the backward, or the update, when the activations are gone."""
+        kept = self.weights + self.master + self.moments + self.ema + self.teacher + self.buckets
+        return kept + max(self.gathered + self.gradients + self.activations, self.update)
 
 
 def parameters(config: Config) -> Parameters:
@@ -116,6 +120,8 @@ def flops_per_image(config: Config, tokens: tuple[float, ...] = ()) -> Flops:
 def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] = ()) -> Memory:
     """ZeRO shards over the ranks: master weights, moments and EMA from stage 1, gradients from 2, weights from 3.
 
+    At stage 1 too the ranks' shares are what is left of the gradients in the update, one param group after another;
+    at stage 2 a micro-batch's share stands beside what was accumulated. Stage 3 gathers what the layers at work need.
     The teacher is whole on every rank, twice at stage 3, where it cannot lie in the buffer that it is gathered into.
     Activations: what the blocks keep for the backward (with attention unmaterialised, GELU and layer norms in eager
     mode: 8 D + 2 F values a token; checkpointed: its input, and one block's all), and the widest of the target
@@ -133,15 +139,20 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
     B, E, M, N = config.data.batch_size, config.mask.num_enc_masks, config.mask.num_pred_masks, config.grid**2
     trained = kept(config.vit, B * E * context) + kept(config.predictor, B * E * M * (context + target))
     sharded = ranks if stage else 1
+    gradients = size * count.total / (ranks if stage >= 2 else 1)
+    largest_group = max(count.encoder, count.total - count.encoder)
+    fp32_gradients = 4 * (largest_group if stage else count.total) / sharded
     return Memory(
         weights=size * count.total / (ranks if stage == 3 else 1),
-        gradients=size * count.total / (ranks if stage >= 2 else 1),
         master=0 if stage == 0 and size == 4 else 4 * count.total / sharded,
         moments=8 * count.total / sharded,
         ema=4 * count.encoder / sharded,
         teacher=size * count.encoder * (2 if stage == 3 and ranks > 1 else 1),
         buckets=size * BUCKET if stage else 0,
+        gathered=size * min(count.total, LIVE) if stage == 3 and ranks > 1 else 0,
+        gradients=gradients * (2 if stage == 2 and config.batch(ranks).accumulation > 1 else 1),
         activations=trained + B * N * (2 * config.vit.embed_dim + 2 * _hidden(config.vit)) * size,
+        update=size * count.total / sharded + (0 if stage == 0 and size == 4 else fp32_gradients),
     )
 
 

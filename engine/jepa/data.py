@@ -151,6 +151,16 @@ class Decoder:
                 pixels = ndd.flip(pixels, horizontal=ndd.as_batch(flip))
             return self._deliver(ndd.as_tensor(pixels))
 
+    def blame(self, error: OSError | RuntimeError, read: Callable[[], list[np.ndarray]]) -> None:
+        """Raises `error` again where the GPU failed and the image is good: the CPU can decode it."""
+        if isinstance(error, RuntimeError) and self.on_gpu:
+            try:
+                with ndd.EvalMode.sync_cpu:
+                    ndd.as_tensor(ndd.decoders.image(ndd.as_batch(read()), device="cpu"))
+            except (OSError, RuntimeError):
+                return
+            raise error
+
     def _deliver(self, pixels: ndd.Tensor) -> Tensor:
         """To the device; on a GPU into torch's own memory, since DALI reuses its without asking torch."""
         if self._stream is None:
@@ -303,10 +313,11 @@ class Loader:
 
     def _order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation of all images."""
-        if self._epoch_order[0] != epoch:
-            words = _random_words(self.seed, ORDER, epoch, 0, len(self.source))
-            self._epoch_order = epoch, np.argsort(words)
-        return self._epoch_order[1]
+        kept, order = self._epoch_order  # read once: two threads make batches
+        if kept != epoch:
+            order = np.argsort(_random_words(self.seed, ORDER, epoch, 0, len(self.source)))
+            self._epoch_order = epoch, order
+        return order
 
     def _crops(self, indices: Sequence[int], uniform_BK: np.ndarray) -> Tensor:
         def frame(sizes_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -325,6 +336,7 @@ class Loader:
                 self._crops([index], uniform_K[None])
                 return index
             except (OSError, RuntimeError) as error:
+                self._decode.blame(error, lambda: self._read([index]))  # noqa: B023 (called at once)
                 self._note_bad(index, _reason(error))
         raise ValueError(f"data: not one of the {len(order)} images of {self.source.path} can be decoded")
 
@@ -377,6 +389,7 @@ def eval_batches(
             decode(read([index]), crop_size, frame)
             return True
         except (OSError, RuntimeError) as error:
+            decode.blame(error, lambda: read([index]))
             logger.warning("%s cannot be used (%s); it is left out", source.name(index), _reason(error))
             return False
 

@@ -44,16 +44,16 @@ class Scenes:
 def draw(first: int, count: int, *, split: int = 0, seed: int = 0) -> Scenes:
     """Draws scenes first .. first + count - 1 of a split. Shapes are balanced: scene i shows shape i % 6."""
     streams = [np.random.Generator(np.random.Philox(key=[seed, 2 * i + split])) for i in range(first, first + count)]
-    cells = np.stack([stream.random((4, 7)) for stream in streams])
+    cells = np.stack([stream.random((4, 8)) for stream in streams])
     grain = np.stack([stream.standard_normal((SIZE // 2, SIZE // 2)) for stream in streams])
     shape = np.arange(first, first + count) % len(SHAPES)
-    objects = 1 + (cells[:, 0, 6] * 4).astype(np.int64)
+    objects = 1 + (cells[:, 0, 7] * 4).astype(np.int64)
     present = cells[:, :, 0].argsort(1).argsort(1) < objects[:, None]
     distance = NEAR + (FAR - NEAR) * cells[:, :, 1]
     radius = RADIUS / distance
     quadrant = SIZE / 4 * np.array([[1, 1], [1, 3], [3, 1], [3, 3]])
     centre = quadrant + JITTER * (2 * cells[:, :, 2:4] - 1)
-    colour = 0.5 + 0.5 * cells[:, :, 3:6]
+    colour = 0.5 + 0.5 * cells[:, :, 4:7]
 
     canvas = np.repeat(np.clip(GROUND + GRAIN * grain, 0, 1).repeat(2, 1).repeat(2, 2)[..., None], 3, axis=3)
     pixel = np.arange(SIZE) + 0.5
