@@ -109,7 +109,7 @@ class Engine:
             start = self.clock.mark()
             zero.schedule(self.engine, *NUMBERS)
             done = take_step(self.config, self.ranks, self.engine, self.teacher, batches, step)
-            self.last_tokens = done.tokens
+            self.last_tokens = done.kept
             return start, self.clock.mark(), done.losses[-1].total.detach()
 
     @contextlib.contextmanager

@@ -82,10 +82,10 @@ def test_parameters_of_any_projector(widths: list[int] | None) -> None:
     assert parameters(given).total == sum(p.numel() for p in JepaModel(given).parameters())
 
 
-def step(given: Config) -> tuple[JepaModel, tuple[Tensor, ...], tuple[int, int]]:
-    """A model, the inputs of one step, and how many patches the contexts and targets have."""
+def step(given: Config) -> tuple[JepaModel, tuple[Tensor, ...], tuple[int, int, int]]:
+    """A model, the inputs of one step, and how many patches the contexts, the targets and the targets' rows have."""
     model, (B, N) = JepaModel(given), (given.data.batch_size, given.grid**2)
-    kept = random.randint(5, 40), random.randint(2, 12)
+    kept = random.randint(5, 40), random.randint(2, 12), random.randint(12, 50)
     images = torch.randint(0, 256, (B, given.data.crop_size, given.data.crop_size, 3), dtype=torch.uint8)
 
     def indices(blocks: int, K: int) -> Tensor:
@@ -98,8 +98,10 @@ def step(given: Config) -> tuple[JepaModel, tuple[Tensor, ...], tuple[int, int]]
 
 
 @pytest.mark.parametrize("contexts", [1, 3])
-def test_flops_are_those_that_torch_counts(contexts: int) -> None:
-    given = small(mask={"min_keep": 4, "num_enc_masks": contexts, "num_pred_masks": random.randint(1, 4)})
+@pytest.mark.parametrize("skip", [True, False])
+def test_flops_are_those_that_torch_counts(contexts: int, skip: bool) -> None:
+    mask = {"min_keep": 4, "num_enc_masks": contexts, "num_pred_masks": random.randint(1, 4)}
+    given = small(mask=mask, engine={"dead_compute": not skip})
     model, inputs, kept = step(given)
     expected = flops_per_image(given, kept)
     counter = FlopCounterMode(display=False)
@@ -109,7 +111,8 @@ def test_flops_are_those_that_torch_counts(contexts: int) -> None:
     assert counter.get_total_flops() == given.data.batch_size * (expected.context + expected.predictor)
 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        build_encoder(given)(inputs[0])
+        rows = torch.stack([torch.randperm(given.grid**2)[: kept[2]] for _ in range(given.data.batch_size)])
+        build_encoder(given)(inputs[0], rows=(rows,) if skip else ())
     assert counter.get_total_flops() == given.data.batch_size * expected.target
 
 
@@ -126,7 +129,8 @@ def test_flops_are_those_that_torch_counts(contexts: int) -> None:
     ],
 )
 def test_flops_under_the_published_masks(model: str, patch: int, crop: int, batch: int, gflop: float) -> None:
-    assert flops_per_image(config(model, patch, crop, batch)).total / 1e9 == pytest.approx(gflop, rel=0.015)
+    plain = config(model, patch, crop, batch, engine={"dead_compute": True})
+    assert flops_per_image(plain).total / 1e9 == pytest.approx(gflop, rel=0.015)
 
 
 def test_mean_target_size_is_the_published_laws() -> None:
@@ -140,7 +144,7 @@ def test_mean_target_size_is_the_published_laws() -> None:
 
 
 def test_activations_are_what_autograd_keeps() -> None:
-    given = small()
+    given = small(engine={"dead_compute": True})
     model, inputs, kept = step(given)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     own |= {tensor.untyped_storage().data_ptr() for tensor in [*inputs, *model.buffers()]}
@@ -165,7 +169,7 @@ def test_activations_are_what_autograd_keeps() -> None:
 
 
 def test_memory_is_what_the_tensors_of_real_ranks_hold() -> None:
-    """At every ZeRO stage, on two ranks; the program fails where the formula is off by more than 3 %."""
+    """At every ZeRO stage, on two ranks; the program fails where the formula is off by more than 5 %."""
     command = [sys.executable, str(ROOT / "benchmarks/memory.py"), "--measure", "--quick", "--ranks", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa import interop
+from jepa import interop, manifest
 from jepa.checkpoint import CheckpointError, read_state
 from jepa.config import KEYS, ConfigError
 from jepa.objective import JepaModel
@@ -55,11 +55,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         safetensors.torch.save_file({k: torch.cat(v) for k, v in lines.items() if k != "ema.1"}, path)
         files.append({"name": path.name, **digest(path), "pieces": pieces})
     state = {
-        "format": 1, "step": 3, "applied": 3, "samples": 12, "skipped": 0, "steps_per_epoch": 2, "global_batch": 4,
-        "config": CONFIG.model_dump(mode="json"), "versions": {"torch": "2"}, "files": files,
+        "format": 2, "step": 3, "applied": 3, "samples": 12, "skipped": 0, "steps_per_epoch": 2,
+        "law": CONFIG.law(1), "config": CONFIG.model_dump(mode="json"), "versions": {"torch": "2"}, "files": files,
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
     }  # fmt: skip
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_text(manifest.seal(state))
     encoder, _ = interop.load_encoder(folder)
     for (name, a), b in zip(encoder.named_parameters(), model.encoder.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -149,7 +149,7 @@ def test_a_changed_state_loads_or_is_refused(data: st.DataObject, checkpoint: Pa
     for name in ("rank-00000.safetensors", "rank-00001.safetensors"):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(checkpoint / name)
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_text(manifest.seal(state))
     loads(lambda: read_everything(interop.open_weights(folder)))
 
 
@@ -167,7 +167,7 @@ REFUSED = {
     "more elements than bytes": lambda s: s["shapes"].update({"encoder.norm.bias": [10**6, 10**9]}),
     "an empty shape": lambda s: s["shapes"].update({"encoder.norm.bias": [24, 0]}),
     "no seed": lambda s: s["config"]["engine"].pop("seed"),
-    "a later format": lambda s: s.update(format=2),
+    "a later format": lambda s: s.update(format=3),
     "a fraction of a step": lambda s: s.update(step=2.5),
     "no number": lambda s: s.update(step=float("nan")),
 }
@@ -177,7 +177,7 @@ REFUSED = {
 def test_a_state_is_refused_for(what: str, checkpoint: Path, tmp_path: Path) -> None:
     state = json.loads((checkpoint / "state.json").read_text())
     REFUSED[what](state)
-    (tmp_path / "state.json").write_text(json.dumps(state))
+    (tmp_path / "state.json").write_text(manifest.seal(state))
     with pytest.raises(CheckpointError, match=r"state\.json"):
         read_state(tmp_path)
 
@@ -186,8 +186,11 @@ def test_a_state_is_refused_for(what: str, checkpoint: Path, tmp_path: Path) -> 
     "text", ["[" * 10**6, '{"a":' * 10**5, "", "\0", "null", "9" * 10**6, '{"format": 1}', "\ud800"]
 )
 def test_a_state_that_is_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text(text, errors="surrogatepass")
-    assert not loads(lambda: read_state(tmp_path))
+    content = text.encode(errors="surrogatepass")
+    digest = hashlib.sha256(content + b"}").hexdigest()
+    for whole in (content, content + f', "sha256": "{digest}"}}'.encode()):
+        (tmp_path / "state.json").write_bytes(whole)
+        assert not loads(lambda: read_state(tmp_path))
 
 
 # --- safetensors headers
@@ -223,7 +226,7 @@ def test_a_changed_rank_file_loads_or_is_refused(data: st.DataObject, checkpoint
         content = rewritten(source, change_it)
         (folder / file["name"]).write_bytes(noise(data, content, 400))
         file |= digest(folder / file["name"])
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_text(manifest.seal(state))
     loads(lambda: read_everything(interop.open_weights(folder)))
 
 

@@ -163,6 +163,8 @@ class Mask(_Section):
 
     patch_size: Pixels
     mode: Literal["reference", "unbiased", "packed"] = "reference"
+    cut: Literal["rank", "global"] | None = None  # contexts as long as the shortest of the rank's micro-batch, or of
+    # the step's global batch: then no number of ranks changes them. null: rank in mode reference, else global
     num_enc_masks: Natural = 1
     num_pred_masks: Natural = 4
     enc_mask_scale: ScaleRange = (0.85, 1.0)  # area of a context block, as a share of the image
@@ -206,6 +208,7 @@ class Engine(_Section):
     """How the run is carried out."""
 
     seed: Annotated[int, BeforeValidator(_integer), Field(ge=0, lt=2**63)] = 0
+    deterministic: bool = False  # the same bits from every run, at some speed; on CPUs that holds anyway
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "fp32"] | None = None  # null: as meta.use_bfloat16 says
     zero_stage: Annotated[Count, Field(le=3)] = 1
@@ -214,6 +217,11 @@ class Engine(_Section):
     gradient_accumulation_steps: Natural | None = None  # null: what global_batch_size needs, else 1
     max_steps: Natural | None = None  # stop early; the schedules do not change
     max_skipped: Natural = 10  # steps skipped in a row (a gradient that is not finite) before the run stops
+    timeout_minutes: Positive = 30.0  # without a sign of life of a rank, or a move of any, before the others stop
+    attention: Literal["sdpa", "math", "flash_attn", "xformers"] = "sdpa"
+    compile: bool | None = None  # the blocks, by torch.compile; null: on a GPU, where ZeRO's stage is below 3
+    activation_checkpointing: bool = False  # blocks are computed again in the backward instead of kept
+    dead_compute: bool = False  # compute what no loss reads as well; no result changes
 
 
 class Logging(_Section):
@@ -286,7 +294,12 @@ class Config(_Section):
 
     @property
     def mask_spec(self) -> MaskSpec:
-        return MaskSpec(self.grid, self.grid, **self.mask.model_dump(exclude={"patch_size"}))
+        return MaskSpec(self.grid, self.grid, **self.mask.model_dump(exclude={"patch_size", "cut"}))
+
+    @property
+    def cut(self) -> Literal["rank", "global"]:
+        """Whose shortest context all are cut to; see `Mask.cut`."""
+        return self.mask.cut or ("rank" if self.mask.mode == "reference" else "global")
 
     @property
     def precision(self) -> Literal["bf16", "fp32"]:
@@ -296,6 +309,15 @@ class Config(_Section):
     @property
     def has_projector(self) -> bool:
         return self.loss.objective == "cjepa" and self.loss.regularizer == "vicreg"
+
+    @property
+    def needs_all_targets(self) -> bool:
+        """Whether a loss reads the target encoder's output at patches that are in no target."""
+        return self.has_projector and self.loss.vicreg_on == "context"
+
+    def compiles(self, device_type: str) -> bool:
+        default = device_type == "cuda" and self.engine.zero_stage < 3
+        return default if self.engine.compile is None else self.engine.compile
 
     def batch(self, world_size: int) -> Batch:
         """The batch triple on `world_size` ranks. Raises ConfigError if it does not multiply out."""
@@ -311,6 +333,19 @@ class Config(_Section):
             problem = f"data.batch_size = {micro}: VICReg's variance over the ranks' micro-batches needs 2 images"
             raise ConfigError([problem])
         return Batch(micro, steps, total)
+
+    def law(self, world_size: int) -> dict[str, int | str]:
+        """What decides, beside model, data and loss, what the steps of a run compute: two runs alike in this take the
+        same steps, on whatever number of ranks. VICReg's statistics are those of a micro-batch of all ranks, so there
+        the accumulation counts; a mask that is cut to the shortest of a rank's micro-batch depends on its size.
+        """
+        micro, accumulation, total = self.batch(world_size)
+        law: dict[str, int | str] = {"engine.seed": self.engine.seed, "global batch": total, "mask.cut": self.cut}
+        if self.cut == "rank":
+            law["data.batch_size"] = micro
+        if self.has_projector:
+            law["accumulation"] = accumulation
+        return law
 
     def _batch_problem(self, wanted: int, world_size: int) -> str:
         micro, steps = self.data.batch_size, self.engine.gradient_accumulation_steps
@@ -533,6 +568,12 @@ def _conflicts(c: Config) -> Iterator[tuple[str, str]]:
         yield "engine.global_batch_size", f"must be a multiple of data.batch_size x accumulation = {unit}"
     if c.loss.objective == "cjepa" and c.loss.vicreg_on == "predictions" and c.mask.num_pred_masks < 2:
         yield "mask.num_pred_masks", "must be at least 2: C-JEPA compares an image's blocks"
+    if c.engine.compile and c.engine.zero_stage == 3:
+        yield "engine.compile", "does not go with engine.zero_stage 3, which swaps weights in and out of a block"
+    if c.engine.attention == "flash_attn" and (c.precision == "fp32" or c.engine.device == "cpu"):
+        yield "engine.attention", "runs in bf16 on a GPU only: give sdpa, or meta.use_bfloat16=true on a GPU"
+    if c.engine.attention == "xformers" and c.mask.mode == "packed":
+        yield "engine.attention", "is not offered for mask.mode packed: give sdpa or flash_attn"
     if (c.engine.device, c.data.decoder) == ("cpu", "gpu"):
         yield "data.decoder", "needs a GPU, but engine.device is cpu"
     if c.eval.every and not (c.eval.train_path and c.eval.val_path):

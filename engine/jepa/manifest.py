@@ -4,17 +4,20 @@ A state that passes names nothing outside its folder, gives every element of eve
 claims no more elements than its files have bytes for: to read what it describes allocates no more than is on the disk.
 """
 
+import hashlib
+import json
 import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 2**28  # of state.json; ViT-g/16 at ZeRO-3 on 1024 ranks has about 60 MB of it
 
 Number = Annotated[int, Field(ge=0, lt=2**53)]
 Natural = Annotated[int, Field(ge=1, lt=2**53)]
+Label = Annotated[str, StringConstraints(max_length=100)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 
 
@@ -40,25 +43,15 @@ class File(_Checked):
     pieces: list[Piece]
 
 
-class _Seed(_Checked):
-    seed: Number
-
-
-class _Config(_Checked):
-    """Of the config no more than a resume compares; `parse_config` checks all of it."""
-
-    engine: _Seed
-
-
 class State(_Checked):
-    format: Literal[1]
+    format: Literal[2]
     step: Number
     applied: Number
     samples: Number
     skipped: Number
     steps_per_epoch: Natural
-    global_batch: Natural
-    config: _Config
+    law: Annotated[dict[Label, Number | Label], Field(max_length=20)]  # `Config.law`
+    config: dict[str, Any]  # `parse_config` checks it
     versions: dict[str, str]
     shapes: dict[Name, Annotated[list[Natural], Field(max_length=8)]]
     files: Annotated[list[File], Field(min_length=1)]
@@ -86,3 +79,15 @@ class State(_Checked):
             if any(end > begin for (_, end), (begin, _) in pairwise(sorted(taken))):
                 raise ValueError(f"two pieces share a place in the flat tensors {index} of {file_name}")
         return self
+
+
+def seal(state: dict[str, Any]) -> str:
+    """The text of state.json: the state, and as its last key the SHA-256 of the JSON without it."""
+    text = json.dumps({key: value for key, value in state.items() if key != "sha256"})
+    return f'{text[:-1]}, "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"}}'
+
+
+def is_sealed(text: bytes) -> bool:
+    """Whether not a bit has changed since `seal`."""
+    content, _, rest = text.rpartition(b', "sha256": "')
+    return rest.decode(errors="replace") == hashlib.sha256(content + b"}").hexdigest() + '"}'

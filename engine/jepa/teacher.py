@@ -7,6 +7,7 @@ next asked for. Where a parameter's parts come to lie one after another in the g
 rank) the target encoder's weight is a view of it and nothing is copied.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,9 +55,10 @@ class Teacher:
         return self._encoder
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 images -> target features [B, N, D] in the training precision, not yet layer-normed."""
-        return self.encoder(images)
+    def __call__(self, images: Tensor, rows: Sequence[Tensor] = ()) -> Tensor:
+        """uint8 images -> target features [B, N, D], or of the given rows, in the training precision, not yet
+        layer-normed."""
+        return self.encoder(images, rows=rows)
 
     @torch.no_grad()
     def follow(self) -> None:
