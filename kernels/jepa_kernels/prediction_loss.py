@@ -144,18 +144,18 @@ def _prediction_loss_kernel(
     q = row // K
     column = tl.arange(0, CHUNK)
     at = pred + (q.to(tl.int64) * pred_q + (row - q * K).to(tl.int64) * pred_k)[:, None]
-    p = ()
+    p = tl.tuple([])
     for start in tl.static_range(0, D, CHUNK):
         d = (start + column)[None, :]
         p += (tl.load(at + d.to(tl.int64) * pred_d, d < D, other=0),)
     chosen = tl.load(index + row)
     tl.device_assert((chosen >= 0) & (chosen < N), "prediction_loss: index out of range")
     at = target + ((q % B).to(tl.int64) * target_b + chosen * target_n)[:, None]
-    y = ()
-    total = tl.zeros((ROWS, CHUNK), wide)
+    y = tl.tuple([])
     for start in tl.static_range(0, D, CHUNK):
         d = (start + column)[None, :]
         y += (tl.load(at + d.to(tl.int64) * target_d, d < D, other=0).to(wide),)
+    total = tl.zeros((ROWS, CHUNK), wide)
     for c in tl.static_range(len(y)):
         total += y[c]
     mean = tl.sum(total, 1)[:, None] / D

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
-from .checks import ASSERTING, check_index
+from .checks import ASSERTING, check_index, tile
 
 
 def predictor_tokens(
@@ -165,7 +165,7 @@ def predictor_tokens_triton(
     (M, B, Kt), (_, Kc, D) = target_index.shape, context.shape
     y = context.new_empty(M * B, Kc + Kt, D)
     if y.numel():
-        rows, block_d = _tile(Kc + Kt, D, context.element_size())
+        rows, block_d = tile(Kc + Kt, D, context.element_size())
         grid = (M * B * triton.cdiv(Kc + Kt, rows) * triton.cdiv(D, block_d),)
         tables = pos.contiguous(), mask_token.contiguous()
         indices = context_index.contiguous(), target_index.contiguous()
@@ -182,7 +182,7 @@ def predictor_tokens_backward_triton(dy: Tensor, M: int, B: int, Kc: int) -> tup
     wide = torch.promote_types(dy.dtype, torch.float32)
     if not dy.numel():
         return dy.new_zeros(B, Kc, D), dy.new_zeros(D, dtype=wide)
-    rows, block_d = _tile(S, D, wide.itemsize)
+    rows, block_d = tile(S, D, wide.itemsize)
     tiles = triton.cdiv(S, rows)
     d_context = dy.new_empty(B, Kc, D)
     partial = dy.new_empty(B * (tiles - Kc // rows), D, dtype=wide)
@@ -190,12 +190,6 @@ def predictor_tokens_backward_triton(dy: Tensor, M: int, B: int, Kc: int) -> tup
     with torch.cuda.device_of(dy):
         _predictor_tokens_backward_kernel[grid](dy, d_context, partial, B, Kc, S, D, *dy.stride(), M, rows, block_d)
     return d_context, partial.sum(0)
-
-
-def _tile(rows: int, D: int, element_size: int) -> tuple[int, int]:
-    """ROWS, BLOCK_D of 8 KiB, four 16-byte accesses for each of 128 threads; BLOCK_D divides D if it can."""
-    block_d = min(max(D & -D, 64), 512)
-    return min(triton.next_power_of_2(rows), max(1, 8192 // (block_d * element_size))), block_d
 
 
 # --- registration
