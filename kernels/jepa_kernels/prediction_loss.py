@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import ASSERTING, check_index
+from .checks import ASSERTING, check_index, chunk
 
 EPS = 1e-5  # of the layer norm on the targets
 
@@ -205,12 +205,12 @@ def prediction_loss_triton(pred: Tensor, target: Tensor, index: Tensor, with_gra
     losses = pred.new_empty(M, B * K, dtype=torch.promote_types(pred.dtype, torch.float32))
     grad = pred.new_empty(pred.shape if with_grad else 0)
     if pred.numel():
-        chunk = min(max(D & -D, 128), 256) if D <= 2048 else triton.next_power_of_2(triton.cdiv(D, 8))
-        rows = max(1, min(4, 1024 // chunk))
+        columns = chunk(D)
+        rows, warps = max(1, min(4, 1024 // columns)), max(4, min(columns // 256, 16))
         with torch.cuda.device_of(pred):
             _prediction_loss_kernel[triton.cdiv(R, rows),](
                 pred, target, index.contiguous(), losses, grad, _unit(pred)[0], R, B, N, K, *pred.stride(),
-                *target.stride(), D, EPS, with_grad, rows, chunk, num_warps=max(4, min(chunk // 256, 16)), **ASSERTING
+                *target.stride(), D, EPS, with_grad, rows, columns, num_warps=warps, **ASSERTING
             )  # fmt: skip
     return losses.mean(1), grad
 
