@@ -134,6 +134,26 @@ def test_low_precision(kernel, shape, dtype):
         assert rms(a - scale * b) <= budget
 
 
+@pytest.mark.parametrize("shape", [(31, 3, 67), (67, 3, 31)], ids=str)
+def test_autocast_does_not_reach_the_products(kernel, shape):
+    """Which it would round to 16 bits: float32 inside, whatever surrounds the call or its backward."""
+    z = on(kernel, embeddings(*shape)).requires_grad_()
+    results = []
+    for dtype in (None, torch.bfloat16):
+        with torch.autocast(z.device.type, dtype, enabled=dtype is not None):
+            terms = vicreg(z)
+            with torch.no_grad():
+                again = vicreg(z)
+            results.append([*terms, *again, *gradients(terms, z)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_product_in_16_bits_is_refused():
+    z, mean = embeddings(31, 3, 67), torch.zeros(3, 67)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast"):
+        OP.vicreg_products(z, mean, 31, True, True, "ieee")
+
+
 def test_gram_form_when_the_diagonal_is_nearly_all(kernel):
     """||C||^2 - ||diag C||^2 cancels where one channel dwarfs the rest: what float32 loses is what cancels."""
     z = torch.randn(16, 3, 40, dtype=torch.float64)
