@@ -30,7 +30,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     from jepa_kernels.ema import ema_triton
     from jepa_kernels.gather import gather_backward_triton, gather_triton
     from jepa_kernels.patchify import patchify_triton
-    from jepa_kernels.prediction_loss import prediction_loss_backward_triton, prediction_loss_triton
+    from jepa_kernels.prediction_loss import prediction_loss_scale_triton, prediction_loss_triton
     from jepa_kernels.predictor_tokens import predictor_tokens_backward_triton, predictor_tokens_triton
     from jepa_kernels.vicreg import vicreg_backward_triton, vicreg_moments_triton, vicreg_products_triton
 
@@ -62,7 +62,10 @@ def launches() -> dict[str, Callable[[], Any]]:
         ),
         "predictor_tokens backward": lambda: predictor_tokens_backward_triton(empty(M * B, Kc + Kt, Dp), M, B, Kc),
         "prediction_loss": lambda: prediction_loss_triton(empty(M * B, Kt, D), empty(B, N, D), index(M, B, Kt), True),
-        "prediction_loss backward": lambda: prediction_loss_backward_triton(empty(M * B, Kt, D), empty(M, dtype=fp32)),
+        "prediction_loss float64": lambda: prediction_loss_triton(
+            empty(B, Kt, Dp, dtype=torch.float64), empty(B, N, Dp, dtype=torch.float64), index(1, B, Kt), True
+        ),
+        "prediction_loss scale": lambda: prediction_loss_scale_triton(empty(M * B, Kt, D), empty(M, dtype=fp32)),
         "vicreg": lambda: vicreg_moments_triton(empty(B, M, D)),
         "vicreg covariance ieee": lambda: products(False, "ieee"),
         "vicreg covariance tf32x3": lambda: products(False, "tf32x3"),
