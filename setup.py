@@ -2,7 +2,8 @@
 
 No nvcc, no pybind, no Python.h: the library only registers operators, so one binary serves every Python
 and every torch >= 2.10, and nothing of torch runs here. Only its headers are read, from the environment
-that the package is installed into. `JEPA_KERNELS_NO_EXT=1` builds the package without it.
+that the package is installed into. `JEPA_KERNELS_NO_EXT=1` builds the package without it, and leaves a mark, without
+which the import of a package that has no library fails.
 """
 
 import os
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
+NO_EXT = os.environ.get("JEPA_KERNELS_NO_EXT") == "1"
 TORCH_2_10 = "0x020a000000000000"
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
@@ -36,13 +39,33 @@ def torch_folder() -> Path:
     )
 
 
+def mark(root: str) -> None:
+    """Says in the package under `root` whether it was asked to go without the library."""
+    marker = Path(root) / "jepa_kernels/NO_EXT"
+    if NO_EXT:
+        marker.write_text("Built with JEPA_KERNELS_NO_EXT=1.\n")
+    else:
+        marker.unlink(missing_ok=True)
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        super().run()
+        mark("kernels" if self.editable_mode else self.build_lib)
+
+
 class BuildExt(build_ext):
+    def run(self) -> None:
+        super().run()
+        if self.inplace:
+            mark("kernels")
+
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []  # no PyInit: loaded with torch.ops.load_library
 
 
 def extensions() -> list[Extension]:
-    if os.environ.get("JEPA_KERNELS_NO_EXT") == "1":
+    if NO_EXT:
         return []
     torch = torch_folder()
     return [
@@ -61,6 +84,6 @@ def extensions() -> list[Extension]:
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -36,15 +36,16 @@ import torch.multiprocessing as mp
 from machine import ROOT, provenance
 from throughput import Synthetic
 
+from jepa import config as config_module
 from jepa import distributed, zero
 from jepa.budget import flops_per_image, parameters
-from jepa.config import Config, load_config, parse_config
+from jepa.config import LIVE, Config, load_config, parse_config
 from jepa.objective import JepaModel
 from train import start_model, take_step
 
 IMAGENET, EPOCHS, PAPER_HOURS, PAPER_GPUS = 1_281_167, 300, 72, 16  # arXiv 2301.08243: "in under 72 hours"
 GPUS, KINDS = (1, 8, 16, 64, 256), ("gradients", "weights", "teacher", "statistics")
-PERSISTENT, LIVE = 100_000, 1_000_000_000  # elements: DeepSpeed's defaults at stage 3, of a parameter, of a model
+PERSISTENT = 100_000  # elements of a parameter: DeepSpeed's default at stage 3
 PADDING = 256  # bytes: what DeepSpeed pads groups with, the gradient's norm, three losses' gradients
 # A run small enough to count on a CPU; C-JEPA, so that its statistics are counted too.
 SMALL = {
@@ -72,8 +73,8 @@ class Sent:
         return (2 if self.op == "all_reduce" else 1) * (ranks - 1) / ranks * self.size
 
 
-def traffic(config: Config, ranks: int, accumulation: int) -> list[Sent]:
-    """What a rank of `ranks` takes part in during a step of `accumulation` micro-batches."""
+def traffic(config: Config, ranks: int, accumulation: int, live: int = LIVE) -> list[Sent]:
+    """What a rank of `ranks` takes part in during a step of `accumulation` micro-batches; `live`: jepa.config.LIVE."""
     count, size, stage = parameters(config), 2 if config.precision == "bf16" else 4, config.engine.zero_stage
     whole = size * count.total
     if stage < 3:
@@ -88,11 +89,11 @@ def traffic(config: Config, ranks: int, accumulation: int) -> list[Sent]:
         sent.append(Sent("weights", "all_gather", whole))
     if stage == 3:
         # Small parameters are whole on every rank and gathered after the step. The others are gathered for each
-        # forward, and again for its backward where the model is too large to be kept in between.
+        # forward, and again for its backward where they are too many to be kept in between (a few may be: at most).
         with torch.device("meta"):
             sizes = [p.numel() for p in JepaModel(config).parameters()]
         small = sum(n for n in sizes if n <= PERSISTENT)
-        times = accumulation * (1 if count.total <= LIVE else 2)
+        times = accumulation * (1 if count.total <= live else 2)
         sent.append(Sent("weights", "all_gather", size * (small + times * (count.total - small))))
     if stage:
         sent.append(Sent("teacher", "all_gather", size * count.encoder))
@@ -163,6 +164,7 @@ def one_rank(rank: int, world_size: int, folder: str, configs: list[Config]) -> 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    config_module.LIVE = 1  # as a large model meets it: nothing is kept from the forward to the backward
     seen: Counter[str] = Counter()
     count_collectives(seen)
     store = dist.FileStore(f"{folder}/store", world_size)
@@ -186,7 +188,7 @@ def check(stages: Sequence[int] = range(4), worlds: Sequence[int] = (1, 2)) -> l
             found = json.loads(Path(folder, "found.json").read_text())
         for (stage, _), config, counted in zip(cases, configs, found, strict=True):
             wanted: Counter[str] = Counter()
-            for sent in traffic(config, world_size, config.batch(world_size).accumulation):
+            for sent in traffic(config, world_size, config.batch(world_size).accumulation, live=1):
                 wanted[sent.op] += int(sent.size)
             for op in sorted(wanted.keys() | counted.keys()):
                 row = {"ranks": world_size, "stage": stage, "precision": config.precision, "op": op}

@@ -94,6 +94,14 @@ Tensor centered(const Views& z, const Wide<T>* mean, int64_t first, int64_t coun
     return x;
 }
 
+// a b, batch by batch, dense. Autocast, which reaches calls from here as well, would answer in 16 bits.
+Tensor product(const Tensor& a, const Tensor& b) {
+    const Tensor c = torch::stable::contiguous(torch::stable::matmul(a, b));
+    STD_TORCH_CHECK(c.scalar_type() == a.scalar_type(),
+                    "vicreg: its matrix product came back in another dtype; call its steps with autocast disabled");
+    return c;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> vicreg_moments(const Tensor& z_NMD) {
@@ -153,8 +161,7 @@ std::tuple<Tensor, Tensor> vicreg_products(const Tensor& z_NMD, const Tensor& me
         using A = Wide<T>;
         const Tensor x = centered<T>(z, pointer<const A>(mean), 0, z.N());
         const Tensor mirrored = torch::stable::transpose(x, 1, 2);
-        matrix =
-            torch::stable::contiguous(gram ? torch::stable::matmul(x, mirrored) : torch::stable::matmul(mirrored, x));
+        matrix = gram ? product(x, mirrored) : product(mirrored, x);
         const int64_t side = matrix.size(1);
         const auto scale = static_cast<A>(1.0 / static_cast<double>(rows - 1));
         torch::stable::parallel_for(0, M, 1, [&](int64_t begin, int64_t end) {
@@ -195,9 +202,8 @@ Tensor vicreg_backward(const Tensor& z_NMD, const Tensor& mean_MD, const Tensor&
         const A a = *pointer<const A>(pull), b = *pointer<const A>(push);
         Tensor rows = matrix;
         if (gram) rows = torch::stable::narrow(rows, 1, first, count);
-        const Tensor mixed =
-            torch::stable::contiguous(gram ? torch::stable::matmul(rows, centered<T>(z, means, 0, z.N()))
-                                           : torch::stable::matmul(centered<T>(z, means, first, count), matrix));
+        const Tensor mixed = gram ? product(rows, centered<T>(z, means, 0, z.N()))
+                                  : product(centered<T>(z, means, first, count), matrix);
         torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
             std::vector<double> total(D);
             std::vector<A> views(D);

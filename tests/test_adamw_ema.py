@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from jepa_kernels import AdamWEMA
 from jepa_kernels.adamw_ema import adamw_ema_ref, adamw_ema_triton
+from numerics import rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel: on a CPU, in the interpreter
 OP = torch.ops.jepa_kernels.adamw_ema_
@@ -46,10 +47,6 @@ def set_gradients(*many: list[Parameter]) -> None:
         g = torch.randn_like(same[0]) * 10 ** torch.empty(()).uniform_(-4, 0).item()
         for p in same:
             p.grad = g.clone()
-
-
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
 
 
 def everything(optimizer: torch.optim.Optimizer) -> list[Tensor]:

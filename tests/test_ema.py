@@ -7,6 +7,7 @@ from torch.library import opcheck
 
 from jepa_kernels import ema_
 from jepa_kernels.ema import _ema_kernel, ema_ref, ema_triton
+from numerics import rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel: on a CPU, in the interpreter
 OP = torch.ops.jepa_kernels.ema_
@@ -21,10 +22,6 @@ implementations = pytest.mark.parametrize(
 def cut_off(ema) -> bool:
     """Whether 16-bit results are cut off, not rounded: Triton's interpreter does that to bfloat16."""
     return ema is ema_triton and DEVICE == "cpu"
-
-
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
 
 
 @implementations

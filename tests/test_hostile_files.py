@@ -166,7 +166,7 @@ REFUSED = {
     "a negative start": lambda s: s["files"][0]["pieces"][0].__setitem__(1, -1),
     "more elements than bytes": lambda s: s["shapes"].update({"encoder.norm.bias": [10**6, 10**9]}),
     "an empty shape": lambda s: s["shapes"].update({"encoder.norm.bias": [24, 0]}),
-    "no seed": lambda s: s["config"]["engine"].pop("seed"),
+    "no law": lambda s: s.pop("law"),
     "a later format": lambda s: s.update(format=3),
     "a fraction of a step": lambda s: s.update(step=2.5),
     "no number": lambda s: s.update(step=float("nan")),

@@ -128,7 +128,7 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_blocks_are_equal_and_compile_once(mode: str) -> None:
-    """Lengths of contexts, targets and rows change from step to step; the first step has equal ones by design."""
+    """Images and the lengths of contexts, targets and rows change from step to step."""
     model, teacher = general_model()
     compiled, compiled_teacher = copy.deepcopy(model), copy.deepcopy(teacher)
     # What is traced and how often is the front end's doing; generating code for it takes a minute here.
@@ -143,6 +143,16 @@ def test_compiled_blocks_are_equal_and_compile_once(mode: str) -> None:
         lengths.add((len(pixels), seed % 100))
         assert counters["stats"]["unique_graphs"] == warm, f"recompiled at step {i}"
     assert 0 < warm <= 6 and not counters["graph_break"] and len(lengths) > 3
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_sizes_that_are_equal_by_chance_compile_once() -> None:
+    block = Block(8, 2, 2.0)
+    compile_blocks(block, backend="aot_eager")
+    for images, patches, wanted in ((6, 6, 6), (6, 9, 6), (5, 6, 4)):
+        x, rows = torch.randn(images, patches, 8, requires_grad=True), torch.randn(images, wanted, 8)
+        block(x, rows).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.usefixtures("fresh_compiler")

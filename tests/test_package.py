@@ -1,5 +1,6 @@
 """The package as other people get it: built from the sdist, installed into an empty folder, imported alone."""
 
+import ast
 import email
 import fnmatch
 import os
@@ -34,10 +35,14 @@ mask_token = torch.randn(D, requires_grad=True)
 optimizer = jk.AdamWEMA([*embed.parameters(), mask_token])
 x = jk.gather_tokens(embed(rows), torch.randint(7, (B, 7)))
 tokens = jk.predictor_tokens(x, context, target, torch.randn(N, D), mask_token)
-loss = jk.prediction_loss(tokens[:, 7:], torch.randn(B, N, D), target)
-terms = jk.vicreg(tokens[:, 7:].mean(1).view(M, B, D).transpose(0, 1))
+of_context = torch.rand(M, B, N).argsort(2)[:, :, :7]  # the first rows come from the images, the others do not
+loss = jk.prediction_loss(tokens, torch.randn(B, N, D), torch.cat([of_context, target], 2))
+terms = jk.vicreg(tokens.mean(1).view(M, B, D).transpose(0, 1))
 (loss + sum(terms)).backward()
 gradients = [p.grad.clone() for p in (*embed.parameters(), mask_token)]
+assert all(gradient.abs().min() > 0 for gradient in gradients)
+for p in (*embed.parameters(), mask_token):  # AdamW's first step is the sign, and the sign of a rounding is any
+    p.grad = p.grad.where(p.grad.abs() > 1e-3 * p.grad.square().mean().sqrt(), 0)
 optimizer.step()
 jk.ema_(teacher.parameters(), embed.parameters(), .9)
 averages = [state["ema"] for state in optimizer.state.values()]
@@ -154,15 +159,18 @@ def test_import_brings_the_cpu_kernels_and_no_other_package(installed):
     ops = registered_in_csrc()
     brought, registered = alone(LOOK, installed, *ops).splitlines()
     assert brought.split() == ["jepa_kernels"]
-    assert set(registered.split()) == ops and "jepa_kernels::gather" in ops
+    assert set(registered.split()) == ops
+    package = ast.parse((ROOT / "kernels/jepa_kernels/__init__.py").read_text())
+    (wanted,) = [ast.literal_eval(n.value) for n in package.body if ast.unparse(n).startswith("_OF_CSRC")]
+    assert {f"jepa_kernels::{op}" for op in wanted} == {op for op in ops if op.startswith("jepa_kernels::")}
 
 
 def test_without_the_extension_the_references_compute_the_same(installed, pure_wheel, pure_installed, tmp_path):
     import torch
 
     assert pure_wheel.name.endswith("-py3-none-any.whl")
-    assert not [*pure_installed.rglob("*.so")]
-    seed = torch.seed() % 2**32
+    assert not [*pure_installed.rglob("*.so")] and [*pure_installed.rglob("NO_EXT")]
+    seed = torch.randint(2**31, ()).item()
     for name, folder in (("kernels", installed), ("references", pure_installed)):
         alone(USE, folder, tmp_path / name, seed)
     kernels, references = (torch.load(tmp_path / name) for name in ("kernels", "references"))
@@ -180,6 +188,33 @@ def test_a_broken_extension_is_not_taken_for_a_missing_one(installed, tmp_path, 
     command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import jepa_kernels"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and str(library) in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("damage", "says"), [("missing", "is missing"), ("stale", "lacks patchify")])
+def test_a_missing_or_stale_extension_is_not_replaced_in_silence(installed, tmp_path, damage, says):
+    shutil.copytree(installed, tmp_path, dirs_exist_ok=True)
+    library = tmp_path / "jepa_kernels/_C.abi3.so"
+    if damage == "missing":
+        library.unlink()
+    else:  # it registers another name
+        library.write_bytes(library.read_bytes().replace(b"\0patchify\0", b"\0patchifi\0"))
+    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import jepa_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and said.startswith("ImportError") and says in said and "build_ext --inplace" in said
+
+
+def test_a_source_tree_runs_where_it_lies(sdist, installed, tmp_path):
+    """With the library built in place, and without it when that was asked for; the later build decides."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.glob("jepa_kernels-*")
+    (tmp_path / "built").mkdir()
+    shutil.copytree(installed / "jepa_kernels", tmp_path / "built/jepa_kernels")  # newer than its sources: stays
+    for no_ext, ops in (("1", []), ("0", ["jepa_kernels::gather"])):
+        build = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-lib", tmp_path / "built"]
+        run(*build, cwd=tree, env=os.environ | {"JEPA_KERNELS_NO_EXT": no_ext})
+        assert alone(LOOK, tree / "kernels", "jepa_kernels::gather").splitlines()[1].split() == ops
 
 
 def test_building_without_torch_says_what_to_do(tmp_path):

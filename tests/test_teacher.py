@@ -211,7 +211,7 @@ def follow_many(examples: int, drawn_from: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("world_size", "examples"), [(1, 4), (2, 3), (3, 2), (4, 2)])
+@pytest.mark.parametrize(("world_size", "examples"), [(1, 3), (2, 2), (3, 2), (4, 2)])
 def test_any_teacher_is_the_average_of_any_weights(world_size: int, examples: int) -> None:
     for found in run_ranks(world_size, follow_many, examples, int(torch.randint(2**31, ()))):
         assert not found, found

@@ -17,6 +17,7 @@ from jepa_kernels.vicreg import (
     vicreg_products_ref,
     vicreg_products_triton,
 )
+from numerics import rms, rounding, strided_views
 
 CUDA = torch.cuda.is_available()
 OP = torch.ops.jepa_kernels
@@ -85,17 +86,6 @@ def gradients(terms: list[Tensor] | tuple[Tensor, ...], z: Tensor) -> list[Tenso
     return [torch.autograd.grad(term, z, retain_graph=True)[0].cpu().double() for term in terms]
 
 
-def rounding(exact: Tensor, dtype: torch.dtype, kernel: str) -> Tensor:
-    """The error of merely rounding: what a kernel with float32 inside should come close to."""
-    if kernel == "triton" and dtype == torch.bfloat16:  # the interpreter cuts off instead
-        return (exact.float().view(torch.int32) & ~0xFFFF).view(torch.float32).double() - exact
-    return exact.to(dtype).double() - exact
-
-
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_mean_over_ordered_pairs(kernel, shape):
     z = embeddings(*shape, torch.float64)
@@ -138,8 +128,30 @@ def test_low_precision(kernel, shape, dtype):
     scale = 2.0**10  # a loss scale, so that float16 can hold the gradient at all
     answers = gradients([scale * t for t in terms], z_), gradients(expected, exact), gradients(expected_off, off)
     for a, b, c in zip(*answers, strict=True):
-        budget = 1.25 * rms(rounding(scale * b, dtype, kernel)) + scale * (4e-6 * rms(b) + 4 * rms(b - c)) + 1e-9
+        budget = (
+            1.25 * rms(rounding(scale * b, dtype, kernel == "triton")) + scale * (4e-6 * rms(b) + 4 * rms(b - c)) + 1e-9
+        )
         assert rms(a - scale * b) <= budget
+
+
+@pytest.mark.parametrize("shape", [(31, 3, 67), (67, 3, 31)], ids=str)
+def test_autocast_does_not_reach_the_products(kernel, shape):
+    """Which it would round to 16 bits: float32 inside, whatever surrounds the call or its backward."""
+    z = on(kernel, embeddings(*shape)).requires_grad_()
+    results = []
+    for dtype in (None, torch.bfloat16):
+        with torch.autocast(z.device.type, dtype, enabled=dtype is not None):
+            terms = vicreg(z)
+            with torch.no_grad():
+                again = vicreg(z)
+            results.append([*terms, *again, *gradients(terms, z)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_product_in_16_bits_is_refused():
+    z, mean = embeddings(31, 3, 67), torch.zeros(3, 67)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast"):
+        OP.vicreg_products(z, mean, 31, True, True, "ieee")
 
 
 def test_gram_form_when_the_diagonal_is_nearly_all(kernel):
@@ -170,10 +182,7 @@ def test_any_strides(kernel, shape):
     z = embeddings(*shape)
     expected = vicreg(leaf := z.clone().requires_grad_())
     grads = gradients(expected, leaf)
-    wide = torch.full((shape[0], 2 * shape[1], 3 * shape[2]), float("nan"))
-    wide[:, ::2, ::3] = z
-    block_major = z.transpose(0, 1).contiguous().transpose(0, 1)
-    for view in (block_major, z.permute(2, 1, 0).contiguous().permute(2, 1, 0), wide[:, ::2, ::3]):
+    for view in (views_major(z), *strided_views(z)):
         view = on(kernel, view).detach().requires_grad_()
         terms = vicreg(view)
         for a, b in zip(terms, expected, strict=True):

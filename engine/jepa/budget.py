@@ -148,7 +148,7 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
         moments=8 * count.total / sharded,
         ema=4 * count.encoder / sharded,
         teacher=size * count.encoder * (2 if stage == 3 and ranks > 1 else 1),
-        buckets=size * BUCKET if stage else 0,
+        buckets=size * min(BUCKET, count.total) if stage else 0,
         gathered=size * min(count.total, LIVE) if stage == 3 and ranks > 1 else 0,
         gradients=gradients * (2 if stage == 2 and config.batch(ranks).accumulation > 1 else 1),
         activations=trained + B * N * (2 * config.vit.embed_dim + 2 * _hidden(config.vit)) * size,

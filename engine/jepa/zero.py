@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .config import BUCKET, Config, deepspeed_config
+from .config import Config, deepspeed_config
 from .objective import JepaModel
 from .optimizer import make_optimizer
 
@@ -39,9 +39,8 @@ def start(model: JepaModel, config: Config) -> Any:
     # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing; it is forgotten here.
     optimizer: Any = make_optimizer(config, param_groups(model), next(model.parameters()).device)
     settings = deepspeed_config(config, dist.get_world_size())
-    if config.engine.zero_stage:  # a bucket is memory: no larger than the model
-        count = sum(p.numel() for p in model.parameters())
-        settings["zero_optimization"] |= {f"{kind}_bucket_size": min(BUCKET, count) for kind in ("reduce", "allgather")}
+    if bucket := settings["zero_optimization"].get("reduce_bucket_size"):  # it is memory: no more than the model needs
+        settings["zero_optimization"]["reduce_bucket_size"] = min(bucket, sum(p.numel() for p in model.parameters()))
     if _is_gated_here(optimizer, config.engine.zero_stage, config.precision == "bf16"):
         settings["gradient_clipping"] = 0.0
         if config.engine.zero_stage:

@@ -23,6 +23,40 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Absent only where the package was built with JEPA_KERNELS_NO_EXT=1; one that is broken raises here.
-for _library in Path(__file__).parent.glob("_C.*so"):
-    torch.ops.load_library(str(_library))
+_OF_CSRC = (
+    "adamw_ema_",
+    "ema_",
+    "gather",
+    "gather_backward",
+    "patchify",
+    "prediction_loss",
+    "prediction_loss_scale_",
+    "predictor_tokens",
+    "predictor_tokens_backward",
+    "vicreg_backward",
+    "vicreg_moments",
+    "vicreg_products",
+)
+
+
+def _load(folder: Path) -> None:
+    """Registers the CPU kernels. Only a build that was asked to leave them out (it left a mark) goes without."""
+    library = folder / "_C.abi3.so"
+    if (folder / "NO_EXT").exists():
+        return
+    build = "`pip install .`, or `python setup.py build_ext --inplace` in a source tree that is not installed"
+    if not library.exists():
+        raise ImportError(
+            f"jepa_kernels: {library} is missing. Build the CPU kernels: {build}. With JEPA_KERNELS_NO_EXT=1 the same "
+            "commands build the package without them, and plain PyTorch takes their place"
+        )
+    torch.ops.load_library(str(library))
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [op for op in _OF_CSRC if not has_kernel(f"jepa_kernels::{op}", "CPU")]
+    if missing:
+        raise ImportError(
+            f"jepa_kernels: {library} was built from other sources and lacks {', '.join(missing)}. Build again: {build}"
+        )
+
+
+_load(Path(__file__).parent)

@@ -11,6 +11,7 @@ is wanted one matrix per view stays: min(G, D)^2 in float32, never more than a f
 instead would add half to the FLOPs of the backward. The CPU kernel is in csrc/vicreg.cpp.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -66,12 +67,19 @@ def vicreg(
         raise ValueError(f"vicreg: z must have at least 2 rows over all ranks; got {list(z.shape)} on each")
     if precision not in ("ieee", "tf32x3", "tf32"):
         raise ValueError(f'vicreg: precision must be "ieee", "tf32x3" or "tf32"; got {precision!r}')
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _VICReg.apply(z, gamma, eps, precision, group)
-    return _forward(z, gamma, eps, precision, group, keep=False)[0]
+    with _no_autocast(z):
+        if torch.is_grad_enabled() and z.requires_grad:
+            return _VICReg.apply(z, gamma, eps, precision, group)
+        return _forward(z, gamma, eps, precision, group, keep=False)[0]
 
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+
+
+def _no_autocast(z: Tensor) -> AbstractContextManager[Any]:
+    """Autocast would compute the matrix products in 16 bits, and their results would be taken for float32."""
+    device = z.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:
@@ -165,7 +173,7 @@ def _moments_kernel(
 
     views = tl.zeros([BLOCK_N, BLOCK_D], wide)
     for i in range(M):
-        x = tl.load(at + i * stride_m.to(tl.int64), mask, other=0).to(wide)
+        x = tl.load(at + i * tl.cast(stride_m, tl.int64), mask, other=0).to(wide)
         views += x
         center = tl.sum(x, 0) / count
         x = tl.where(mask, x - center[None, :], 0)
@@ -175,7 +183,7 @@ def _moments_kernel(
     views /= M
     apart = tl.zeros([BLOCK_N, BLOCK_D], wide)
     for i in range(M):  # from cache
-        x = tl.load(at + i * stride_m.to(tl.int64), mask, other=0).to(wide) - views
+        x = tl.load(at + i * tl.cast(stride_m, tl.int64), mask, other=0).to(wide) - views
         apart += x * x
     tl.store(spread + chunk * tl.num_programs(1) + tl.program_id(1), tl.sum(apart))
 
@@ -220,8 +228,9 @@ def _combine_kernel(
 def _products_kernel(
     z,  # [N, M, D]; a side of the matrix is D long, summed over N; if GRAM, N long, summed over D
     mean,  # [M, D]
-    matrix,  # [P, M, side, side], written if KEEP; the sum over P parts is the product
-    squares,  # [M, T * T], T = side / BLOCK
+    partial,  # [P, M, T(T+1)/2, BLOCK, BLOCK], T = side / BLOCK: what is summed in P > 1 parts
+    matrix,  # [M, side, side], written if KEEP
+    squares,  # [M, T * T]
     rows,  # of all ranks
     side,
     length,  # of the sum
@@ -231,6 +240,7 @@ def _products_kernel(
     stride_sum,
     stride_m,
     part,  # length / P, a multiple of BLOCK_K
+    IN_PARTS: tl.constexpr,
     GRAM: tl.constexpr,
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -240,13 +250,13 @@ def _products_kernel(
     wide = mean.dtype.element_ty
     tiles = tl.cdiv(side, BLOCK)
     p, q, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
-    place = squares + i.to(tl.int64) * tiles * tiles + tl.program_id(0)
     if q < p:  # the mirror image of another tile
-        tl.store(place, 0.0)
+        if not IN_PARTS:
+            tl.store(squares + i.to(tl.int64) * tiles * tiles + tl.program_id(0), 0.0)
         return
     a_side = (p * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     b_side = (q * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    z += i * stride_m.to(tl.int64)
+    z += i * tl.cast(stride_m, tl.int64)
     mean += i * D
     product = tl.zeros([BLOCK, BLOCK], wide)
     if not GRAM:
@@ -266,17 +276,63 @@ def _products_kernel(
         a = tl.where(a_mask, a - a_mean, 0)
         b = tl.where(b_mask, b - b_mean, 0)
         product = tl.dot(a, b, product, input_precision=PRECISION, out_dtype=wide)
+    if IN_PARTS:
+        tl.store(_partial_tile(partial, tl.program_id(2), M, i, p, q, tiles, BLOCK), product)
+    else:
+        _keep_and_square(product, matrix, squares, rows, side, i, p, q, GRAM, KEEP, BLOCK)
+
+
+@triton.jit
+def _parts_kernel(
+    partial,  # as above
+    matrix,
+    squares,
+    rows,
+    side,
+    M,
+    parts,
+    GRAM: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    wide = squares.dtype.element_ty
+    tiles = tl.cdiv(side, BLOCK)
+    p, q, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
+    if q < p:
+        tl.store(squares + i.to(tl.int64) * tiles * tiles + tl.program_id(0), 0.0)
+        return
+    product = tl.zeros([BLOCK, BLOCK], wide)
+    for k in range(parts):
+        product += tl.load(_partial_tile(partial, k, M, i, p, q, tiles, BLOCK))
+    _keep_and_square(product, matrix, squares, rows, side, i, p, q, GRAM, KEEP, BLOCK)
+
+
+@triton.jit
+def _partial_tile(partial, k, M, i, p, q, tiles, BLOCK: tl.constexpr):
+    tile = p * (2 * tiles - p - 1) // 2 + q  # of those on and above the diagonal, row by row
+    place = (tl.cast(k, tl.int64) * M + i) * (tiles * (tiles + 1) // 2) + tile
+    inside = tl.arange(0, BLOCK)
+    return partial + place * BLOCK * BLOCK + inside[:, None] * BLOCK + inside[None, :]
+
+
+@triton.jit
+def _keep_and_square(
+    product, matrix, squares, rows, side, i, p, q, GRAM: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr
+):
+    tiles = tl.cdiv(side, BLOCK)
+    a_side = (p * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    b_side = (q * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     product /= rows - 1
     if not GRAM:
         product = tl.where(a_side[:, None] == b_side[None, :], 0, product)
     if KEEP:
         mask = (a_side < side)[:, None] & (b_side < side)[None, :]
-        matrix += (tl.program_id(2) * M + i).to(tl.int64) * side * side
+        matrix += i.to(tl.int64) * side * side
         tl.store(matrix + a_side[:, None] * side + b_side[None, :], product, mask)
         if p < q:
             tl.store(matrix + b_side[None, :] * side + a_side[:, None], product, mask)
     times = tl.where(p < q, 2, 1)
-    tl.store(place, tl.sum(product * product) * times)
+    tl.store(squares + i.to(tl.int64) * tiles * tiles + p * tiles + q, tl.sum(product * product) * times)
 
 
 @triton.jit
@@ -311,7 +367,7 @@ def _backward_kernel(
     mask = (row < N)[:, None] & (column < D)[None, :]
     mean += i * D
     matrix += i.to(tl.int64) * length * length
-    view = z + i * stride_m.to(tl.int64)
+    view = z + i * tl.cast(stride_m, tl.int64)
     column_mean = tl.load(mean + column, column < D, other=0)[None, :]
 
     mixed = tl.zeros([BLOCK_N, BLOCK_D], wide)
@@ -333,27 +389,28 @@ def _backward_kernel(
     x = tl.load(view + at, mask, other=0).to(wide)
     views = tl.zeros([BLOCK_N, BLOCK_D], wide)
     for j in range(M):
-        views += tl.load(z + at + j * stride_m.to(tl.int64), mask, other=0).to(wide)
+        views += tl.load(z + at + j * tl.cast(stride_m, tl.int64), mask, other=0).to(wide)
     y = tl.load(push) * mixed + tl.load(pull) * (x - views / M)
     y += tl.load(weight + i * D + column, column < D, other=0)[None, :] * (x - column_mean)
-    grad += i * grad_stride_m.to(tl.int64) + row[:, None] * grad_stride_n + column[None, :]
+    grad += i * tl.cast(grad_stride_m, tl.int64) + row[:, None] * grad_stride_n + column[None, :]
     tl.store(grad, y.to(grad.dtype.element_ty), mask)
 
 
 def vicreg_moments_triton(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     z = _unit_stride(z)
-    (N, M, D), rows, columns = z.shape, 64, 64
+    (N, M, D), rows, columns = z.shape, 256 // _wide(z).itemsize, 64  # twice as many would spill
     chunks, across = triton.cdiv(N, rows), triton.cdiv(D, columns)
     means, scatters = z.new_empty(2, chunks, M, D, dtype=_wide(z))
     mean = z.new_empty(M, D, dtype=_wide(z))
     scatter = torch.empty_like(mean)
     spread = mean.new_empty(chunks, across)
-    _moments_kernel[chunks, across](
-        z, means, scatters, spread, N, M, D, z.stride(0), z.stride(1), rows, columns, num_warps=4
-    )
-    _combine_kernel[triton.cdiv(M * D, 64),](
-        means, scatters, mean, scatter, N, chunks, M * D, rows, 32, 64, num_warps=4
-    )
+    with torch.cuda.device_of(z):
+        _moments_kernel[chunks, across](
+            z, means, scatters, spread, N, M, D, z.stride(0), z.stride(1), rows, columns, num_warps=4
+        )
+        _combine_kernel[triton.cdiv(M * D, 64),](
+            means, scatters, mean, scatter, N, chunks, M * D, rows, 32, 64, num_warps=4
+        )
     return mean, scatter, spread.sum()
 
 
@@ -365,20 +422,25 @@ def vicreg_products_triton(
     side, length, strides = (N, D, (z.stride(0), 1)) if gram else (D, N, (1, z.stride(0)))
     block, block_k = 64, _block_k(precision)
     tiles = triton.cdiv(side, block)
-    # Few tiles with long sums (small batch, wide projector) would leave a GPU idle: sum in parts then.
-    parts = max(1, min(256 // (M * tiles * (tiles + 1) // 2), length // 256))
+    upper = tiles * (tiles + 1) // 2
+    # Few tiles with long sums (small batch, wide projector) would leave a GPU idle: sum in parts then, at most 256
+    # tiles of 16 KiB in all.
+    parts = max(1, min(256 // (M * upper), length // 256))
     part = triton.cdiv(triton.cdiv(length, parts), block_k) * block_k
     parts = triton.cdiv(length, part)
-    matrix = mean.new_empty((parts, M, side, side) if keep or parts > 1 else 0)
+    partial = mean.new_empty((parts, M, upper, block, block) if parts > 1 else 0)
+    matrix = mean.new_empty((M, side, side) if keep else 0)
     squares = mean.new_empty(M, tiles * tiles)
-    _products_kernel[tiles * tiles, M, parts](
-        z, mean, matrix, squares, rows, side, length, M, D, *strides, z.stride(1), part,
-        gram, keep or parts > 1, precision, block, block_k, num_warps=4,
-    )  # fmt: skip
-    if parts == 1:
-        return squares.sum(1), matrix[0] if keep else matrix
-    matrix = matrix.sum(0)
-    return _squares(matrix), matrix if keep else matrix.new_empty(0)
+    with torch.cuda.device_of(z):
+        _products_kernel[tiles * tiles, M, parts](
+            z, mean, partial, matrix, squares, rows, side, length, M, D, *strides, z.stride(1), part,
+            parts > 1, gram, keep, precision, block, block_k, num_warps=4,
+        )  # fmt: skip
+        if parts > 1:
+            _parts_kernel[tiles * tiles, M](
+                partial, matrix, squares, rows, side, M, parts, gram, keep, block, num_warps=4
+            )
+    return squares.sum(1), matrix
 
 
 def vicreg_backward_triton(
@@ -398,11 +460,12 @@ def vicreg_backward_triton(
         return grad
     out = grad if grad.stride(2) == 1 else torch.empty_like(grad, memory_format=torch.contiguous_format)
     z, (_, M, D), block = _unit_stride(z), z.shape, 64
-    _backward_kernel[triton.cdiv(count, block) * triton.cdiv(D, block), M](
-        z, mean, matrix, weight, pull, push, out, first, count, M, D, matrix.shape[1],
-        z.stride(0), z.stride(1), out.stride(0), out.stride(1),
-        gram, precision, block, block, _block_k(precision), num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(z):
+        _backward_kernel[triton.cdiv(count, block) * triton.cdiv(D, block), M](
+            z, mean, matrix, weight, pull, push, out, first, count, M, D, matrix.shape[1],
+            z.stride(0), z.stride(1), out.stride(0), out.stride(1),
+            gram, precision, block, block, _block_k(precision), num_warps=8,
+        )  # fmt: skip
     return grad if out is grad else grad.copy_(out)
 
 
@@ -536,5 +599,6 @@ class _VICReg(torch.autograd.Function):
         weight = torch.where(std < gamma, by_variance * (-1 / (M * D * (G - 1))) / std, 0)
         if gram:  # K x / (G - 1) = x C with the diagonal of C
             weight = weight - push * var
-        dz = torch.ops.jepa_kernels.vicreg_backward(z, mean, matrix, weight, pull, push, gram, first, N, precision)
+        with _no_autocast(z):
+            dz = torch.ops.jepa_kernels.vicreg_backward(z, mean, matrix, weight, pull, push, gram, first, N, precision)
         return dz, None, None, None, None

@@ -1,0 +1,25 @@
+"""What several tests of the kernels measure with, and the layouts that they try."""
+
+import torch
+from torch import Tensor
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def rounding(exact: Tensor, dtype: torch.dtype, interpreted: bool = False) -> Tensor:
+    """The error of merely rounding: what a kernel with float32 inside should come close to.
+
+    interpreted: as Triton's interpreter does it, which cuts bfloat16 off instead.
+    """
+    if interpreted and dtype == torch.bfloat16:
+        return (exact.float().view(torch.int32) & ~0xFFFF).view(torch.float32).double() - exact
+    return exact.to(dtype).double() - exact
+
+
+def strided_views(x: Tensor) -> list[Tensor]:
+    """The values of x [A, R, D] behind other strides."""
+    wide = torch.full((x.shape[0], 2 * x.shape[1], 3 * x.shape[2]), float("nan"), dtype=x.dtype)
+    wide[:, ::2, ::3] = x
+    return [x.transpose(0, 2).contiguous().transpose(0, 2), x.mT.contiguous().mT, wide[:, ::2, ::3]]
