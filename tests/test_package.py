@@ -210,9 +210,7 @@ def test_a_source_tree_runs_where_it_lies(sdist, installed, tmp_path):
         archive.extractall(tmp_path, filter="data")
     (tree,) = tmp_path.glob("jepa_kernels-*")
     (tmp_path / "built").mkdir()
-    shutil.copytree(
-        installed / "jepa_kernels", tmp_path / "built/jepa_kernels"
-    )  # newer than its sources: stays
+    shutil.copytree(installed / "jepa_kernels", tmp_path / "built/jepa_kernels")  # newer than its sources: stays
     for no_ext, ops in (("1", []), ("0", ["jepa_kernels::gather"])):
         build = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-lib", tmp_path / "built"]
         run(*build, cwd=tree, env=os.environ | {"JEPA_KERNELS_NO_EXT": no_ext})
