@@ -2,7 +2,8 @@
 
     pip install . && python benchmarks/plain_ijepa.py       # --kernels on|off|both, --device, sizes: see --help
 
-`Plain` and `Kernels` are one model and one training step, line by line. They start from the same weights and take
+`Plain` and `Kernels` are one model and one training step, line by line. Plain is what torch has: a convolution that
+embeds every patch, indexing, fused AdamW, foreach lerp. They start from the same weights and take
 the same images and masks, step by step in turn, in float32. No time is printed before all losses have agreed.
 Shapes: B images, N patches, Kc/Kt kept in context/target, M target blocks, D width, Dp predictor width.
 """
@@ -42,7 +43,7 @@ class Model(nn.Module):
 
 class Plain(Model):
     def start(self) -> None:
-        self.optimizer = torch.optim.AdamW([*self.student.parameters(), *self.only_student], foreach=True, **ADAMW)
+        self.optimizer = torch.optim.AdamW([*self.student.parameters(), *self.only_student], fused=True, **ADAMW)
 
     def loss(self, images: Tensor, context: Tensor, target: Tensor) -> Tensor:
         of = torch.arange(len(images), device=images.device)[:, None]  # the image of each index
@@ -70,7 +71,7 @@ class Kernels(Model):
         groups = [{"params": [*self.student.parameters()]}, {"params": self.only_student, "ema": False}]
         self.optimizer = AdamWEMA(groups, momentum=MOMENTUM, **ADAMW)
         for weight, average in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
-            self.optimizer.set_copies(weight, ema=average)
+            self.optimizer.state[weight]["ema"] = average  # the teacher is the average: there is no copy
 
     def loss(self, images: Tensor, context: Tensor, target: Tensor) -> Tensor:
         def embed(conv: nn.Conv2d, index: Tensor | None) -> Tensor:
@@ -128,6 +129,7 @@ def main() -> None:
             end = now(args.device)
             losses[i].append(loss.item())
             times[i].append((middle - start, end - middle, end - start))
+    print("plain: every patch embedded, indexing, AdamW(fused=True), torch._foreach_lerp_")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {args}")
     if len(sides) == 2:
         worst = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))

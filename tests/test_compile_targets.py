@@ -1,11 +1,13 @@
 """Every Triton kernel compiles for sm_80 and sm_90 at ViT-H/14's sizes, with no GPU: registers, shared memory, spills.
 
-The launchers are called on tensors without memory, under a Triton driver that knows nothing but what to compile for:
-what is compiled is what would be launched, specialised as it would be. This file is also the command that writes the
-table it compares with: `python tests/test_compile_targets.py > tests/compile_targets.json`.
+For sm_90 also other dtypes, odd addresses and sizes of 1, which Triton compiles apart. The launchers are called on
+tensors without memory, under a Triton driver that knows nothing but what to compile for: what is compiled is what would
+be launched, specialised as it would be. This file is also the command that writes the table it compares with:
+`python tests/test_compile_targets.py > tests/compile_targets.json`.
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,69 +15,129 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 TABLE = Path(__file__).with_suffix("").with_name("compile_targets.json")
 PACKAGE = Path(__file__).parents[1] / "kernels"
-B, N, Kc, Kt, M, D, Dp = 128, 256, 69, 44, 4, 1280, 384
 
 
-def launches() -> dict[str, Callable[[], Any]]:
-    """One call of a launcher per kernel, dtype or path that is worth a guard."""
+class Sizes(NamedTuple):
+    """As in README and sources; P: side of a patch, R: rows of vicreg, W: elements of a weight."""
+
+    B: int
+    N: int
+    Kc: int
+    Kt: int
+    M: int
+    D: int
+    Dp: int
+    P: int
+    R: int
+    W: int
+
+
+H14 = Sizes(B=128, N=256, Kc=69, Kt=44, M=4, D=1280, Dp=384, P=14, R=16 * 128, W=4 * 1280 * 1280)  # of sixteen ranks
+
+
+def launches() -> dict[str, dict[str, Callable[[], Any]]]:
+    """What is compiled for which targets: calls of launchers, one per kernel, dtype or path that is worth a guard."""
+    import torch
+
+    ones, odd = Sizes(*[1] * 10), Sizes(3, 257, 67, 45, 3, 1279, 381, 7, 67, 3001)
+    variants = {
+        **every_op(" float16 of size 1", ones, torch.float16),
+        **every_op(" float32 at odd addresses", odd, torch.float32, 1),
+        **every_op(" float64", H14, torch.float64),
+    }
+    return {"80 90": {**every_op("", H14, torch.bfloat16), **paths()}, "90": variants}
+
+
+def empty(*shape: int, dtype: Any, offset: int = 0) -> Any:
+    """A tensor without memory, that many elements behind an address that is a multiple of 16 bytes."""
+    import torch
+
+    return torch.empty(math.prod(shape) + offset, dtype=dtype, device="meta")[offset:].view(shape)
+
+
+def every_op(label: str, sizes: Sizes, dtype: Any, offset: int = 0) -> dict[str, Callable[[], Any]]:
     import torch
 
     from jepa_kernels.adamw_ema import adamw_ema_triton
-    from jepa_kernels.ema import ema_triton
+    from jepa_kernels.ema import _CODES, ema_triton
     from jepa_kernels.gather import gather_backward_triton, gather_triton
     from jepa_kernels.patchify import patchify_triton
     from jepa_kernels.prediction_loss import prediction_loss_scale_triton, prediction_loss_triton
     from jepa_kernels.predictor_tokens import predictor_tokens_backward_triton, predictor_tokens_triton
-    from jepa_kernels.vicreg import vicreg_backward_triton, vicreg_moments_triton, vicreg_products_triton
+    from jepa_kernels.vicreg import vicreg_moments_triton
 
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def x(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return empty(*shape, dtype=dtype, offset=offset)
 
     def index(*shape: int) -> torch.Tensor:
-        return empty(*shape, dtype=torch.int64)
+        return x(*shape, dtype=torch.int64)
 
-    def products(gram: bool, precision: str) -> None:
-        z, mean, scale = empty(rows, M, D), empty(M, D, dtype=fp32), empty(dtype=fp32)
-        _, matrix = vicreg_products_triton(z, mean, rows, gram, True, precision)
-        vicreg_backward_triton(z, mean, matrix, mean, scale, scale, gram, 0, B, precision)
-
-    fp32, bf16, uint8 = torch.float32, torch.bfloat16, torch.uint8
-    rows = 16 * B  # of sixteen ranks
-    weight = [empty(4 * D, D, dtype=fp32)]
-    step = torch.ones(1, 6), 0.9, 0.999, 1e-8
+    B, N, Kc, Kt, M, D, Dp, P, R, W = sizes
+    wide = torch.promote_types(dtype, torch.float32)
+    precision = "ieee" if dtype == torch.float64 else "tf32"
+    side = P * max(1, math.isqrt(N))
+    images = x(B, 3, side, side, dtype=torch.uint8)
     unit = [1.0, 1.0, 1.0]
-    return {
-        "gather": lambda: gather_triton(empty(B, N, D), index(B, Kc)),
-        "gather backward": lambda: gather_backward_triton(empty(B, Kc, D), index(B, Kc), N),
-        "patchify": lambda: patchify_triton(empty(B, 3, 224, 224, dtype=uint8), index(B, Kc), unit, unit, 14, bf16),
-        "patchify all": lambda: patchify_triton(
-            empty(B, 224, 224, 3, dtype=uint8).permute(0, 3, 1, 2), None, unit, unit, 14, bf16
-        ),
+    weight, half = [x(W, dtype=torch.float32)], [x(W, dtype=dtype)]
+    step = torch.ones(1, 6), 0.9, 0.999, 1e-8
+    calls = {
+        "gather": lambda: gather_triton(x(B, N, D), index(B, Kc)),
+        "gather backward": lambda: gather_backward_triton(x(B, Kc, D), index(B, Kc), N),
+        "patchify": lambda: patchify_triton(images, index(B, Kc), unit, unit, P, dtype),
+        "patchify all": lambda: patchify_triton(images.permute(0, 2, 3, 1).mT.mT, None, unit, unit, P, dtype),
         "predictor_tokens": lambda: predictor_tokens_triton(
-            empty(B, Kc, Dp), index(B, Kc), index(M, B, Kt), empty(N, Dp, dtype=fp32), empty(Dp, dtype=fp32)
+            x(B, Kc, Dp), index(B, Kc), index(M, B, Kt), x(N, Dp, dtype=wide), x(Dp, dtype=wide)
         ),
-        "predictor_tokens backward": lambda: predictor_tokens_backward_triton(empty(M * B, Kc + Kt, Dp), M, B, Kc),
-        "prediction_loss": lambda: prediction_loss_triton(empty(M * B, Kt, D), empty(B, N, D), index(M, B, Kt), True),
-        "prediction_loss float64": lambda: prediction_loss_triton(
-            empty(B, Kt, Dp, dtype=torch.float64), empty(B, N, Dp, dtype=torch.float64), index(1, B, Kt), True
+        "predictor_tokens backward": lambda: predictor_tokens_backward_triton(x(M * B, Kc + Kt, Dp), M, B, Kc),
+        "prediction_loss": lambda: prediction_loss_triton(x(M * B, Kt, D), x(B, N, D), index(M, B, Kt), True),
+        "prediction_loss scale": lambda: prediction_loss_scale_triton(
+            x(M * B, Kt, D), torch.empty(M, dtype=wide, device="meta")
         ),
-        "prediction_loss scale": lambda: prediction_loss_scale_triton(empty(M * B, Kt, D), empty(M, dtype=fp32)),
-        "vicreg": lambda: vicreg_moments_triton(empty(B, M, D)),
-        "vicreg covariance ieee": lambda: products(False, "ieee"),
-        "vicreg covariance tf32x3": lambda: products(False, "tf32x3"),
-        "vicreg covariance tf32": lambda: products(False, "tf32"),
-        "vicreg gram tf32": lambda: products(True, "tf32"),
-        "ema": lambda: ema_triton(weight, weight, torch.tensor(0.004)),
-        "adamw_ema": lambda: adamw_ema_triton(*[weight] * 5, [], [], *step),
-        "adamw_ema bf16": lambda: adamw_ema_triton(
-            weight, [weight[0].to(bf16)], *[weight] * 3, *[[weight[0].to(bf16)]] * 2, *step
-        ),
+        "vicreg": lambda: vicreg_moments_triton(x(R, M, D)),
+        "vicreg covariance": lambda: products(x(R, M, D), False, precision),
+        "vicreg gram": lambda: products(x(R, M, D), True, precision),
+        "vicreg in parts": lambda: products(x(R, M, min(D, 128)), False, precision),
+    }
+    if dtype in _CODES:
+        calls |= {
+            "ema": lambda: ema_triton(weight, half, torch.tensor(0.004)),
+            "adamw_ema": lambda: adamw_ema_triton(weight, half, *[weight] * 3, half, half, *step),
+        }
+    return {f"{name}{label}": call for name, call in calls.items()}
+
+
+def products(z: Any, gram: bool, precision: str) -> None:
+    import torch
+
+    from jepa_kernels.vicreg import vicreg_backward_triton, vicreg_products_triton
+
+    wide = torch.promote_types(z.dtype, torch.float32)
+    mean, scale = empty(*z.shape[1:], dtype=wide), empty(1, dtype=wide)
+    _, matrix = vicreg_products_triton(z, mean, len(z), gram, True, precision)
+    vicreg_backward_triton(z, mean, matrix, mean, scale, scale, gram, 0, -(-len(z) // 16), precision)
+
+
+def paths() -> dict[str, Callable[[], Any]]:
+    """Beside the usual ones."""
+    import torch
+
+    from jepa_kernels.adamw_ema import adamw_ema_triton
+    from jepa_kernels.ema import ema_triton
+
+    z = empty(H14.R, H14.M, H14.D, dtype=torch.bfloat16)
+    weight = [empty(H14.W, dtype=torch.float32)]
+    step = torch.ones(1, 6), 0.9, 0.999, 1e-8
+    return {
+        "vicreg covariance ieee": lambda: products(z, False, "ieee"),
+        "vicreg covariance tf32x3": lambda: products(z, False, "tf32x3"),
+        "ema float32, momentum on the device": lambda: ema_triton(weight, weight, empty(1, dtype=torch.float32)),
+        "adamw_ema float32, no copies": lambda: adamw_ema_triton(*[weight] * 5, [], [], *step),
     }
 
 
@@ -109,11 +171,14 @@ def resources(kernel: Any) -> dict[str, Any]:
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
+    accesses = re.findall(r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
     products = re.search(r"wgmma\.mma_async|mma\.sync", kernel.asm["ptx"])
     return {
         "registers": used["REG"],
         "shared": kernel.metadata.shared,
         "spilled": used["STACK"] + used["LOCAL"],
+        "asserts": "__assertfail" in kernel.asm["ptx"],
+        "widest": max(int(n or 1) * int(bits) // 8 for n, bits in accesses),
         "products": products[0] if products else "fma" if "tt.dot" in kernel.asm["ttir"] else None,
     }
 
@@ -135,10 +200,11 @@ def compile_all() -> dict[str, Any]:
         return launch
 
     JITFunction.__getitem__ = compile_instead
-    for target in (80, 90):
-        triton.runtime.driver.set_active(Driver(target))
-        for label, call in launches().items():  # noqa: B007 (`launch` above reads the label)
-            call()
+    for targets, calls in launches().items():
+        for target in map(int, targets.split()):
+            triton.runtime.driver.set_active(Driver(target))
+            for label, call in calls.items():  # noqa: B007 (`launch` above reads the label)
+                call()
     modules = [module for name, module in sys.modules.items() if name.startswith("jepa_kernels.")]
     functions = {x.__name__: x.src for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
     bodies = [src.split(":\n", 1)[1] for src in functions.values()]
@@ -169,6 +235,17 @@ def test_every_kernel_is_compiled(compiled, committed):
 
 def test_nothing_is_spilled(compiled):
     assert not [name for name, row in compiled["kernels"].items() if row["spilled"]]
+
+
+def test_wide_accesses_and_assertions_stay(compiled, committed):
+    """Triton drops both without a word: 16-byte accesses where it cannot prove alignment, and every assertion that is
+    not launched for debugging."""
+    for name, row in compiled["kernels"].items():
+        assert row["asserts"] == committed["kernels"][name]["asserts"], name
+        assert row["widest"] >= committed["kernels"][name]["widest"], name
+    asserting = {name.split(": ")[1].split(" ")[0] for name, row in compiled["kernels"].items() if row["asserts"]}
+    functions = [part for path in PACKAGE.glob("**/*.py") for part in path.read_text().split("\ndef ")]
+    assert asserting == {part.split("(")[0] for part in functions if "tl.device_assert(" in part}
 
 
 def test_registers_and_shared_memory_stay_within_the_table(compiled, committed):

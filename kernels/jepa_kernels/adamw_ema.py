@@ -312,42 +312,65 @@ def _adamw_ema_kernel(
     row = rows + r * 8
     left = tl.load(row) - start
     c = coefficients + r * 6
-    decay, lr, rsqrt_bias2 = tl.load(c), tl.load(c + 1), tl.load(c + 2)
-    weight, scale, apply = tl.load(c + 3), tl.load(c + 4), tl.load(c + 5)
-    offset = tl.arange(0, BLOCK)
     addresses = tl.load(row + 1)
     for column in tl.static_range(2, 8):
         addresses |= tl.load(row + column)
     wide = (left >= BLOCK) & (addresses % 16 == 0)
-    for WIDE in tl.static_range(2):  # a mask would break the wide loads of a whole block into single elements
-        if (apply != 0) & (wide == WIDE):
-            mask = None if WIDE else offset < left
-            p_at = at(tl.load(row + 1), tl.float32, start, WIDE) + offset
-            g_at = at(tl.load(row + 2), GRAD, start, WIDE) + offset
-            m_at = at(tl.load(row + 3), tl.float32, start, WIDE) + offset
-            v_at = at(tl.load(row + 4), tl.float32, start, WIDE) + offset
-            e_at = at(tl.load(row + 5), tl.float32, start, WIDE) + offset
-            g = tl.load(g_at, mask=mask).to(tl.float32) * scale
-            m = tl.load(m_at, mask=mask)
-            v = tl.load(v_at, mask=mask)
-            p = tl.load(p_at, mask=mask)
-            if EMA:
-                e = tl.load(e_at, mask=mask)
-            m = lerp(m, g, beta1_c)
-            v = lerp(v, g * g, beta2_c)
-            p -= decay * p + lr * m / (tl.sqrt(v) * rsqrt_bias2 + eps)
-            tl.store(m_at, m, mask=mask)
-            tl.store(v_at, v, mask=mask)
-            tl.store(p_at, p, mask=mask)
-            if WEIGHT_COPY is not None:
-                copy_at = at(tl.load(row + 6), WEIGHT_COPY, start, WIDE) + offset
-                tl.store(copy_at, p.to(WEIGHT_COPY), mask=mask)
-            if EMA:
-                e = lerp(e, p, weight)
-                tl.store(e_at, e, mask=mask)
-                if EMA_COPY is not None:
-                    copy_at = at(tl.load(row + 7), EMA_COPY, start, WIDE) + offset
-                    tl.store(copy_at, e.to(EMA_COPY), mask=mask)
+    for WIDE in tl.static_range(2):  # a mask, or an odd address, would break wide loads into single elements
+        if (tl.load(c + 5) != 0) & (wide == WIDE):
+            PIECE: tl.constexpr = BLOCK if WIDE else BLOCK // 4  # single elements take more registers
+            for k in range(0, BLOCK, PIECE):
+                _update(
+                    row, c, start + k, left - k, beta1_c, beta2_c, eps,
+                    GRAD, EMA, WEIGHT_COPY, EMA_COPY, WIDE, PIECE,
+                )  # fmt: skip
+
+
+@triton.jit
+def _update(
+    row,
+    c,
+    start,
+    left,
+    beta1_c,
+    beta2_c,
+    eps,
+    GRAD: tl.constexpr,
+    EMA: tl.constexpr,
+    WEIGHT_COPY: tl.constexpr,
+    EMA_COPY: tl.constexpr,
+    WIDE: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    decay, lr, rsqrt_bias2, weight, scale = tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
+    offset = tl.arange(0, PIECE)
+    mask = None if WIDE else offset < left
+    p_at = at(tl.load(row + 1), tl.float32, start, WIDE) + offset
+    g_at = at(tl.load(row + 2), GRAD, start, WIDE) + offset
+    m_at = at(tl.load(row + 3), tl.float32, start, WIDE) + offset
+    v_at = at(tl.load(row + 4), tl.float32, start, WIDE) + offset
+    e_at = at(tl.load(row + 5), tl.float32, start, WIDE) + offset
+    g = tl.load(g_at, mask=mask).to(tl.float32) * scale
+    m = tl.load(m_at, mask=mask)
+    v = tl.load(v_at, mask=mask)
+    p = tl.load(p_at, mask=mask)
+    if EMA:
+        e = tl.load(e_at, mask=mask)
+    m = lerp(m, g, beta1_c)
+    v = lerp(v, g * g, beta2_c)
+    p -= decay * p + lr * m / (tl.sqrt(v) * rsqrt_bias2 + eps)
+    tl.store(m_at, m, mask=mask)
+    tl.store(v_at, v, mask=mask)
+    tl.store(p_at, p, mask=mask)
+    if WEIGHT_COPY is not None:
+        copy_at = at(tl.load(row + 6), WEIGHT_COPY, start, WIDE) + offset
+        tl.store(copy_at, p.to(WEIGHT_COPY), mask=mask)
+    if EMA:
+        e = lerp(e, p, weight)
+        tl.store(e_at, e, mask=mask)
+        if EMA_COPY is not None:
+            copy_at = at(tl.load(row + 7), EMA_COPY, start, WIDE) + offset
+            tl.store(copy_at, e.to(EMA_COPY), mask=mask)
 
 
 def adamw_ema_triton(

@@ -6,9 +6,11 @@ of a view do not depend on its partner, and the squared distances between all vi
 so M covariances stand for 2*M*(M-1). Where rows are fewer than channels, the covariance (D x D) gives way to
 the Gram matrix (G x G), which has the same norm and gives the same gradient.
 
-The covariance is computed a tile at a time, mirrored tiles once, and only its squares are kept. When a gradient
-is wanted one matrix per view stays: min(G, D)^2 in float32, never more than a float32 copy of z. Computing it again
-instead would add half to the FLOPs of the backward. The CPU kernel is in csrc/vicreg.cpp.
+The covariance is computed a tile at a time, mirrored tiles once, and only its squares are kept; sums that are cut into
+parts pass through at most 256 tiles (4 MiB). When a gradient is wanted one matrix per view stays until the backward:
+M * min(G, D)^2 numbers in float32, never more than a float32 copy of z, beside z itself and two [M, D]. Computing it
+again instead would add half to the FLOPs of the backward. The CPU kernel is in csrc/vicreg.cpp: there BLAS multiplies,
+and the matrix and a float32 copy of z exist during the call.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -436,7 +438,7 @@ def vicreg_products_triton(
     z = _unit_stride(z)
     N, M, D = z.shape
     side, length, strides = (N, D, (z.stride(0), 1)) if gram else (D, N, (1, z.stride(0)))
-    block, block_k = 64, _block_k(precision)
+    block, block_k = 256 // mean.itemsize, _block_k(precision)
     tiles = triton.cdiv(side, block)
     upper = tiles * (tiles + 1) // 2
     # Few tiles with long sums (small batch, wide projector) would leave a GPU idle: sum in parts then, at most 256
