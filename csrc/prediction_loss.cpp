@@ -67,10 +67,6 @@ JEPA_VECTOR_CLONES void multiply(T* x, Wide<T> weight, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] = static_cast<T>(static_cast<Wide<T>>(x[i]) * weight);
 }
 
-ScalarType wide_of(const Tensor& x) {
-    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // 1 / numel as the fraction that the gradient is stored with and, for float16, the power of two that it is not.
 std::pair<double, double> unit(const Tensor& pred) {
     const double mean = 1.0 / static_cast<double>(std::max<int64_t>(pred.numel(), 1));
@@ -94,8 +90,7 @@ std::tuple<Tensor, Tensor> prediction_loss(const Tensor& pred_QKD, const Tensor&
     const Tensor index = torch::stable::contiguous(index_MBK);
     const auto* chosen = checked_index(index, target.size(1), "prediction_loss: index");
     const Tensor losses = torch::stable::new_empty(pred, {M}, wide_of(pred));
-    const Tensor grad =
-        with_grad ? torch::stable::new_empty(pred, {M * B, K, D}) : torch::stable::new_empty(pred, {0});
+    const Tensor grad = with_grad ? torch::stable::new_empty(pred, {M * B, K, D}) : torch::stable::new_empty(pred, {0});
     dispatch(pred.scalar_type(), [&](auto pred_type) {
         dispatch(target.scalar_type(), [&](auto target_type) {
             using P = decltype(pred_type);
