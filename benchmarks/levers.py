@@ -15,7 +15,7 @@ REFERENCES = {
     "patchify": ["patchify"],
     "gather": ["gather", "gather_backward"],
     "predictor_tokens": ["predictor_tokens", "predictor_tokens_backward"],
-    "prediction_loss": ["prediction_loss", "prediction_loss_backward"],
+    "prediction_loss": ["prediction_loss", "prediction_loss_scale_"],
     "vicreg": ["vicreg_moments", "vicreg_products", "vicreg_backward"],
 }
 
@@ -38,7 +38,7 @@ def references(device: torch.device) -> Iterator[None]:
         warnings.simplefilter("ignore")  # that a kernel is overridden
         for module, names in REFERENCES.items():
             for name in names:
-                reference = getattr(importlib.import_module(f"jepa_kernels.{module}"), f"{name}_ref")
+                reference = getattr(importlib.import_module(f"jepa_kernels.{module}"), f"{name.rstrip('_')}_ref")
                 library.impl(name, reference, device.type.upper())
     try:
         yield
