@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from jepa import masks
-from jepa.config import KEYS, Config, parse_config
+from jepa.config import Config, parse_config
 
 REFERENCES = {
     "patchify": ["patchify"],
@@ -69,20 +69,18 @@ LEVERS = {
     "prefetch": Lever("batches made ready ahead; without: when they are asked for", mode="train"),
     "compile": Lever("torch.compile; without: eager", ("engine.compile=false",)),
     "attention": Lever("attention that is not materialised; without: plain products", ("engine.attention=math",)),
-    "dead_compute": Lever("rows that nobody reads are not computed; without: all are", ("engine.dead_compute=true",)),
+    "dead_compute": Lever("rows that no loss reads are left out; without: computed", ("engine.dead_compute=true",)),
 }
 
 
-def switchable(config: Config, mode: str) -> dict[str, Lever]:
-    """The levers that this config has on and `mode` exercises."""
-    found = {}
-    for name, lever in LEVERS.items():
-        keys = [override.partition("=")[0] for override in lever.overrides]
-        if mode == lever.mode and all(key in KEYS for key in keys):
-            if keys and without(config, [lever]) == config:
-                continue
-            found[name] = lever
-    return found
+def switchable(config: Config, mode: str, device_type: str) -> dict[str, Lever]:
+    """The levers that this config has on, on this kind of device, and `mode` exercises."""
+    off = {"compile": not config.compiles(device_type)}
+    return {
+        name: lever
+        for name, lever in LEVERS.items()
+        if lever.mode == mode and not off.get(name, bool(lever.overrides) and without(config, [lever]) == config)
+    }
 
 
 def without(config: Config, levers: list[Lever]) -> Config:

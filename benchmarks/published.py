@@ -66,6 +66,8 @@ class Published:
             raise ConfigError(["loss.objective: the published code knows ijepa alone: give loss.objective=ijepa"])
         if config.vit != SIZES[config.meta.model_name] or config.predictor.num_heads != config.vit.num_heads:
             raise ConfigError(["meta: the published code has the named sizes only, the predictor with the same heads"])
+        if config.mask.mode == "packed":
+            raise ConfigError(["mask.mode: the published code cuts contexts to one length: give reference or unbiased"])
         self.code, self.config, self.device = checkout(path), config, device
         encoder, predictor = self.code.helper.init_model(
             device, config.mask.patch_size, config.meta.model_name, config.data.crop_size, config.meta.pred_depth,

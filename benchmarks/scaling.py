@@ -169,7 +169,7 @@ def one_rank(rank: int, world_size: int, folder: str, configs: list[Config]) -> 
     count_collectives(seen)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    ranks = distributed.Ranks(rank, world_size, torch.device("cpu"))
+    ranks = distributed.Ranks(rank, world_size, torch.device("cpu"), store, dist.group.WORLD)
     found = [step_bytes(config, ranks, seen) for config in configs]
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))

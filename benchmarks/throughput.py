@@ -12,7 +12,8 @@ as it is, the same with every lever off, and the published code. Contenders take
 A step's work is that of its matrix products, 2 per multiply-add, for the tokens that its masks really kept
 (jepa/budget.py: a block of width D and MLP width F on n tokens is n (8 D^2 + 4 D F) + 4 n^2 D; a backward is twice its
 forward). MFU is work / time / the rate of a large matrix product in the same dtype, measured in the same run, and / the
-data sheet's where it is known. A recompilation after the warm-up fails the run.
+data sheet's where it is known; work that no loss reads counts for nobody. A recompilation after the warm-up fails the
+run.
 """
 
 import argparse
@@ -44,11 +45,13 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from jepa import distributed, zero
-from jepa.budget import flops_per_image
+from jepa.budget import Kept, flops_per_image
 from jepa.config import Config, ConfigError, load_config, parse_config
-from jepa.data import Batch, Loader, open_images
+from jepa.data import Batch
 from jepa.masks import sample_masks
-from train import start_model, take_step
+from jepa.replay import masks_of
+from jepa.tokens import target_rows
+from train import open_loader, start_model, take_step
 
 MODES = ("data", "model", "train")
 TOLERANCE = 1e-5  # of fp32 losses, relative
@@ -64,11 +67,11 @@ class BenchmarkError(RuntimeError):
 class Synthetic:
     """Smooth random images, the same ones for every contender: micro-batch k of step s is always the same."""
 
-    def __init__(self, config: Config, device: torch.device, accumulation: int, kept: int = 4) -> None:
+    def __init__(self, config: Config, device: torch.device, accumulation: int, number: int = 4) -> None:
         S, B = config.data.crop_size, config.data.batch_size
         generator = torch.Generator().manual_seed(config.engine.seed)
         self.accumulation, self.pool = accumulation, []
-        for _ in range(kept):
+        for _ in range(number):
             coarse = torch.rand(B, 3, max(2, S // 16), max(2, S // 16), generator=generator)
             smooth = F.interpolate(coarse, [S, S], mode="bicubic").clamp(0, 1)
             self.pool.append((255 * smooth).byte().permute(0, 2, 3, 1).contiguous().to(device))
@@ -87,7 +90,7 @@ class Times:
 
     peak: int = 0
     seconds: list[float] = field(default_factory=list)
-    tokens: list[tuple[int, int]] = field(default_factory=list)
+    tokens: list[Kept] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=dict)
     waited: float = 0.0
 
@@ -109,7 +112,6 @@ class Engine:
             start = self.clock.mark()
             zero.schedule(self.engine, *NUMBERS)
             done = take_step(self.config, self.ranks, self.engine, self.teacher, batches, step)
-            self.last_tokens = done.kept
             return start, self.clock.mark(), done.losses[-1].total.detach()
 
     @contextlib.contextmanager
@@ -153,11 +155,8 @@ class Reference:
 
     def run(self, step: int, batches: Batches) -> tuple[Any, Any, float]:
         _, micro, batch = next(batches)
-        B, device = self.config.data.batch_size, self.ranks.device
-        first = (micro * self.ranks.world_size + self.ranks.rank) * B
-        masks = sample_masks(self.config.mask_spec, seed=self.config.engine.seed, step=step, first=first, batch=B)
+        device, masks = self.ranks.device, masks_of(self.config, self.ranks, step, micro)
         context, target = ([*blocks.to(device)] for blocks in (masks.context, masks.target))
-        self.last_tokens = (masks.context.shape[-1], masks.target.shape[-1])
         pixels = as_floats(batch.images, self.config)
         start = self.clock.mark()
         loss, middle = self.code.step(pixels, context, target, NUMBERS, self.clock)
@@ -176,7 +175,9 @@ Contender = Engine | Reference
 
 
 def fp32(config: Config) -> Config:
-    return parse_config(config.model_dump(), ["meta.use_bfloat16=false", "engine.precision=null"])
+    attention = "sdpa" if config.engine.attention == "flash_attn" else config.engine.attention  # it has no fp32
+    changes = ["meta.use_bfloat16=false", "engine.precision=null", f"engine.attention={attention}"]
+    return parse_config(config.model_dump(), changes)
 
 
 def losses(make: Callable[[], Contender], images: Synthetic, steps: int = 3) -> list[float]:
@@ -200,6 +201,17 @@ def check(makers: dict[str, Callable[[Config], Contender]], config: Config, imag
     return errors
 
 
+def kept(config: Config, ranks: distributed.Ranks, step: int) -> Kept:
+    """Patches of an image in a context, in a target and in the rows that the targets need, in a step of this rank."""
+    found = []
+    for micro in range(config.batch(ranks.world_size).accumulation):
+        masks = masks_of(config, ranks, step, micro)
+        contexts = config.mask.num_enc_masks * config.data.batch_size
+        rows = target_rows(masks.target, config.grid**2)[2]
+        found.append((masks.context.numel() / contexts, masks.target.shape[-1], rows))
+    return Kept(*(statistics.mean(column) for column in zip(*found, strict=True)))
+
+
 def measure(contenders: list[Contender], images: Synthetic, first: int, steps: int, block: int, bar: tqdm) -> None:
     """Times `steps` steps of each, in turns of `block`, every contender on the same steps."""
     for round_ in range(0, steps, block):
@@ -207,11 +219,12 @@ def measure(contenders: list[Contender], images: Synthetic, first: int, steps: i
         for contender in turn:
             contender.clock.drain()
             marks = []
-            for step in range(first + round_, first + min(steps, round_ + block)):
+            steps_now = range(first + round_, first + min(steps, round_ + block))
+            for step in steps_now:
                 marks.append(contender.run(step, images.batches(step))[:2])
-                contender.times.tokens.append(contender.last_tokens)
                 bar.update()
             contender.times.seconds += [contender.clock.seconds(*span) for span in marks]
+            contender.times.tokens += [kept(contender.config, contender.ranks, step) for step in steps_now]
 
 
 def start(make: Callable[[], Contender], images: Synthetic, warmup: int, device: torch.device) -> Contender:
@@ -270,8 +283,8 @@ def figures(contender: Contender, rates: dict[str, float | None]) -> dict[str, A
         "p50_ms": 1e3 * statistics.median(ordered),
         "p95_ms": 1e3 * ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))],
         "gflop_per_image": statistics.mean(work) / images / 1e9,
-        "context_tokens": statistics.mean(kept for kept, _ in times.tokens),
-        "target_tokens": statistics.mean(kept for _, kept in times.tokens),
+        "context_tokens": statistics.mean(tokens.context for tokens in times.tokens),
+        "target_tokens": statistics.mean(tokens.target for tokens in times.tokens),
         "peak_bytes": times.peak,
         "data_wait_ms": 1e3 * times.waited / len(ordered),
         "parts_ms": {name: 1e3 * statistics.median(values) for name, values in times.parts.items()},
@@ -288,29 +301,9 @@ def paired(contender: Contender, base: Contender) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def loader_of(config: Config, ranks: distributed.Ranks) -> Loader:
-    data = config.data
-    return Loader(
-        open_images(data.folder),
-        crop_size=data.crop_size,
-        crop_scale=data.crop_scale,
-        horizontal_flip=data.use_horizontal_flip,
-        batch_size=data.batch_size,
-        accumulation=config.batch(ranks.world_size).accumulation,
-        seed=config.engine.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=ranks.device,
-        decoder=data.decoder,
-        num_workers=data.num_workers,
-        prefetch=data.prefetch,
-        max_bad_fraction=data.max_bad_fraction,
-    )
-
-
 def data_rate(config: Config, ranks: distributed.Ranks, steps: int) -> float:
     """Images/s of the loader of this rank with nothing else running, after a step of warm-up."""
-    batches = loader_of(config, ranks).batches(0, steps + 1)
+    batches = open_loader(config, ranks).batches(0, steps + 1)
     micro, accumulation, _ = config.batch(ranks.world_size)
     for _ in range(accumulation):
         next(batches)
@@ -322,7 +315,7 @@ def data_rate(config: Config, ranks: distributed.Ranks, steps: int) -> float:
 
 def train_steps(contender: Engine, steps: int, warmup: int, ahead: bool, bar: tqdm) -> None:
     """Times whole steps, images from files. `ahead`: as the loader makes them, else one by one when asked for."""
-    loader = loader_of(contender.config, contender.ranks)
+    loader = open_loader(contender.config, contender.ranks)
 
     def one_by_one() -> Batches:
         for step, micro in itertools.product(range(warmup + steps), range(loader.accumulation)):
@@ -338,9 +331,9 @@ def train_steps(contender: Engine, steps: int, warmup: int, ahead: bool, bar: tq
     waited, marks = loader.wait_seconds, [contender.clock.mark()]
     for step in range(warmup, warmup + steps):
         marks.append(contender.run(step, batches)[1])
-        contender.times.tokens.append(contender.last_tokens)
         bar.update()
     contender.times.seconds = [contender.clock.seconds(a, b) for a, b in itertools.pairwise(marks)]
+    contender.times.tokens = [kept(contender.config, contender.ranks, s) for s in range(warmup, warmup + steps)]
     contender.times.waited = loader.wait_seconds - waited
 
 
@@ -355,7 +348,7 @@ def sampler_ms(config: Config, steps: int = 50) -> float:
 def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks, say: Callable[[str], None]) -> dict:
     device, dtype = ranks.device, torch.bfloat16 if config.precision == "bf16" else torch.float32
     images = Synthetic(config, device, config.batch(ranks.world_size).accumulation)
-    levers = switchable(config, "model")
+    levers = switchable(config, "model", device.type)
     wanted = [*levers] if "all" in args.without else [name for name in args.without if LEVERS[name].mode == "model"]
     if absent := [name for name in wanted if name not in levers]:
         raise ConfigError([f"--without {name}: this config does not have it on" for name in absent])

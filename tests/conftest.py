@@ -7,6 +7,7 @@ ones when a failure is looked at again. `JEPA_TEST_SEED=random`, or a number, dr
 import hashlib
 import os
 import random
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,7 +21,7 @@ if not torch.cuda.is_available():
 
 def chosen_seed() -> str:
     seed = os.environ.get("JEPA_TEST_SEED", "")
-    if not seed:
+    if not seed and shutil.which("git"):
         head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         seed = subprocess.run(head, capture_output=True, text=True).stdout.strip()
     return seed if seed and seed != "random" else f"{random.SystemRandom().getrandbits(32)}"
@@ -41,11 +42,20 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"inputs drawn from JEPA_TEST_SEED={os.environ['JEPA_TEST_SEED']}")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def inputs_of_the_modules_own_fixtures(request):
+    seed(request.node)
+
+
 @pytest.fixture(autouse=True)
 def inputs_of_its_own(request):
-    seed = number(os.environ["JEPA_TEST_SEED"] + request.node.nodeid)
-    random.seed(seed)
-    torch.manual_seed(seed)
+    seed(request.node)
+
+
+def seed(node):
+    of = number(os.environ["JEPA_TEST_SEED"] + node.nodeid)
+    random.seed(of)
+    torch.manual_seed(of)
 
 
 @pytest.fixture(autouse=True)

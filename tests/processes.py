@@ -80,7 +80,7 @@ def start(world_size: int, folder: Path, *words: object, fault: Callable[[int], 
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     folder.parent.mkdir(parents=True, exist_ok=True)
-    given = [*map(str, words), f"logging.folder={folder}"]
+    given = [f"logging.folder={folder}", *map(str, words)]
     run = Run([], [])
     for rank in range(world_size):
         environment = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -380,6 +381,42 @@ def test_under_ddp(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def ddp_rank(rank: int, folder: Path) -> None:
+    """Steps a model under DDP, and beside it the same gradients outside of any bucket."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
+    torch.manual_seed(int((folder / "seed").read_text()))
+    model = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.GELU(), torch.nn.Linear(13, 3))
+    parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    halves = [torch.randn(3, 5, 7) for _ in range(2)]
+    odd, done = 0, []
+    for operator in (OP, adamw_ema_triton if DEVICE == "cpu" else OP):
+        torch.ops.jepa_kernels.adamw_ema_ = operator
+        params = [*model.parameters()]
+        apart = twins(params)
+        optimizers = [AdamWEMA(params), AdamWEMA(apart)]
+        for x in halves[rank]:
+            optimizers[0].zero_grad()
+            parallel(x).square().mean().backward()
+            for p, q in zip(params, apart, strict=True):
+                odd += p.grad.data_ptr() % 16 != 0
+                q.grad = p.grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert equal(*map(everything, optimizers))
+        done += everything(optimizers[0])
+    assert odd, "no gradient lay at an odd address: nothing was tested"
+    torch.save(done, folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_under_ddp_on_two_ranks(tmp_path):
+    """Gradients at odd addresses, views into DDP's buckets, step like any others; ranks stay the same."""
+    (tmp_path / "seed").write_text(str(torch.randint(2**31, ()).item()))
+    torch.multiprocessing.spawn(ddp_rank, (tmp_path,), nprocs=2)
+    assert equal(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)))
+
+
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
 def test_opcheck(device):
     def lists(*like: Tensor) -> list[Tensor]:
@@ -418,6 +455,120 @@ def test_a_step_compiles_whole(device):
         optimizers[1].step()
     for a, b in zip(*map(everything, optimizers), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+def test_a_compiled_step_follows_its_tensors(device):
+    """Numbers are constants to torch.compile; tensors change in place and nothing is compiled again."""
+    compiled = parameters(device, SHAPES[:4])
+    eager = twins(compiled)
+    tensors = {name: torch.tensor(0.5, dtype=torch.float64) for name in ("lr", "weight_decay", "momentum")}
+    optimizers = [AdamWEMA(compiled, **tensors), AdamWEMA(eager, 0.5, weight_decay=0.5, momentum=0.5)]
+    set_gradients(compiled, eager)
+    for optimizer in optimizers:
+        optimizer.step()  # makes the state
+    step = torch.compile(lambda: optimizers[0].step(), fullgraph=True)
+    for i in range(5):
+        for name, tensor in tensors.items():
+            tensor.uniform_()
+            optimizers[1].param_groups[0][name] = tensor.item()
+        with torch.no_grad():
+            for p, q in zip(compiled, eager, strict=True):
+                p.grad.normal_()
+                q.grad.copy_(p.grad)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            step()
+        optimizers[1].step()
+        for a, b in zip(*map(everything, optimizers), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_steps_are_counted_in_float32(capturable):
+    """bfloat16 would stand still at 256."""
+    p = Parameter(torch.randn(1))
+    p.grad = torch.ones(1)
+    optimizer = AdamWEMA([p], capturable=capturable)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for _ in range(300):
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[p]["step"] == 300
+
+
+def test_the_average_may_be_the_callers_tensor():
+    params = parameters()
+    twin, teacher = twins(params), twins(params)
+    optimizers = [AdamWEMA(params), AdamWEMA(twin)]
+    for p, average in zip(params, teacher, strict=True):
+        optimizers[0].state[p]["ema"] = average
+    for _ in range(2):
+        set_gradients(params, twin)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert equal([t.detach() for t in teacher], [optimizers[1].state[p]["ema"] for p in twin])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has no graphs")
+def test_on_a_gpu_a_whole_step_is_captured():
+    """Forward, backward and step in one graph, whose gradients lie where the graph put them."""
+    model = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.GELU(), torch.nn.Linear(13, 3)).cuda()
+    twin = copy.deepcopy(model)
+    optimizers = [AdamWEMA(each.parameters(), capturable=True) for each in (model, twin)]
+    x = torch.randn(5, 7, device="cuda")
+
+    def step(model: torch.nn.Module, optimizer: AdamWEMA) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(model, optimizers[0])
+    torch.cuda.synchronize()
+    step(twin, optimizers[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(model, optimizers[0])
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        step(twin, optimizers[1])
+    assert equal(*map(everything, optimizers))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has no graphs")
+@pytest.mark.parametrize(("capturable", "warm"), [(False, True), (True, False)])
+def test_on_a_gpu_a_capture_that_cannot_be_is_refused_in_time(capturable, warm):
+    params = parameters("cuda")
+    optimizer = AdamWEMA(params, capturable=capturable)
+    set_gradients(params)
+    if warm:
+        optimizer.step()
+    before = everything(optimizer)
+    with (
+        pytest.raises(RuntimeError, match="capturable=True and take one step"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    assert equal(before, everything(optimizer))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 40 GB")
+def test_addresses_beyond_32_bits_on_a_gpu():
+    n = 2**31 + 1029
+    p = Parameter(torch.zeros(n, device="cuda"))
+    p.grad_dtype = torch.bfloat16
+    p.grad = torch.zeros(n, device="cuda", dtype=torch.bfloat16)
+    p.grad[-5:] = 1.0
+    optimizer = AdamWEMA([p], lr=0.5, momentum=0.5)
+    optimizer.step()
+    last = p.detach()[-5:], optimizer.state[p]["ema"][-5:]
+    for tensor, value in zip(last, (-0.5, -0.25), strict=True):
+        torch.testing.assert_close(tensor.cpu(), torch.full((5,), value))
+    assert not p.detach()[:-5].any() and not optimizer.state[p]["ema"][:-5].any()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has no queue to wait for and no graphs")
@@ -472,6 +623,21 @@ def test_bad_options_are_named(options, names):
         AdamWEMA([{"params": [Parameter(torch.ones(2))], **options}])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("momentum", float("nan")), ("momentum", 1.5), ("lr", -1.0), ("eps", -1.0)]
+)
+def test_an_option_that_turns_bad_is_named_and_nothing_is_written(name, value):
+    params = parameters()
+    optimizer = AdamWEMA([{"params": params[:4]}, {"params": params[4:]}])
+    set_gradients(params)
+    optimizer.step()
+    before = everything(optimizer)
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        optimizer.step()
+    assert equal(before, everything(optimizer))
+
+
 def bad_parameters() -> list[tuple[Parameter, str]]:
     half, sparse, gaps, double, complex_ = (
         Parameter(torch.ones(4, dtype=torch.bfloat16)),
@@ -516,6 +682,11 @@ def test_bad_copies_and_states_are_named():
     ):
         with pytest.raises(ValueError, match=names):
             optimizer.set_copies(param, **options)
+    two = torch.ones(2, 4, 3)
+    optimizer.set_copies(p, weight=two[0], ema=two[1])
+    for copies in ({"weight": two[0], "ema": two[0]}, {"ema": p.detach()}):
+        with pytest.raises(ValueError, match="share memory"):
+            optimizer.set_copies(p, **copies)
     p.grad = torch.ones(4, 3)
     optimizer.step()
     optimizer.state[p]["ema"] = torch.ones(12)

@@ -186,7 +186,7 @@ def test_compiles_whole(device, dynamic):
         ([torch.ones(2)], [], 0.9, "1 targets, 0 sources"),
         ([torch.ones(2), torch.ones(3)], [torch.ones(2), torch.ones(4)], 0.9, r"sources\[1\].*\(3,\).*\(4,\)"),
         ([torch.ones(2)], [torch.ones(2, dtype=torch.int64)], 0.9, r"int64 for sources\[0\]"),
-        ([torch.ones(2, dtype=torch.float64)], [torch.ones(2)], 0.9, r"float64 for targets\[0\]"),
+        ([torch.ones(2, dtype=torch.complex64)], [torch.ones(2)], 0.9, r"complex64 for targets\[0\]"),
         ([torch.ones(2)], [torch.ones(2, device="meta")], 0.9, r"sources\[0\] on meta"),
         ([torch.ones(4, 4)[:, ::2]], [torch.ones(4, 2)], 0.9, r"targets\[0\] must fill"),
         ([torch.ones(1).expand(4)], [torch.ones(4)], 0.9, r"targets\[0\] must fill"),
@@ -201,6 +201,38 @@ def test_bad_arguments_are_named_and_nothing_is_written(targets, sources, moment
     assert all(bool((t == 1).all()) for t in targets)
 
 
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+def test_float64_beside_the_others(device):
+    """A float64 target is computed in float64; a float64 source is not rounded before it is."""
+    momentum = 0.9999
+    kinds = [(torch.float64, torch.float64), (torch.float64, torch.bfloat16), (torch.float32, torch.float64)]
+    targets = [torch.randn(3, 67, device=device).to(to) for to, _ in [*kinds, *MIXTURES]]
+    sources = [torch.randn(3, 67, device=device).to(of) for _, of in [*kinds, *MIXTURES]]
+    exact = [t.double() * momentum + s.double() * (1 - momentum) for t, s in zip(targets, sources, strict=True)]
+    before = [t.clone() for t in targets]
+    ema_(targets, sources, momentum)
+    for target, answer in zip(targets[:2], exact, strict=False):
+        torch.testing.assert_close(target, answer, rtol=0, atol=1e-15)
+    assert torch.equal(targets[2], exact[2].float())
+    ema_(before[3:], sources[3:], momentum)
+    assert all(torch.equal(a, b) for a, b in zip(targets[3:], before[3:], strict=True))
+
+
+@implementations
+def test_a_tensor_at_an_odd_address_among_others(ema, device):
+    lengths, exact = (3000, 3001, 3000, 3001), []
+    bases = [torch.randn(n + 1, device=device) for n in lengths]
+    targets = [bases[0][1:], bases[1][:-1], bases[2][:-1], bases[3][1:]]
+    sources = [torch.randn(n + 1, device=device)[i % 2 :][:n] for i, n in enumerate(lengths)]
+    exact = [torch.lerp(t.double(), s.double(), 0.25) for t, s in zip(targets, sources, strict=True)]
+    ends = [bases[0][0].item(), bases[1][-1].item(), bases[2][-1].item(), bases[3][0].item()]
+    ema(targets, sources, torch.tensor(0.25))
+    for target, answer in zip(targets, exact, strict=True):
+        assert rms(target.double() - answer) <= 1.25 * rms(answer.float() - answer)
+    assert ends == [bases[0][0].item(), bases[1][-1].item(), bases[2][-1].item(), bases[3][0].item()]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own below")
 def test_addresses_beyond_32_bits(tmp_path):
     """The last block of a tensor of 2**31 + 1029 elements, in a file of holes: nothing but that block is touched."""
     n = 2**31 + 1029
@@ -210,5 +242,14 @@ def test_addresses_beyond_32_bits(tmp_path):
     shifted = source.data_ptr() - 4 * (n - 5)  # the address that its elements would have behind n - 5 others
     table = torch.tensor([[n, target.data_ptr(), shifted, 1, 0]])
     blocks = torch.tensor([[0, (n - 5) // 1024]], dtype=torch.int32)
-    _ema_kernel[(1,)](blocks, table, 0.5, ON_DEVICE=False, ALIGNED=False, BLOCK=1024)
+    _ema_kernel[(1,)](blocks, table, 0.5, ON_DEVICE=False, BLOCK=1024)
     assert target[-5:].tolist() == [2.0] * 5 and target[-6] == 0
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 9 GB")
+def test_addresses_beyond_32_bits_on_a_gpu():
+    n = 2**31 + 1029
+    target, source = (torch.zeros(n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    target[-5:], source[-5:] = 1.0, 3.0
+    ema_([target], [source], 0.5)
+    assert target[-5:].tolist() == [2.0] * 5 and not target[:-5].any()

@@ -70,6 +70,27 @@ def test_the_kernels_import_torch_and_triton_and_no_other_op(path):
         assert beside.isdisjoint(p.stem for p in KERNELS if is_op(p))
 
 
+@named([path for path in KERNELS if is_op(path)])
+def test_every_launch_is_on_its_tensors_device(path):
+    """Triton launches on the current device, which need not be the one that the tensors lie on."""
+    module = tree(path)
+    kernels = {f.name for f in module.body if isinstance(f, ast.FunctionDef) and "triton.jit" in ast.unparse(f)}
+    guarded = {
+        inner
+        for node in ast.walk(module)
+        if isinstance(node, ast.With) and ast.unparse(node.items[0].context_expr).startswith("torch.cuda.device_of(")
+        for inner in ast.walk(node)
+    }
+    launches = [
+        node
+        for node in ast.walk(module)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and ast.unparse(node.func.value) in kernels
+    ]
+    assert launches and not [ast.unparse(launch) for launch in launches if launch not in guarded]
+
+
 def test_the_ops_are_found():
     assert {"gather", "vicreg"} <= {path.stem for path in KERNELS if is_op(path)}
 

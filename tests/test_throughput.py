@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import jepa_kernels
 from jepa import distributed, masks, zero
 from jepa.budget import memory_per_rank
-from jepa.config import KEYS, parse_config
+from jepa.config import parse_config
 from small import MAPPING, run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,18 +69,21 @@ def test_memory_holds_the_state_and_the_activations(result: dict[str, Any]) -> N
 
 
 def test_every_lever_is_switched_and_changes_no_loss(result: dict[str, Any]) -> None:
-    expected = throughput.switchable(parse_config(result["config"]), "model")
-    assert {"optimizer", "kernels", "sampler"} <= result["model"]["levers"].keys() == expected.keys()
+    expected = throughput.switchable(parse_config(result["config"]), "model", "cpu")
+    assert (
+        {"optimizer", "kernels", "sampler", "attention", "dead_compute"}
+        <= result["model"]["levers"].keys()
+        == expected.keys()
+    )
     assert result["model"]["loss_errors"]["every lever off"] <= throughput.TOLERANCE
     for lever in result["model"]["levers"].values():
         assert len(lever["seconds"]) == STEPS and lever["times_longer_without"] > 0
 
 
 def counted_flops(given: dict[str, Any]) -> float:
-    """Per image, as torch counts them in the timed steps, with nothing left out that no loss reads."""
-    whole = [f"{key}=false" for key in ("engine.skip_dead_compute",) if key in KEYS]
-    config = parse_config(given, whole)
-    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
+    """Per image, as torch counts them in the timed steps."""
+    config = parse_config(given)
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), dist.group.WORLD)
     images = throughput.Synthetic(config, ranks.device, 1)
     engine, teacher = throughput.start_model(config, ranks.device)
     zero.schedule(engine, 1e-4, 0.0, 0.99)

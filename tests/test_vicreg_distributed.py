@@ -57,6 +57,21 @@ def cases() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def unequal_rank_main(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=30), world_size=RANKS, rank=rank)
+    for N, D in ((3, 12), (1, 7), (40, 2)):  # where the other rank, with one row less, would send something else
+        with pytest.raises(ValueError, match=rf"rows on every rank.*\[{N}, {N - 1}\]"):
+            vicreg(torch.randn(N - rank, 2, D), group=dist.group.WORLD)
+    compiled = torch.compile(vicreg, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="rows on every rank"):
+        compiled(torch.randn(40 - rank, 2, 3), group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_unequal_rows_are_refused_on_every_rank(tmp_path):
+    torch.multiprocessing.spawn(unequal_rank_main, (tmp_path,), nprocs=RANKS)
+
+
 @pytest.fixture(scope="module")
 def ranks(cases, tmp_path_factory) -> list[list[tuple[Tensor, ...]]]:
     folder = tmp_path_factory.mktemp("ranks")

@@ -227,9 +227,10 @@ class VisionTransformer(nn.Module):
         if isinstance(index, Ragged):  # the batch as one image, as high as all of them
             rows = images.permute(0, 2, 3, 1) if images.shape[1] == 3 else images
             x = self.patch_embed(rows.reshape(1, -1, *rows.shape[2:]), index.patch_T[None])[0]
-            return x + self.pos_embed[0][index.patch_T % self.pos_embed.shape[1]].to(x.dtype)
+            return x + self.pos_embed[0].to(x.dtype)[index.patch_T % self.pos_embed.shape[1]]
         x = self.patch_embed(images, index)
-        return x + (self.pos_embed if index is None else self.pos_embed[0][index]).to(x.dtype)
+        pos_ND = self.pos_embed[0].to(x.dtype)  # DeepSpeed leaves buffers in fp32; N rows are cast, not B * K
+        return x + (pos_ND if index is None else pos_ND[index])
 
     def forward(self, images: Tensor, index: Tensor | Ragged | None = None, rows: Sequence[Tensor] = ()) -> Tensor:
         x, sequences = self.embed(images, index), index.contexts if isinstance(index, Ragged) else None

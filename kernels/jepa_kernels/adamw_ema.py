@@ -12,6 +12,7 @@ for a 16-bit gradient, 2 more for each 16-bit copy. The CPU kernel is in csrc/ad
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import BLOCK, at, is_aligned, lerp, tables, upload
+from .tables import BLOCK, at, is_capturing, lerp, tables, upload
 
 Number: TypeAlias = float | Tensor
 
@@ -32,12 +33,15 @@ class AdamWEMA(torch.optim.Optimizer):
     params: float32 parameters or groups of them; a group may set any option below for itself. Gradients may be
         float32, bfloat16 or float16 (`p.grad_dtype`).
     lr, weight_decay, momentum: numbers or 0-d tensors. Set them in `param_groups`, or a tensor in place, before
-        any step: nothing is compiled again, and a tensor on the device is read there.
+        any step: no kernel is compiled again, and a tensor on the device is read there. torch.compile and a CUDA
+        graph take a number for a constant: around a compiled or captured step give them tensors.
     momentum: of the average, which starts as a copy of the weights before their first update.
     ema: whether there is an average.
     capturable: keeps the step counters on the device, so a CUDA graph can hold a step and `found_inf` undo it.
+        Take one step before the capture, which makes the state.
 
-    `state[p]` holds `step` (float32, 0-d) and, float32 in the layout of p, `exp_avg`, `exp_avg_sq` and `ema`. A
+    `state[p]` holds `step` (float32, 0-d) and, float32 in the layout of p, `exp_avg`, `exp_avg_sq` and `ema`. An
+    `ema` that is put there before the first step is kept: a teacher's own weight, which then is the average. A
     parameter without a gradient is left out of the step, and so is its average. Weights in 16 bits are refused:
     AdamW's updates vanish in them. Keep float32 ones here and let `set_copies` write the others.
     """
@@ -90,6 +94,10 @@ class AdamWEMA(torch.optim.Optimizer):
                     f"{tuple(param.shape)}, strides {param.stride()} and device {param.device}, got {copy.dtype}, "
                     f"{tuple(copy.shape)}, {copy.stride()}, {copy.device}: torch.empty_like(param, dtype=...)"
                 )
+        spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (param, weight, ema) if t is not None and t.numel()]
+        spans.sort()
+        if any(start < end for (_, end), (start, _) in pairwise(spans)):
+            raise ValueError("AdamWEMA.set_copies: param, weight and ema must not share memory, and two of them do")
         self._copies[param] = (weight, ema)
 
     @torch.no_grad()
@@ -110,6 +118,8 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            _check_options(group)
         batches = [(group, params) for group in self.param_groups for params in self._batches(group, found_inf)]
         for group, params in batches:  # nothing is written before everything is checked
             self._update(group, params, grad_scale, found_inf)
@@ -121,6 +131,11 @@ class AdamWEMA(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is not None:
                 _check(p, p.grad)
+                if is_capturing(p.device) and ("step" not in self.state[p] or self.state[p]["step"].is_cpu):
+                    raise RuntimeError(
+                        "AdamWEMA.step: a CUDA graph needs the state and its step counters on the device: create the "
+                        "optimizer with capturable=True and take one step before the capture"
+                    )
                 self._prepare(p, group)
                 step = self.state[p]["step"]
                 if found_inf is not None and step.device != p.device:
@@ -135,7 +150,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def _prepare(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if "step" not in state:
-            state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
         if group["ema"] and "ema" not in state:  # also after loading a state of torch.optim.AdamW
@@ -289,7 +304,6 @@ def _adamw_ema_kernel(
     EMA: tl.constexpr,
     WEIGHT_COPY: tl.constexpr,
     EMA_COPY: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
@@ -301,14 +315,18 @@ def _adamw_ema_kernel(
     decay, lr, rsqrt_bias2 = tl.load(c), tl.load(c + 1), tl.load(c + 2)
     weight, scale, apply = tl.load(c + 3), tl.load(c + 4), tl.load(c + 5)
     offset = tl.arange(0, BLOCK)
-    for WHOLE in tl.static_range(2):  # a mask would break the wide loads of a whole block into single elements
-        if (apply != 0) & ((left >= BLOCK) == WHOLE):
-            mask = None if WHOLE else offset < left
-            p_at = at(tl.load(row + 1), tl.float32, start, ALIGNED) + offset
-            g_at = at(tl.load(row + 2), GRAD, start, ALIGNED) + offset
-            m_at = at(tl.load(row + 3), tl.float32, start, ALIGNED) + offset
-            v_at = at(tl.load(row + 4), tl.float32, start, ALIGNED) + offset
-            e_at = at(tl.load(row + 5), tl.float32, start, ALIGNED) + offset
+    addresses = tl.load(row + 1)
+    for column in tl.static_range(2, 8):
+        addresses |= tl.load(row + column)
+    wide = (left >= BLOCK) & (addresses % 16 == 0)
+    for WIDE in tl.static_range(2):  # a mask would break the wide loads of a whole block into single elements
+        if (apply != 0) & (wide == WIDE):
+            mask = None if WIDE else offset < left
+            p_at = at(tl.load(row + 1), tl.float32, start, WIDE) + offset
+            g_at = at(tl.load(row + 2), GRAD, start, WIDE) + offset
+            m_at = at(tl.load(row + 3), tl.float32, start, WIDE) + offset
+            v_at = at(tl.load(row + 4), tl.float32, start, WIDE) + offset
+            e_at = at(tl.load(row + 5), tl.float32, start, WIDE) + offset
             g = tl.load(g_at, mask=mask).to(tl.float32) * scale
             m = tl.load(m_at, mask=mask)
             v = tl.load(v_at, mask=mask)
@@ -322,13 +340,13 @@ def _adamw_ema_kernel(
             tl.store(v_at, v, mask=mask)
             tl.store(p_at, p, mask=mask)
             if WEIGHT_COPY is not None:
-                copy_at = at(tl.load(row + 6), WEIGHT_COPY, start, ALIGNED) + offset
+                copy_at = at(tl.load(row + 6), WEIGHT_COPY, start, WIDE) + offset
                 tl.store(copy_at, p.to(WEIGHT_COPY), mask=mask)
             if EMA:
                 e = lerp(e, p, weight)
                 tl.store(e_at, e, mask=mask)
                 if EMA_COPY is not None:
-                    copy_at = at(tl.load(row + 7), EMA_COPY, start, ALIGNED) + offset
+                    copy_at = at(tl.load(row + 7), EMA_COPY, start, WIDE) + offset
                     tl.store(copy_at, e.to(EMA_COPY), mask=mask)
 
 
@@ -364,7 +382,6 @@ def adamw_ema_triton(
                 EMA=bool(emas),
                 WEIGHT_COPY=_TRITON[weight_copies[0].dtype] if weight_copies else None,
                 EMA_COPY=_TRITON[ema_copies[0].dtype] if ema_copies else None,
-                ALIGNED=is_aligned([address for column in columns for address in column]),
                 BLOCK=BLOCK,
             )
 

@@ -1,7 +1,8 @@
 """Exponential moving average of many tensors in one launch: t <- momentum * t + (1 - momentum) * s.
 
 Computed as torch.lerp does, t + (1 - momentum) * (s - t): the difference is scaled down before it is added, so the
-one rounding that counts is that of the result. float32, bfloat16 and float16 in any mixture, float32 inside.
+one rounding that counts is that of the result. float32, bfloat16 and float16 in any mixture, float32 inside. float64,
+which is rare, is torch.lerp's in float64, a tensor at a time.
 Floor: read t and s, write t. The CPU kernel is in csrc/ema.cpp.
 """
 
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import BLOCK, at, is_aligned, lerp, tables
+from .tables import BLOCK, at, lerp, tables
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -21,8 +22,8 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float | Tensor) -> None:
     """Moves every target towards its source, in place.
 
-    targets, sources: as many of each, pairwise of one shape, all on one device; float32, bfloat16 or float16 in
-        any mixture. Targets may have any dense layout (channels_last, transposed) and must not share memory.
+    targets, sources: as many of each, pairwise of one shape, all on one device; float64, float32, bfloat16 or
+        float16 in any mixture. Targets may have any dense layout (channels_last, transposed) and must not share memory.
     momentum: in [0, 1]. A 0-d tensor on the device is read there: nothing waits for it, and a CUDA graph follows
         it. Best in float64: rounded to float32, .9999 leaves a 1 - momentum that is 2e-4 of itself off.
 
@@ -39,7 +40,14 @@ def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float |
         _check(i, target, source, device)
         if source.stride() != target.stride():
             sources[i] = torch.empty_like(target, dtype=source.dtype).copy_(source)
-    torch.ops.jepa_kernels.ema_(targets, sources, _weight(momentum, device))
+    weight = _weight(momentum, device)
+    double = [torch.float64 in (t.dtype, s.dtype) for t, s in zip(targets, sources, strict=True)]
+    narrow = [[x for x, skip in zip(tensors, double, strict=True) if not skip] for tensors in (targets, sources)]
+    if narrow[0]:
+        torch.ops.jepa_kernels.ema_(*narrow, weight.float())
+    for target, source, is_double in zip(targets, sources, double, strict=True):
+        if is_double:
+            target.copy_(torch.lerp(target.double(), source.double(), weight.double().to(device)))
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([t for t in targets if not t.is_inference()])
 
@@ -48,13 +56,13 @@ def _weight(momentum: float | Tensor, device: torch.device) -> Tensor:
     if not isinstance(momentum, Tensor):
         if not 0 <= momentum <= 1:
             raise ValueError(f"ema_: momentum must lie in [0, 1], got {momentum}")
-        return torch.tensor(1 - momentum, dtype=torch.float32)
+        return torch.tensor(1 - momentum, dtype=torch.float64)
     if momentum.dim() != 0 or momentum.device not in (device, torch.device("cpu")):
         raise ValueError(
             f"ema_: momentum must be a number or a 0-d tensor on {device} or the CPU, "
             f"got shape {tuple(momentum.shape)} on {momentum.device}"
         )
-    return (1 - momentum).float()
+    return 1 - momentum
 
 
 def _check(i: int, target: Tensor, source: Tensor, device: torch.device) -> None:
@@ -62,9 +70,9 @@ def _check(i: int, target: Tensor, source: Tensor, device: torch.device) -> None
         raise ValueError(
             f"ema_: sources[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, got {tuple(source.shape)}"
         )
-    if target.dtype not in _CODES or source.dtype not in _CODES:
+    if not {target.dtype, source.dtype} <= {torch.float64, *_CODES}:
         raise ValueError(
-            f"ema_: float32, bfloat16 or float16 wanted, "
+            f"ema_: float64, float32, bfloat16 or float16 wanted, "
             f"got {target.dtype} for targets[{i}] and {source.dtype} for sources[{i}]"
         )
     if target.device != device or source.device != device:
@@ -91,24 +99,24 @@ def ema_ref(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> Non
 
 
 @triton.jit
-def _load(address, code, start, offset, mask, ALIGNED: tl.constexpr):
+def _load(address, code, start, offset, mask, WIDE: tl.constexpr):
     if code == 0:
-        x = tl.load(at(address, tl.float32, start, ALIGNED) + offset, mask=mask)
+        x = tl.load(at(address, tl.float32, start, WIDE) + offset, mask=mask)
     elif code == 1:
-        x = tl.load(at(address, tl.bfloat16, start, ALIGNED) + offset, mask=mask).to(tl.float32)
+        x = tl.load(at(address, tl.bfloat16, start, WIDE) + offset, mask=mask).to(tl.float32)
     else:
-        x = tl.load(at(address, tl.float16, start, ALIGNED) + offset, mask=mask).to(tl.float32)
+        x = tl.load(at(address, tl.float16, start, WIDE) + offset, mask=mask).to(tl.float32)
     return x
 
 
 @triton.jit
-def _store(address, code, start, offset, x, mask, ALIGNED: tl.constexpr):
+def _store(address, code, start, offset, x, mask, WIDE: tl.constexpr):
     if code == 0:
-        tl.store(at(address, tl.float32, start, ALIGNED) + offset, x, mask=mask)
+        tl.store(at(address, tl.float32, start, WIDE) + offset, x, mask=mask)
     elif code == 1:
-        tl.store(at(address, tl.bfloat16, start, ALIGNED) + offset, x.to(tl.bfloat16), mask=mask)
+        tl.store(at(address, tl.bfloat16, start, WIDE) + offset, x.to(tl.bfloat16), mask=mask)
     else:
-        tl.store(at(address, tl.float16, start, ALIGNED) + offset, x.to(tl.float16), mask=mask)
+        tl.store(at(address, tl.float16, start, WIDE) + offset, x.to(tl.float16), mask=mask)
 
 
 @triton.jit
@@ -117,7 +125,6 @@ def _ema_kernel(
     rows,  # int64 [R, 5]: elements, addresses of target and source, their dtype codes
     weight,  # float32: 1 - momentum, or a pointer to it
     ON_DEVICE: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
@@ -129,12 +136,13 @@ def _ema_kernel(
     if ON_DEVICE:
         weight = tl.load(weight)
     offset = tl.arange(0, BLOCK)
-    for WHOLE in tl.static_range(2):  # a mask would break the wide loads of a whole block into single elements
-        if (left >= BLOCK) == WHOLE:
-            mask = None if WHOLE else offset < left
-            t = _load(target, target_code, start, offset, mask, ALIGNED)
-            s = _load(source, source_code, start, offset, mask, ALIGNED)
-            _store(target, target_code, start, offset, lerp(t, s, weight), mask, ALIGNED)
+    wide = (left >= BLOCK) & ((target | source) % 16 == 0)
+    for WIDE in tl.static_range(2):  # a mask would break the wide loads of a whole block into single elements
+        if wide == WIDE:
+            mask = None if WIDE else offset < left
+            t = _load(target, target_code, start, offset, mask, WIDE)
+            s = _load(source, source_code, start, offset, mask, WIDE)
+            _store(target, target_code, start, offset, lerp(t, s, weight), mask, WIDE)
 
 
 def ema_triton(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
@@ -147,12 +155,7 @@ def ema_triton(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> 
     if len(blocks):
         with torch.cuda.device_of(targets[0]):
             _ema_kernel[(len(blocks),)](
-                blocks,
-                table,
-                weight if on_device else weight.item(),
-                ON_DEVICE=on_device,
-                ALIGNED=is_aligned([address for row in rows for address in row[1:3]]),
-                BLOCK=BLOCK,
+                blocks, table, weight if on_device else weight.item(), ON_DEVICE=on_device, BLOCK=BLOCK
             )
 
 

@@ -2,8 +2,8 @@
 
 A list of tensors is cut into blocks of `BLOCK` elements. Program b of a launch reads `blocks[b] = (row, k)`, then
 `rows[row] = (elements, address, ...)`, and works on elements k * BLOCK and up of those addresses. Both tables are
-cached by what they hold: tensors that stay in place cost a look-up, and new ones (gradients, mostly) a small copy
-that the host does not wait for.
+cached by what they hold and by the stream that they were copied on: tensors that stay in place cost a look-up, and new
+ones (gradients, mostly) a small copy that the host does not wait for. In a CUDA graph that copy is a node.
 """
 
 from collections.abc import Sequence
@@ -18,27 +18,28 @@ BLOCK = 1024  # per program of four warps: two 16-byte loads of each float32 ten
 
 Row = tuple[int, ...]
 
-_captured: list[tuple[Tensor, Tensor]] = []  # a CUDA graph holds addresses: what it reads must outlive the caches
+_captured: list[Tensor] = []  # what a CUDA graph copies from, each time that it is replayed
 
 
 def tables(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
     """`blocks` int32 [total, 2] and `rows` int64 [R, columns], of which the first counts elements."""
-    pair = _blocks(tuple(row[0] for row in rows), device), _rows(tuple(rows), device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(pair)
-    return pair
+    elements = tuple(row[0] for row in rows)
+    if is_capturing(device):  # into memory of the graph, which holds nothing before a replay: not for the caches
+        return _blocks.__wrapped__(elements, device, 0), _rows.__wrapped__(tuple(rows), device, 0)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _blocks(elements, device, stream), _rows(tuple(rows), device, stream)
 
 
-def is_aligned(addresses: Sequence[int]) -> bool:
-    """Whether all allow 16-byte loads and stores."""
-    return all(address % 16 == 0 for address in addresses)
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being made of what is launched now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @triton.jit
-def at(address, dtype: tl.constexpr, start, ALIGNED: tl.constexpr):
-    """Element `start` behind an address of the table, as a pointer."""
+def at(address, dtype: tl.constexpr, start, WIDE: tl.constexpr):
+    """Element `start` behind an address of the table, as a pointer; WIDE: the address is a multiple of 16 bytes."""
     pointer = address.to(tl.pointer_type(dtype))
-    if ALIGNED:
+    if WIDE:
         pointer = tl.multiple_of(pointer, 16)
     return pointer + start
 
@@ -53,17 +54,14 @@ def upload(table: Tensor, device: torch.device) -> Tensor:
     """Copies to the device without waiting for it."""
     if device.type != "cuda":
         return table
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "jepa_kernels: a CUDA graph under capture would replay addresses or numbers of this moment. Run the "
-            "same step once before the capture, on the same tensors (zero_grad(set_to_none=False) keeps gradients "
-            "in place); an optimizer needs capturable=True"
-        )
-    return table.pin_memory().to(device, non_blocking=True)
+    pinned = table.pin_memory()
+    if is_capturing(device):
+        _captured.append(pinned)
+    return pinned.to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)
-def _blocks(elements: tuple[int, ...], device: torch.device) -> Tensor:
+def _blocks(elements: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     count = torch.tensor([-(-n // BLOCK) for n in elements])
     row = torch.repeat_interleave(count)
     first = count.cumsum(0) - count
@@ -71,5 +69,5 @@ def _blocks(elements: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _rows(rows: tuple[Row, ...], device: torch.device) -> Tensor:
+def _rows(rows: tuple[Row, ...], device: torch.device, stream: int) -> Tensor:
     return upload(torch.tensor(rows, dtype=torch.int64), device)

@@ -42,7 +42,8 @@ def vicreg(
 
     Args:
         z: [N, M, D], any floating dtype, any strides. One view alone has no pair: its invariance is 0.
-        group: a process group whose ranks hold equally many rows each; the statistics are those of all rows.
+        group: a process group whose ranks hold equally many rows each; the statistics are those of all rows. What
+            is sent depends on N, so ranks first tell one another: a few bytes, and nothing waits for a GPU.
         gamma, eps: of the variance term.
         precision: how a GPU multiplies float32: "ieee", "tf32x3" (three TF32 products, nearly as exact) or
             "tf32".
@@ -54,7 +55,8 @@ def vicreg(
         and its backward, together.
 
     Raises:
-        ValueError: wrong rank or dtype, fewer than 2 rows over all ranks; an unknown precision.
+        ValueError: wrong rank or dtype, fewer than 2 rows over all ranks; an unknown precision; ranks of a group
+            with unequal rows (on a GPU, and in a compiled call, an assertion on the device).
     """
     if group is not None and dist.get_world_size(group) == 1:
         group = None
@@ -63,6 +65,8 @@ def vicreg(
             "vicreg: z must be floating-point [N, M, D] with at least one view and one channel; "
             f"got {z.dtype} {list(z.shape)}"
         )
+    if group is not None:
+        _check_rows(z, group)
     if z.shape[0] * _ranks(group) < 2:
         raise ValueError(f"vicreg: z must have at least 2 rows over all ranks; got {list(z.shape)} on each")
     if precision not in ("ieee", "tf32x3", "tf32"):
@@ -80,6 +84,18 @@ def _no_autocast(z: Tensor) -> AbstractContextManager[Any]:
     """Autocast would compute the matrix products in 16 bits, and their results would be taken for float32."""
     device = z.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _check_rows(z: Tensor, group: dist.ProcessGroup) -> None:
+    """Unequal rows would hang the collectives that follow, or be averaged as if they were equal."""
+    own = torch.full((1,), z.shape[0], device=z.device)
+    rows = own.new_empty(dist.get_world_size(group))
+    _all_gather(rows, own, group=group)
+    if z.device.type == "cpu" and not torch.compiler.is_compiling():
+        if len(rows.unique()) > 1:
+            raise ValueError(f"vicreg: z must have as many rows on every rank of the group; got {rows.tolist()}")
+    else:
+        torch._assert_async((rows == own).all(), "vicreg: z must have as many rows on every rank of the group")
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:
