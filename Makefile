@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := kernels engine benchmarks tests setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint bench sanitize clean
+.PHONY: setup demo test soak lint bench sanitize clean
 
 setup: .venv/installed
 
@@ -28,6 +28,10 @@ demo: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Breaks real runs on purpose, for about ten minutes: kills, damaged files, moves to other numbers of ranks.
+soak: setup
+	PYTHONPATH=kernels:engine OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

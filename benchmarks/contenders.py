@@ -69,6 +69,7 @@ class Case:
     calls: dict[str, dict[str, Call]]
     work: dict[str, tuple[float, float]]
     check: Callable[[], None]
+    copies: Callable[[str, str, int], list[Call]] | None = None  # (mode, contender, count): on buffers of their own
 
 
 # --- the ops, and the same in plain PyTorch
@@ -106,7 +107,10 @@ def patchify(size: Size, device: str, dtype: torch.dtype) -> Case:
     index, kept = subsets((size.B,), size.N, size.Kc), size.B * size.Kc * 3 * P * P
     contenders = {"ours": fused, "eager": eager}
     inputs = [images, index, torch.empty(0)]
-    work = {"forward": (kept * (1 + dtype.itemsize), 2 * kept)}
+    # Memory is read in sectors of 32 bytes: those of a row of pixels in which a kept patch lies, P rows, 3 channels.
+    pixels = torch.zeros(size.B, size.N).scatter(1, index, 1).view(size.B, 224 // P, -1).repeat_interleave(P, 2)
+    sectors = int(pixels.unflatten(2, (-1, 32)).amax(3).sum()) * P * 3
+    work = {"forward": (32 * sectors + kept * dtype.itemsize, 2 * kept)}
     return differentiable(contenders, inputs, [], work, device, dtype)
 
 
@@ -136,7 +140,8 @@ def prediction_loss(size: Size, device: str, dtype: torch.dtype) -> Case:
     B, D = size.B, size.D
     pred, target = randn(M * B, size.Kt, D), randn(B, size.N, D)
     n, e = pred.numel(), dtype.itemsize
-    work = {"forward": (2 * n * e, 12 * n), "backward": (n * e, n), "both": (3 * n * e, 13 * n)}
+    # Alone, and on a graph that is kept, a backward reads what was saved of each element and writes its gradient.
+    work = {"forward": (2 * n * e, 12 * n), "backward": (2 * n * e, n), "both": (3 * n * e, 13 * n)}
     inputs = [pred, target, subsets((M, B), size.N, size.Kt)]
     return differentiable({"ours": ours.prediction_loss, "eager": eager}, inputs, [pred], work, device, dtype)
 
@@ -207,9 +212,18 @@ def ema(size: Size, device: str, dtype: torch.dtype) -> Case:
 
 def adamw_ema(size: Size, device: str, dtype: torch.dtype) -> Case:
     """float32 weights, gradients, moments and averages. Everyone reads the same gradients."""
+    return optimizers(size, device, torch.float32)
+
+
+def adamw_ema_bf16(size: Size, device: str, dtype: torch.dtype) -> Case:
+    """The same with bfloat16 gradients, and bfloat16 copies of weights and averages to be written."""
+    return optimizers(size, device, torch.bfloat16)
+
+
+def optimizers(size: Size, device: str, low: torch.dtype) -> Case:
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.05}
     start = [torch.randn(shape, device=device) for shape in size.weights()]
-    grads = [torch.randn_like(p) * 1e-3 for p in start]
+    grads = [(torch.randn_like(p) * 1e-3).to(low) for p in start]
     results: dict[str, list[Tensor]] = {}
 
     def contender(name: str, make: Callable[..., torch.optim.Optimizer]) -> Call:
@@ -217,21 +231,29 @@ def adamw_ema(size: Size, device: str, dtype: torch.dtype) -> Case:
         params, averages = parameters(), [p.clone() for p in start]
         optimizer, weights = make(params, **options), [p.detach() for p in params]
         results[name] = [*weights, *averages]
+        wide, copies = [p.grad for p in params], [x.to(low) for x in results[name]]
 
         def call() -> None:
+            if low != torch.float32:
+                torch._foreach_copy_(wide, grads)
             optimizer.step()
             torch._foreach_lerp_(averages, weights, 0.004)
+            if low != torch.float32:
+                torch._foreach_copy_(copies, results[name])
 
         return call
 
-    def parameters() -> list[torch.nn.Parameter]:
+    def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
         params = [torch.nn.Parameter(p.clone()) for p in start]
         for p, g in zip(params, grads, strict=True):
-            p.grad = g
+            p.grad_dtype = dtype
+            p.grad = g.to(dtype)
         return params
 
-    params = parameters()
+    params = parameters(low)
     one_pass = ours.AdamWEMA(params, **options, momentum=0.996)
+    for p in params if low != torch.float32 else ():
+        one_pass.set_copies(p, weight=p.detach().to(low), ema=p.detach().to(low))
     one_pass.step()
     results["ours"] = [*(p.detach() for p in params), *(one_pass.state[p]["ema"] for p in params)]
     AdamW = torch.optim.AdamW
@@ -240,11 +262,15 @@ def adamw_ema(size: Size, device: str, dtype: torch.dtype) -> Case:
         "eager": contender("eager", partial(AdamW, foreach=True)),
         "fused + lerp": contender("fused + lerp", partial(AdamW, fused=True)),
     }
-    if device == "cuda":
-        calls["compiled"] = torch.compile(contender("compiled", partial(AdamW, foreach=True, capturable=True)))
+    on_gpu = device == "cuda"
+    if on_gpu or low == torch.float32:  # on a CPU it takes a minute to compile: once is enough
+        stock = partial(AdamW, foreach=True, capturable=on_gpu)
+        calls["compiled"] = torch.compile(contender("compiled", stock))
+    if on_gpu:
         for name, optimizer in installed_optimizers().items():
             calls[f"{name} + lerp"] = contender(f"{name} + lerp", optimizer)
-        if find_spec("apex") and find_spec("apex.contrib.openfold_triton"):  # writes a float32 copy more
+        apex_too = find_spec("apex") and find_spec("apex.contrib.openfold_triton")
+        if apex_too and low == torch.float32:  # writes a float32 copy more
             apex = import_module("apex.contrib.openfold_triton.fused_adam_swa")
             params, averages = parameters(), [p.clone() for p in start]
             options["adam_math_mode"] = apex.AdamMathType.ApexAdamW
@@ -261,7 +287,8 @@ def adamw_ema(size: Size, device: str, dtype: torch.dtype) -> Case:
             must_agree(name, result, results["eager"])
 
     n = sum(p.numel() for p in start)
-    return Case({"step": calls}, {"step": (36 * n, 18 * n)}, check)
+    moved = 32 + (4 if low == torch.float32 else 3 * low.itemsize)  # four tensors both ways, the gradient, copies
+    return Case({"step": calls}, {"step": (moved * n, 18 * n)}, check)
 
 
 def installed_optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
@@ -301,22 +328,26 @@ def differentiable(
     contenders = {**contenders, "compiled": torch.compile(contenders["eager"])}
     places = [i for i, x in enumerate(inputs) if any(x is y for y in wanted)]
 
-    def prepared(dtype: torch.dtype) -> list[Tensor]:
-        moved = [x.to(device, dtype if x.is_floating_point() else x.dtype) for x in inputs]
-        return [x.detach().requires_grad_(i in places) for i, x in enumerate(moved)]
+    def with_gradients(tensors: list[Tensor]) -> list[Tensor]:
+        return [x.detach().requires_grad_(i in places) for i, x in enumerate(tensors)]
 
-    def results(f: Callable[..., Any], xs: list[Tensor]) -> list[Tensor]:
+    def prepared() -> list[Tensor]:
+        return with_gradients([x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True) for x in inputs])
+
+    def results(f: Callable[..., Any], xs: list[Tensor], dy: Tensor) -> list[Tensor]:
         y = f(*xs)
-        dy = slope.to(y.dtype)
-        return [y.detach(), *(torch.autograd.grad(y, [xs[i] for i in places], dy) if places else ())]
+        gradients = torch.autograd.grad(y, [xs[i] for i in places], dy.to(y.dtype)) if places else ()
+        return [y.detach(), *gradients]
 
-    args = prepared(dtype)
+    args = prepared()
     slope = torch.randn_like(contenders["eager"](*args))
+    start = slope if slope.ndim else torch.ones_like(slope)  # of a backward that is timed: from a loss, 1
 
     def check() -> None:
-        exact = results(contenders["eager"], prepared(torch.float64))
+        exactly = with_gradients([x.double() if x.is_floating_point() else x for x in args])
+        exact = results(contenders["eager"], exactly, slope)
         errors = {
-            name: [rms(a.double() - b) / rms(b) for a, b in zip(results(f, args), exact, strict=True)]
+            name: [rms(a.double() - b) / rms(b) for a, b in zip(results(f, args, slope), exact, strict=True)]
             for name, f in contenders.items()
         }
         for name, found in errors.items():
@@ -324,22 +355,29 @@ def differentiable(
                 if not error <= 2 * allowed + 2e-6:
                     sys.exit(f"{name} is wrong: its relative error is {error:.1e}, that of eager {allowed:.1e}")
 
-    def forward(f: Callable[..., Any]) -> Call:
-        return torch.no_grad()(lambda: f(*args))
+    def forward(f: Callable[..., Any], xs: list[Tensor]) -> Call:
+        return torch.no_grad()(lambda: f(*xs))
 
-    def backward(f: Callable[..., Any]) -> Call:
-        y, xs = f(*args), [args[i] for i in places]
-        return lambda: torch.autograd.grad(y, xs, slope.to(y.dtype), retain_graph=True)
+    def backward(f: Callable[..., Any], xs: list[Tensor]) -> Call:
+        y, wanted = f(*xs), [xs[i] for i in places]
+        return lambda: torch.autograd.grad(y, wanted, start.to(y.dtype), retain_graph=True)
 
-    def both(f: Callable[..., Any]) -> Call:
-        return lambda: results(f, args)
+    def both(f: Callable[..., Any], xs: list[Tensor]) -> Call:
+        return lambda: results(f, xs, start)
 
     modes = {"forward": forward, "backward": backward, "both": both} if places else {"forward": forward}
-    return Case({mode: {name: make(f) for name, f in contenders.items()} for mode, make in modes.items()}, work, check)
+
+    def copies(mode: str, name: str, count: int) -> list[Call]:
+        return [modes[mode](contenders[name], prepared()) for _ in range(count)]
+
+    calls = {mode: {name: make(f, args) for name, f in contenders.items()} for mode, make in modes.items()}
+    return Case(calls, work, check, copies)
 
 
 def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
-OPS = {f.__name__: f for f in (gather, patchify, predictor_tokens, prediction_loss, vicreg, ema, adamw_ema)}
+OPS = {
+    f.__name__: f for f in (gather, patchify, predictor_tokens, prediction_loss, vicreg, ema, adamw_ema, adamw_ema_bf16)
+}

@@ -6,7 +6,8 @@ All lines make crops of the same images, interleaved; medians of several rounds.
 Pillow's. "imperative" is the mode of DALI that the loader uses, "pipeline" its other one, both fed from memory with the
 same boxes; "Pillow" is what torchvision does, on one core; "loader" is the real thing, files and all. Where there is a
 GPU its decoder is measured too, with none, DALI's default share and all of the JPEGs on the fixed-function engine.
-`--model-rate` (the images/s that the model takes, of benchmarks/throughput.py) adds a verdict: which is the limit?
+`--model-rate` (the images/s that the model takes, or the JSON of benchmarks/throughput.py) adds a verdict: which is the
+limit, and how many cores does a GPU need?
 """
 
 import argparse
@@ -68,7 +69,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, default=4, help="batches a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median counts (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores}), help="default: %(default)s")
-    parser.add_argument("--model-rate", type=float, help="images/s that the model takes")
+    parser.add_argument("--model-rate", type=model_rate, help="images/s that the model takes, or throughput.py's JSON")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     args = parser.parse_args()
 
@@ -92,8 +93,21 @@ def main() -> int:
     rows = measure(lines, args.rounds)
     show(rows, args.model_rate)
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(about(args) | {"difference": differences, "rows": rows}, indent=1) + "\n")
     return 0
+
+
+def model_rate(text: str) -> float:
+    """A number, or the engine's rate in a JSON of benchmarks/throughput.py."""
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return float(json.loads(Path(text).read_text())["model"]["rows"][0]["images_per_second"])
+    except (OSError, ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: neither a number nor a result of throughput.py ({error})") from error
 
 
 def work_of(encoded: list[np.ndarray], rng: np.random.Generator) -> Work:
@@ -222,9 +236,11 @@ def show(rows: list[dict[str, Any]], model_rate: float | None) -> None:
         rates = f"{row['images_per_second']:10.0f}{row['images_per_core_second']:17.0f}"
         print(f"{row['name']:32}{row['threads']:8}{rates}")
     if model_rate is not None:
-        rate = max(row["images_per_second"] for row in rows if row["name"] == "loader")
+        best = max((row for row in rows if row["name"] == "loader"), key=lambda row: row["images_per_second"])
+        rate, per_core = best["images_per_second"], best["images_per_core_second"]
         limit = "the model" if rate >= model_rate else "the data"
         print(f"loader {rate:.0f} images/s, model {model_rate:.0f}: {limit} is the limit ({rate / model_rate:.2f} x)")
+        print(f"this loader spends {model_rate / per_core:.2g} core(s) on a device of that rate")
 
 
 def about(args: argparse.Namespace) -> dict[str, object]:

@@ -4,70 +4,93 @@
 
 Contenders: `ours`; `eager`, plain PyTorch (for adamw_ema, torch's foreach AdamW and lerp); `compiled`, torch.compile
 of that; and what else does the same. Before anything is timed, outputs and gradients of each must be as near to those
-of float64 as eager's: at most twice its error, and 2e-6. Contenders take turns; figures are medians. On a GPU a call
-is timed by events, with cold caches and behind work that covers the host's part. Forward means without a graph, both
-a training step. GB/s and TFLOP/s count what the op has to do, not what a contender does; the limit is that of memory
-(the faster of a copy and a scaling in place, beyond the caches: what fits into them may exceed it) or of a matrix
-product, measured in the same run. In the roofline a copied element counts as one operation.
+of float64 on the same inputs as eager's: at most twice its error, and 2e-6. Contenders take turns; figures are medians.
+On a GPU a call is timed by events, with cold caches and behind work that covers the host's part; one below 0.1 ms as
+part of a CUDA graph of twenty, each on buffers of its own. Forward means without a graph, backward on a graph that is
+kept, both a training step. GB/s and TFLOP/s count what the op has to do, not what a contender does; the limit is that
+of memory (the faster of a copy and a scaling in place, beyond the caches: what fits into them may exceed it) or of a
+matrix product, measured in the same run. MB is the most that a call holds at once on top of what was there: the
+allocator's count on a GPU, the profiler's of every tensor on a CPU. In the roofline a copied element counts as one
+operation.
 """
 
 import argparse
 import json
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import OPS, SIZES, Call
+from machine import ROOT, hardware, peak_bytes, provenance
 
-ROOT = Path(__file__).resolve().parents[1]
+SHORT, GRAPHED = 0.1, 20  # milliseconds below which a call is timed as one of so many in a CUDA graph
 
 
-def milliseconds(calls: dict[str, Call], device: str, seconds: float) -> dict[str, float]:
-    """The median time of each, in turns, for so many seconds each and at least five times."""
-    cold = torch.empty(2**26 if device == "cuda" else 0, device=device)  # 256 MB: more than any cache
+def milliseconds(
+    calls: dict[str, Call], device: str, seconds: float, copies: Callable[[str, int], list[Call]] | None = None
+) -> dict[str, float]:
+    """The median time of each, in turns, for so many seconds each and at least five times.
+
+    copies: makes calls of a contender on buffers of their own, for those too short to be timed one by one.
+    """
+    once = on_gpu() if device == "cuda" else on_cpu
+    for call in calls.values():
+        call(), call()
+    counts = dict.fromkeys(calls, 1)
+    if device == "cuda" and copies is not None:
+        for name, call in list(calls.items()):
+            if min(once(call) for _ in range(3)) < SHORT:
+                calls, counts[name] = calls | {name: graphed(copies(name, GRAPHED))}, GRAPHED
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.monotonic() + seconds * len(calls)
+    while time.monotonic() < end or len(times[next(iter(calls))]) < 5:
+        for name, call in calls.items():
+            times[name].append(once(call) / counts[name])
+    return {name: statistics.median(all_) for name, all_ in times.items()}
+
+
+def on_cpu(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def on_gpu() -> Callable[[Call], float]:
+    """Times a call by events: caches full of clean lines of something else, the host ahead."""
+    cold = torch.zeros(2**26, device="cuda")  # 256 MB: more than any cache; read, for dirty lines cost the next call
 
     def once(call: Call) -> float:
-        if device == "cpu":
-            start = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - start)
+        torch.cuda.synchronize()
+        host = time.perf_counter()
+        call()
+        host = time.perf_counter() - host
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        cold.zero_()
-        torch.cuda._sleep(10_000_000)  # ~5 ms, in which the host runs ahead
+        cold.sum()
+        torch.cuda._sleep(int(2e9 * (2 * host + 1e-4)))  # in cycles of at most 2 GHz: twice what the host needs
         events[0].record()
         call()
         events[1].record()
         torch.cuda.synchronize()
         return events[0].elapsed_time(events[1])
 
-    for call in calls.values():
-        call(), call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.monotonic() + seconds * len(calls)
-    while time.monotonic() < end or len(times[next(iter(calls))]) < 5:
-        for name, call in calls.items():
-            times[name].append(once(call))
-    return {name: statistics.median(all_) for name, all_ in times.items()}
+    return once
 
 
-def peak_megabytes(call: Call, device: str) -> float | None:
-    """What a call needs on top of what is there before it."""
-    if device == "cpu":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+def graphed(calls: list[Call]) -> Call:
+    """All of them as one call that the host is no part of. Results are kept, so that none is written over another's."""
+    for call in calls:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        kept = [call() for call in calls]
+    return lambda: (graph.replay(), kept)[1]
 
 
 def ceilings(device: str) -> tuple[float, float]:
@@ -80,14 +103,6 @@ def ceilings(device: str) -> tuple[float, float]:
     return 2 * n / min(times["copy"], times["scale"]) * 1e3, 2 * side**3 / times["matmul"] * 1e3
 
 
-def hardware(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -98,15 +113,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1, help="for each figure (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="default: %(default)s")
     args = parser.parse_args()
-    on_gpu = args.device == "cuda"
-    size_name = args.size or ("vit_huge_14" if on_gpu else "vit_small_16")
-    size = replace(SIZES[size_name], B=args.batch or (128 if on_gpu else 16))
-    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    device, gpu = torch.device(args.device), args.device == "cuda"
+    in_cpp = torch._C._dispatch_has_kernel_for_dispatch_key("jepa_kernels::gather", "CPU")
+    if not gpu and not in_cpp:
+        sys.exit("jepa_kernels has no CPU kernels here: build them with `python setup.py build_ext --inplace`")
+    size_name = args.size or ("vit_huge_14" if gpu else "vit_small_16")
+    size = replace(SIZES[size_name], B=args.batch or (128 if gpu else 16))
+    dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     torch.manual_seed(0)
+    if gpu:
+        torch.cuda.set_stream(torch.cuda.Stream())  # a backward runs where its forward ran: where graphs are captured
 
     memory, matmul = ceilings(args.device)
     table = [
-        f"{hardware(args.device)}; {size_name}, {size.B} images, {dtype}",
+        f"{hardware(device)}; {size_name}, {size.B} images, {dtype}",
         f"ceilings: memory {memory / 1e9:.1f} GB/s, float32 matmul {matmul / 1e12:.3f} TFLOP/s",
         f"{'op':17}{'mode':9}{'contender':21}{'ms':>9}{'GB/s':>8}{'TFLOP/s':>9}{'of limit':>10}{'x ours':>8}{'MB':>8}",
     ]
@@ -116,27 +136,24 @@ def main() -> None:
         case = OPS[op](size, args.device, dtype)
         case.check()
         for mode, calls in case.calls.items():
-            times = milliseconds(calls, args.device, args.seconds)
+            copies = case.copies and partial(case.copies, mode)
+            times = milliseconds(calls, args.device, args.seconds, copies)
             for name, ms in times.items():
                 row = figures(op, mode, name, ms, case.work[mode], memory, matmul)
-                row |= {"times ours": ms / times["ours"], "peak MB": peak_megabytes(calls[name], args.device)}
+                row |= {"times ours": ms / times["ours"], "peak MB": peak_bytes(calls[name], device)[1] / 1e6}
                 rows.append(row)
                 table.append(line(row))
                 print(table[-1], flush=True)
         del case, calls
     report = {
-        "hardware": hardware(args.device),
-        "versions": {name: version(name) for name in ("torch", "triton")} | {"python": platform.python_version()},
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
+        **provenance(device),
+        "CPU kernels": in_cpp,
         "size": {"name": size_name, "dtype": str(dtype), **asdict(size)},
         "ceilings": {"memory GB/s": memory / 1e9, "float32 matmul TFLOP/s": matmul / 1e12},
         "rows": rows,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub("[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()) if on_gpu else "cpu"
+    name = re.sub("[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()) if gpu else "cpu"
     file = args.out / f"kernels-{name}-{size_name}"
     file.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     about = [f"commit {report['commit']}, {report['versions']}", f"    {report['command']}", "", *table]
@@ -162,10 +179,9 @@ def figures(
 
 
 def line(row: dict[str, Any]) -> str:
-    peak = "" if row["peak MB"] is None else f"{row['peak MB']:.0f}"
     return (
         f"{row['op']:17}{row['mode']:9}{row['contender']:21}{row['ms']:9.3f}{row['GB/s']:8.1f}{row['TFLOP/s']:9.3f}"
-        f"{row['share of limit']:10.1%}{row['times ours']:8.2f}{peak:>8}"
+        f"{row['share of limit']:10.1%}{row['times ours']:8.2f}{row['peak MB']:8.0f}"
     )
 
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("kernels", "engine")]
 
+from published import as_floats, checkout
 from torch import Tensor, nn
 
-from jepa.config import parse_config
+from jepa.config import ConfigError, parse_config
 from jepa.objective import JepaModel
 
 TOLERANCE = 1e-5
@@ -34,8 +35,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=None, help="of weights, images and masks (default: a fresh one)")
     args = parser.parse_args()
-    if not (args.reference / "src/models/vision_transformer.py").is_file():
-        parser.error(f"--reference: {args.reference} is not a checkout of the published code: it has no src/models")
+    try:
+        args.code = checkout(args.reference)
+    except ConfigError as error:
+        parser.error(str(error))
     seed = torch.seed() if args.seed is None else args.seed
     worst = 0.0
     print(f"{args.model}, {args.crop} px, patch {args.patch}, batch {args.batch}, seed {seed}")
@@ -53,30 +56,24 @@ def main() -> int:
 
 def compare(args: argparse.Namespace, contexts: int, seed: int) -> dict[str, float]:
     """Relative error of the loss and of each parameter's gradient, by name."""
-    sys.path.insert(0, str(args.reference))
-    from src.masks.multiblock import MaskCollator
-    from src.masks.utils import apply_masks
-    from src.models import vision_transformer as published
-    from src.utils.tensors import repeat_interleave_batch
-
+    published = args.code.models
     torch.manual_seed(seed)
     images = torch.randint(0, 256, (args.batch, args.crop, args.crop, 3), dtype=torch.uint8)
-    collate = MaskCollator(
+    collate = args.code.collator.MaskCollator(
         input_size=args.crop, patch_size=args.patch, enc_mask_scale=(0.85, 1.0), pred_mask_scale=(0.15, 0.2),
         aspect_ratio=(0.75, 1.5), nenc=contexts, npred=4, min_keep=10,
     )  # fmt: skip
     _, context, target = collate([(image,) for image in images])
-    ours = JepaModel(
-        parse_config(
-            {
-                "meta": {"model_name": args.model, "use_bfloat16": False},
-                "data": {"root_path": "-", "batch_size": args.batch, "crop_size": args.crop},
-                "mask": {"patch_size": args.patch, "num_enc_masks": contexts},
-                "optimization": {"epochs": 1, "warmup": 0},
-                "logging": {"folder": "-"},
-            }
-        )
+    config = parse_config(
+        {
+            "meta": {"model_name": args.model, "use_bfloat16": False},
+            "data": {"root_path": "-", "batch_size": args.batch, "crop_size": args.crop},
+            "mask": {"patch_size": args.patch, "num_enc_masks": contexts},
+            "optimization": {"epochs": 1, "warmup": 0},
+            "logging": {"folder": "-"},
+        }
     )
+    ours = JepaModel(config)
     encoder = getattr(published, args.model)(img_size=[args.crop], patch_size=args.patch)
     teacher = getattr(published, args.model)(img_size=[args.crop], patch_size=args.patch)
     predictor = published.vit_predictor(
@@ -90,13 +87,12 @@ def compare(args: argparse.Namespace, contexts: int, seed: int) -> dict[str, flo
         roughen(module)
     ours.encoder.load_state_dict(encoder.state_dict())
     ours.predictor.load_state_dict(predictor.state_dict())
-    mean, std = (torch.tensor(x) for x in (ours.encoder.patch_embed.mean, ours.encoder.patch_embed.std))
-    pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    pixels = as_floats(images, config)
     with torch.no_grad():
         h = teacher(pixels)
 
-    normed = apply_masks(F.layer_norm(h, h.shape[-1:]), target)
-    goal = repeat_interleave_batch(normed, args.batch, repeat=contexts)
+    normed = args.code.masks.apply_masks(F.layer_norm(h, h.shape[-1:]), target)
+    goal = args.code.tensors.repeat_interleave_batch(normed, args.batch, repeat=contexts)
     theirs = F.smooth_l1_loss(predictor(encoder(pixels, context), context, target), goal)
     theirs.backward()
     loss = ours(images, torch.stack(context), torch.stack(target), h).losses.total

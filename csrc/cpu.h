@@ -34,6 +34,10 @@ T* pointer(const Tensor& t) {
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+inline ScalarType wide_of(const Tensor& x) {
+    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 template <class T>
 static JEPA_VECTOR_CLONES void add_row(const T* term, Wide<T>* total, int64_t n) {
     for (int64_t i = 0; i < n; ++i) total[i] += static_cast<Wide<T>>(term[i]);

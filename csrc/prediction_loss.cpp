@@ -1,4 +1,4 @@
-// Smooth L1 between predictions and layer-normed target rows, its slope written in the same pass.
+// Smooth L1 between predictions and layer-normed target rows, its gradient written in the same pass.
 
 #include <algorithm>
 #include <cmath>
@@ -27,9 +27,9 @@ JEPA_VECTOR_CLONES void widen(const T* x, A* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(static_cast<Wide<T>>(x[i]));
 }
 
-// Sum over a row of smooth_l1(e), e = p - norm(y), which takes y's place; writes clamp(e) * fraction as its slope.
+// Sum over a row of smooth_l1(e), e = p - norm(y), which takes y's place; writes clamp(e) * fraction as its gradient.
 template <class P, class A = Wide<P>>
-JEPA_VECTOR_CLONES A row_loss(const P* p, A* y, P* slope, int64_t D, A fraction) {
+JEPA_VECTOR_CLONES A row_loss(const P* p, A* y, P* grad, int64_t D, A fraction) {
     const int64_t body = D - D % kLanes;
     A sums[kLanes] = {}, squares[kLanes] = {}, losses[kLanes] = {};
     for (int64_t d = 0; d < body; d += kLanes) {
@@ -56,29 +56,21 @@ JEPA_VECTOR_CLONES A row_loss(const P* p, A* y, P* slope, int64_t D, A fraction)
         const A c = clamp(y[d]);
         losses[d - body] += c * (y[d] - c / 2);
     }
-    if (slope != nullptr) {
-        for (int64_t d = 0; d < D; ++d) slope[d] = static_cast<P>(clamp(y[d]) * fraction);
+    if (grad != nullptr) {
+        for (int64_t d = 0; d < D; ++d) grad[d] = static_cast<P>(clamp(y[d]) * fraction);
     }
     return total(losses);
 }
 
 template <class T>
-JEPA_VECTOR_CLONES void multiply(const T* x, Wide<T> weight, T* y, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(static_cast<Wide<T>>(x[i]) * weight);
+JEPA_VECTOR_CLONES void multiply(T* x, Wide<T> weight, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) x[i] = static_cast<T>(static_cast<Wide<T>>(x[i]) * weight);
 }
 
-Tensor rows_of(const Tensor& x) {
-    return x.size(2) > 1 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x;
-}
-
-ScalarType wide_of(const Tensor& x) {
-    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// 1 / numel as the fraction that the slope is stored with and the power of two (or all of it) that it is not.
+// 1 / numel as the fraction that the gradient is stored with and, for float16, the power of two that it is not.
 std::pair<double, double> unit(const Tensor& pred) {
     const double mean = 1.0 / static_cast<double>(std::max<int64_t>(pred.numel(), 1));
-    if (pred.element_size() > 2) return {1.0, mean};
+    if (pred.scalar_type() != ScalarType::Half) return {mean, 1.0};
     int exponent;
     const double fraction = std::frexp(mean, &exponent);
     return {fraction, std::ldexp(1.0, exponent)};
@@ -87,19 +79,18 @@ std::pair<double, double> unit(const Tensor& pred) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> prediction_loss(const Tensor& pred_QKD, const Tensor& target_BND, const Tensor& index_MBK,
-                                           bool with_slope) {
+                                           bool with_grad) {
     STD_TORCH_CHECK(pred_QKD.dim() == 3 && target_BND.dim() == 3 && index_MBK.dim() == 3,
                     "prediction_loss: pred must be [M*B, K, D], target [B, N, D], index [M, B, K]");
     const int64_t M = index_MBK.size(0), B = index_MBK.size(1), K = index_MBK.size(2), D = pred_QKD.size(2);
     STD_TORCH_CHECK(
         pred_QKD.size(0) == M * B && pred_QKD.size(1) == K && target_BND.size(0) == B && target_BND.size(2) == D,
         "prediction_loss: sizes differ");
-    const Tensor pred = rows_of(pred_QKD), target = rows_of(target_BND);
+    const Tensor pred = with_rows(pred_QKD), target = with_rows(target_BND);
     const Tensor index = torch::stable::contiguous(index_MBK);
     const auto* chosen = checked_index(index, target.size(1), "prediction_loss: index");
     const Tensor losses = torch::stable::new_empty(pred, {M}, wide_of(pred));
-    const Tensor slope =
-        with_slope ? torch::stable::new_empty(pred, {M * B, K, D}) : torch::stable::new_empty(pred, {0});
+    const Tensor grad = with_grad ? torch::stable::new_empty(pred, {M * B, K, D}) : torch::stable::new_empty(pred, {0});
     dispatch(pred.scalar_type(), [&](auto pred_type) {
         dispatch(target.scalar_type(), [&](auto target_type) {
             using P = decltype(pred_type);
@@ -108,7 +99,7 @@ std::tuple<Tensor, Tensor> prediction_loss(const Tensor& pred_QKD, const Tensor&
             const auto fraction = static_cast<A>(unit(pred).first);
             const auto* from = pointer<const P>(pred);
             const auto* goal = pointer<const T>(target);
-            auto* to = with_slope ? pointer<P>(slope) : nullptr;
+            auto* to = with_grad ? pointer<P>(grad) : nullptr;
             std::vector<A> rows(M * B * K);
             const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, D));
             torch::stable::parallel_for(0, M * B * K, grain, [&](int64_t begin, int64_t end) {
@@ -127,35 +118,32 @@ std::tuple<Tensor, Tensor> prediction_loss(const Tensor& pred_QKD, const Tensor&
             }
         });
     });
-    return {losses, slope};
+    return {losses, grad};
 }
 
-Tensor prediction_loss_backward(const Tensor& slope, const Tensor& grad_losses_M) {
-    const Tensor grad = torch::stable::new_empty(slope, slope.sizes());
-    const int64_t M = grad_losses_M.numel();
-    if (grad.numel() == 0) return grad;
-    const int64_t block = slope.numel() / M;
+// What the forward wrote, times each block's weight; mostly 1, and nothing to do.
+void prediction_loss_scale_(const Tensor& grad, const Tensor& grad_losses_M) {
+    if (grad.numel() == 0) return;
+    const int64_t M = grad_losses_M.numel(), block = M ? grad.numel() / M : 0;
     const Tensor grad_losses = torch::stable::contiguous(grad_losses_M);
-    STD_TORCH_CHECK(slope.is_contiguous() && grad_losses.scalar_type() == wide_of(slope) && block * M == slope.numel(),
-                    "prediction_loss_backward: slope must be contiguous, M blocks of it, and grad_losses wide");
-    const double power = unit(slope).second * static_cast<double>(M);
-    dispatch(slope.scalar_type(), [&](auto type) {
+    STD_TORCH_CHECK(grad.is_contiguous() && grad_losses.scalar_type() == wide_of(grad) && block * M == grad.numel(),
+                    "prediction_loss_scale_: grad must be contiguous, M blocks of it, and grad_losses wide");
+    const double power = unit(grad).second * static_cast<double>(M);
+    dispatch(grad.scalar_type(), [&](auto type) {
         using T = decltype(type);
-        torch::stable::parallel_for(0, slope.numel(), kGrain, [&](int64_t begin, int64_t end) {
-            while (begin < end) {
-                const int64_t m = begin / block, stop = std::min(end, (m + 1) * block);
-                const auto weight = static_cast<Wide<T>>(pointer<const Wide<T>>(grad_losses)[m] * power);
-                multiply(pointer<const T>(slope) + begin, weight, pointer<T>(grad) + begin, stop - begin);
-                begin = stop;
-            }
-        });
+        for (int64_t m = 0; m < M; ++m) {
+            const auto weight = static_cast<Wide<T>>(pointer<const Wide<T>>(grad_losses)[m] * power);
+            if (weight == 1) continue;
+            torch::stable::parallel_for(0, block, kGrain, [&](int64_t begin, int64_t end) {
+                multiply(pointer<T>(grad) + m * block + begin, weight, end - begin);
+            });
+        }
     });
-    return grad;
 }
 
 }  // namespace jepa
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels, CPU, m) {
     m.impl("prediction_loss", TORCH_BOX(&jepa::prediction_loss));
-    m.impl("prediction_loss_backward", TORCH_BOX(&jepa::prediction_loss_backward));
+    m.impl("prediction_loss_scale_", TORCH_BOX(&jepa::prediction_loss_scale_));
 }

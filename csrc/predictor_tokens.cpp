@@ -15,9 +15,8 @@ JEPA_VECTOR_CLONES void add_position(const A* token, const Wide<T>* pos, T* to, 
 }
 
 // pos and the mask token are small next to the result: widened once, not once a row.
-Tensor widened(const Tensor& table, ScalarType dtype) {
-    return torch::stable::contiguous(
-        torch::stable::to(table, dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float));
+Tensor widened(const Tensor& table, const Tensor& like) {
+    return torch::stable::contiguous(torch::stable::to(table, wide_of(like)));
 }
 
 }  // namespace
@@ -35,7 +34,7 @@ Tensor predictor_tokens(const Tensor& context_BKD, const Tensor& context_index, 
                     "predictor_tokens: sizes differ");
     const auto dtype = context_BKD.scalar_type();
     const Tensor context = with_rows(context_BKD);
-    const Tensor pos = widened(pos_ND, dtype), mask = widened(mask_token_D, dtype);
+    const Tensor pos = widened(pos_ND, context_BKD), mask = widened(mask_token_D, context_BKD);
     const Tensor seen = torch::stable::contiguous(context_index);
     const Tensor hidden = torch::stable::contiguous(target_index);
     const auto* seen_at = checked_index(seen, N, "predictor_tokens: context_index");
@@ -71,7 +70,7 @@ std::tuple<Tensor, Tensor> predictor_tokens_backward(const Tensor& dy_QSD, int64
     const Tensor dy = with_rows(dy_QSD);
     const int64_t S = dy.size(1), D = dy.size(2);
     const auto dtype = dy.scalar_type();
-    const auto wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    const auto wide = wide_of(dy);
     const Tensor d_context = torch::stable::new_empty(dy, {B, Kc, D});
     const Tensor d_mask = torch::stable::new_zeros(dy, {D}, wide);
     const Tensor partial = torch::stable::new_zeros(dy, {B, D}, wide);

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kColumns = 256;  // that a task sums over all rows
 
 struct Views {  // z [N, M, D] behind any strides, D dense
-    explicit Views(const Tensor& z) : z(z.size(2) > 1 && z.stride(2) != 1 ? torch::stable::contiguous(z) : z) {}
+    explicit Views(const Tensor& z) : z(with_rows(z)) {}
     template <class T>
     const T* row(int64_t n, int64_t i) const {
         return pointer<const T>(z) + n * z.stride(0) + i * z.stride(1);
@@ -23,10 +23,6 @@ struct Views {  // z [N, M, D] behind any strides, D dense
     int64_t D() const { return z.size(2); }
     Tensor z;
 };
-
-ScalarType wide_of(const Tensor& x) {
-    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 template <class T>
 JEPA_VECTOR_CLONES void add(const T* x, double* total, int64_t n) {

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa.checkpoint import CheckpointError, load_encoder
+from jepa.checkpoint import CheckpointError
 from jepa.config import Config, ConfigError
 from jepa.data import ImageSource, eval_batches
+from jepa.interop import load_encoder
 from jepa.probe import Encoder, extract, knn, linear_probe, open_labelled
 from jepa.vit import VisionTransformer, build_encoder
 
@@ -131,7 +132,7 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or an exported .safetensors")
     parser.add_argument(
         "--train", required=True, metavar="FOLDER", help="labelled images that the probes are fitted on"
     )

@@ -9,32 +9,48 @@ import argparse
 import copy
 import os
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from jepa import checkpoint, distributed, zero
+from jepa import checkpoint, distributed, interrupt, zero
 from jepa.budget import report
 from jepa.config import Config, ConfigError, load_config
-from jepa.data import Loader, open_images
-from jepa.masks import sample_masks
+from jepa.data import Batch, Loader, open_images
+from jepa.distributed import Ranks
+from jepa.interrupt import StopRequest, Watchdog
 from jepa.metrics import RunLog, collapse_warning, health
-from jepa.objective import JepaModel
+from jepa.objective import JepaModel, Losses
 from jepa.probe import OnlineProbe
+from jepa.replay import blame, masks_of, poison, replay
 from jepa.schedules import Schedules
 from jepa.teacher import Teacher
+from jepa.tokens import tokens
+from jepa.vit import compile_blocks
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message says what to do."""
 
 
-def train(config: Config, resume: str | None) -> None:
-    if config.mask.mode == "packed":
-        raise ConfigError(["mask.mode = 'packed': the sampler draws it, the encoder cannot run it yet; give unbiased"])
-    ranks = distributed.start(config.engine.device)
-    micro_batch, accumulation, global_batch = config.batch(ranks.world_size)
-    data = config.data
-    loader = Loader(
+def run(config: Config, args: argparse.Namespace) -> int:
+    """Trains, or replays a step, and returns the exit code; jepa.interrupt says which there are."""
+    engine = config.engine
+    ranks = distributed.start(engine.device, engine.timeout_minutes, engine.deterministic)
+    with StopRequest(ranks, args.max_minutes) as stop, Watchdog(ranks, engine.timeout_minutes) as watchdog:
+        watchdog.at(None, "opening the images")
+        loader = open_loader(config, ranks)
+        if args.replay_step is not None:
+            replay(config, ranks, loader, args.replay_step, args.resume)
+            return 0
+        return train(config, args, ranks, loader, stop, watchdog)
+
+
+def open_loader(config: Config, ranks: Ranks) -> Loader:
+    data, (micro_batch, accumulation, _) = config.data, config.batch(ranks.world_size)
+    return Loader(
         open_images(data.folder),
         crop_size=data.crop_size,
         crop_scale=data.crop_scale,
@@ -50,76 +66,138 @@ def train(config: Config, resume: str | None) -> None:
         prefetch=data.prefetch,
         max_bad_fraction=data.max_bad_fraction,
     )
+
+
+def train(
+    config: Config, args: argparse.Namespace, ranks: Ranks, loader: Loader, stop: StopRequest, watchdog: Watchdog
+) -> int:
+    global_batch = config.batch(ranks.world_size).global_batch
     schedules = Schedules(config, loader.steps_per_epoch)
     all_steps = config.optimization.epochs * loader.steps_per_epoch
     last_step = min(all_steps, config.engine.max_steps or all_steps)
     probe = OnlineProbe(config, ranks.rank, ranks.world_size, ranks.device) if config.eval.every else None
 
-    torch.manual_seed(config.engine.seed)
-    model = JepaModel(config).to(ranks.device)
-    target_encoder = copy.deepcopy(model.encoder)
-    engine = zero.start(model, config)
-    teacher = Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    watchdog.at(None, "building the model")
+    engine, teacher = start_model(config, ranks.device)
+    watchdog.at(None, "loading the checkpoint")
     saver = checkpoint.Saver(config, engine, loader.steps_per_epoch)
-    progress = saver.resume(resume) if resume else saver.begin()
+    progress = saver.resume(args.resume, args.accept_changes) if args.resume else saver.begin()
     if progress.applied:
         teacher.refresh()
 
     log = RunLog(config, progress.step, last_step, loader.steps_per_epoch, global_batch)
     log.say(
         f"{config.meta.model_name} ({config.loss.objective}), {len(loader.source)} images, {global_batch} a step on "
-        f"{ranks.world_size} x {ranks.device.type}; steps {progress.step} to {last_step} of {all_steps}"
+        f"{ranks.world_size} x {ranks.device.type}; steps {progress.step} to {last_step} of {all_steps}; "
+        f"kill {os.getpid()} stops it with everything saved"
     )
     skipped_in_a_row = 0
     batches = loader.batches(progress.step, last_step)
     for step in range(progress.step, last_step):
-        waited_before, losses = loader.wait_seconds, []
+        stop.ask()
+        waited_before = loader.wait_seconds
         lr = schedules.lr(progress.applied)
         weight_decay = schedules.weight_decay(progress.applied)
         momentum = schedules.momentum(progress.applied)
         zero.schedule(engine, lr, weight_decay, momentum)
 
-        for _ in range(accumulation):
-            _, micro, batch = next(batches)
-            first = (micro * ranks.world_size + ranks.rank) * micro_batch
-            masks = sample_masks(config.mask_spec, seed=config.engine.seed, step=step, first=first, batch=micro_batch)
-            context, target = (index.to(ranks.device, non_blocking=True) for index in (masks.context, masks.target))
-            features = teacher(batch.images)
-            output = engine(batch.images, context, target, features)
-            engine.backward(output.losses.total)
-            losses.append(output.losses)
-            applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
-
-        progress.count(applied, global_batch)
-        log.step(step, losses, context.shape[-1], target.shape[-1], loader.wait_seconds - waited_before)
-        if applied:
+        done = take_step(config, ranks, engine, teacher, batches, step, watchdog.at)
+        progress.count(done.applied, global_batch)
+        log.step(step, done.losses, *done.kept, loader.wait_seconds - waited_before)
+        found: dict[str, Any] = {}
+        if done.applied:
             skipped_in_a_row = 0
-            teacher.refresh()
         else:
             skipped_in_a_row += 1
-            log.say(f"step {step} skipped: its gradient is not finite; images {', '.join(batch.files[:3])}, ...")
-            if skipped_in_a_row >= config.engine.max_skipped:
-                raise TrainingError(
-                    f"{skipped_in_a_row} steps in a row had a gradient that is not finite; stopped at step {step}. "
-                    "The last checkpoint is whole: lower optimization.lr or set optimization.clip_grad and --resume"
-                )
+            found |= blame(done.losses, done.files)
+            what = f"the loss of rank(s) {found['bad_ranks']}" if found["bad_ranks"] else "its gradient"
+            log.say(f"step {step} skipped: {what} is not finite; --replay-step {step} looks at it alone")
 
-        found: dict[str, float] = {}
-        if applied and progress.step % config.logging.health_freq == 0:
-            found |= health(features, output.predicted_RD) | {"teacher_distance": teacher.distance()}
+        if done.applied and progress.step % config.logging.health_freq == 0:
+            found |= health(done.target_BND, done.predicted_RD) | {"teacher_distance": teacher.distance()}
             if warning := collapse_warning(found):
                 log.say(f"step {step}: {warning}")
         if probe and progress.step % config.eval.every == 0:
-            found |= probe(teacher.encoder)
-            log.say(f"step {step}: k-NN of the target encoder {100 * found['knn']:.1f} %")
-        if found or progress.step % config.logging.log_freq == 0 or progress.step == last_step:
-            log.flush(lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=grad_norm, **found)
-        if saver.due(progress.step) or progress.step == last_step:
+            watchdog.at(step, "evaluating")
+            found |= (accuracy := probe(teacher.encoder))
+            log.say(f"step {step}: k-NN of the target encoder {100 * accuracy['knn']:.1f} %")
+
+        finished, stopping = progress.step == last_step, stop.agreed()
+        saving = saver.due(progress.step) or finished or stopping
+        if found or saving or progress.step % config.logging.log_freq == 0:
+            log.flush(lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=done.grad_norm, **found)
+        if skipped_in_a_row >= config.engine.max_skipped:
+            raise TrainingError(
+                f"{skipped_in_a_row} steps in a row had a gradient that is not finite; stopped at step {step}. "
+                "The last checkpoint is whole: lower optimization.lr or set optimization.clip_grad and --resume"
+            )
+        if saving:
+            watchdog.at(step, "saving")
             log.say(f"saved {saver.save(progress)}")
-        if found or saver.due(progress.step):
+        if stopping and not finished:
+            log.say(f"stopped on request after step {step}: --resume goes on. Exit code {interrupt.STOPPED}")
+            break
+        if found or saving:
             log.restart_clock()
 
     log.close()
+    return 0 if progress.step >= last_step else interrupt.STOPPED
+
+
+def start_model(config: Config, device: torch.device) -> tuple[Any, Teacher]:
+    """The model, freshly initialised, under DeepSpeed, and its teacher."""
+    torch.manual_seed(config.engine.seed)
+    model = JepaModel(config).to(device)
+    target_encoder = copy.deepcopy(model.encoder)
+    engine = zero.start(model, config)
+    teacher = Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    if config.compiles(device.type):
+        compile_blocks(engine.module, target_encoder)
+    return engine, teacher
+
+
+class Step(NamedTuple):
+    """What became of a step; of the features and masks only the last micro-batch's."""
+
+    applied: bool
+    grad_norm: float | None
+    losses: list[Losses]  # one a micro-batch
+    kept: tuple[int, int]  # tokens of a context, of a target
+    target_BND: Tensor
+    predicted_RD: Tensor
+    files: list[str]  # of all micro-batches
+
+
+def take_step(
+    config: Config,
+    ranks: Ranks,
+    engine: Any,
+    teacher: Teacher,
+    batches: Iterator[tuple[int, int, Batch]],
+    step: int,
+    at: Callable[[int, str], None] = lambda step, doing: None,
+) -> Step:
+    """Step `step`, all its micro-batches, under the numbers last given to `zero.schedule`; then the teacher follows.
+
+    `at` is told what is done next.
+    """
+    losses, files = [], []
+    for micro in range(config.batch(ranks.world_size).accumulation):
+        at(step, "waiting for images")
+        _, _, batch = next(batches)
+        at(step, "computing")
+        masks = masks_of(config, ranks, step, micro)
+        rows = tokens(masks, config, ranks.device, whole=(step + 1) % config.logging.health_freq == 0)
+        features = teacher(batch.images, rows.teacher)
+        output = engine(batch.images, rows.context, rows.target_MBK, features, rows.places_MBK)
+        engine.backward(poison(output.losses.total))
+        losses.append(output.losses)
+        files += batch.files
+        applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
+    if applied:
+        teacher.follow()
+    kept = (rows.mean_context, rows.target_MBK.shape[-1])
+    return Step(applied, grad_norm, losses, kept, features, output.predicted_RD, files)
 
 
 def arguments() -> argparse.Namespace:
@@ -132,7 +210,19 @@ def arguments() -> argparse.Namespace:
         nargs="?",
         const="latest",
         metavar="CHECKPOINT",
-        help="go on from the newest, or from this one",
+        help="go on from the newest checkpoint, or from this one; auto: from the newest, or begin where there is none",
+    )
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="resume even if steps compute another loss than before"
+    )
+    parser.add_argument(
+        "--max-minutes", type=float, metavar="M", help=f"then save and end with exit code {interrupt.STOPPED}"
+    )
+    parser.add_argument(
+        "--replay-step",
+        type=int,
+        metavar="N",
+        help="look at step N alone, with the weights of the newest checkpoint up to it, or of that behind --resume",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -150,13 +240,13 @@ def main() -> int:
         if args.dry_run:
             print(report(config, args.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
-        meta = config.meta
-        train(config, args.resume or (meta.read_checkpoint or "latest" if meta.load_checkpoint else None))
-    except (ConfigError, checkpoint.CheckpointError, TrainingError, ValueError) as error:
+        if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
+            args.resume = config.meta.read_checkpoint or "latest"
+        return run(config, args)
+    except (ConfigError, checkpoint.CheckpointError, TrainingError, ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"engine/train.py, rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from jepa import figures
-from jepa.checkpoint import CheckpointError, load_encoder
+from jepa.checkpoint import CheckpointError
 from jepa.data import eval_batches, open_images
+from jepa.interop import load_encoder
 from jepa.masks import sample_masks
 
 
@@ -53,7 +54,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint's folder")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a folder, or an exported .safetensors")
     parser.add_argument("--images", metavar="FOLDER", help="a folder tree, a .txt list, or WebDataset tars")
     parser.add_argument("--log", metavar="FILE.jsonl", help="the log of a run")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the pictures go")

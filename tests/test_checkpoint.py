@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jepa import zero
-from jepa.checkpoint import CheckpointError, Saver, load_encoder, read_state
+from jepa.checkpoint import CheckpointError, Saver, read_state
+from jepa.interop import load_encoder
 from jepa.masks import sample_masks
 from jepa.objective import JepaModel
 from small import run_ranks, small_config, whole_weights
@@ -24,7 +25,7 @@ SAVED = list(itertools.product((0, 1, 2, 3), (False, True)))
 def start(folder: Path, stage: int, bf16: bool) -> tuple[object, Saver]:
     config = small_config(
         f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}", "logging.save_every=1", "logging.keep_last=2",
-        f"data.batch_size={8 // dist.get_world_size()}", f"logging.folder={folder}",
+        f"data.batch_size={8 // dist.get_world_size()}", "mask.cut=global", f"logging.folder={folder}",
     )  # fmt: skip
     engine = zero.start(JepaModel(config), config)
     return engine, Saver(config, engine, steps_per_epoch=1000)
@@ -129,6 +130,7 @@ DAMAGE = {
     "a flipped bit": lambda folder: flip_a_bit(folder / "rank-00000.safetensors"),
     "a file cut short": lambda folder: os.truncate(folder / "rank-00000.safetensors", 1000),
     "a missing file": lambda folder: (folder / "rank-00000.safetensors").unlink(),
+    "a flipped bit in the state": lambda folder: flip_a_bit(folder / "state.json"),
     "a missing state": lambda folder: (folder / "state.json").unlink(),
     "a state cut short": lambda folder: os.truncate(folder / "state.json", 200),
 }
@@ -195,7 +197,7 @@ def resume_another(folder: Path) -> list[str]:
     saver.save(progress)
     messages = []
     for change in ("meta.depth=3", "engine.seed=5", "engine.gradient_accumulation_steps=2"):
-        config = small_config(change, "data.batch_size=8", f"logging.folder={folder}")
+        config = small_config(change, "data.batch_size=8", "mask.cut=global", f"logging.folder={folder}")
         try:
             Saver(config, zero.start(JepaModel(config), config), 1000).resume("latest")
         except CheckpointError as error:

@@ -68,7 +68,7 @@ def every_op(label: str, sizes: Sizes, dtype: Any, offset: int = 0) -> dict[str,
     from jepa_kernels.ema import _CODES, ema_triton
     from jepa_kernels.gather import gather_backward_triton, gather_triton
     from jepa_kernels.patchify import patchify_triton
-    from jepa_kernels.prediction_loss import prediction_loss_backward_triton, prediction_loss_triton
+    from jepa_kernels.prediction_loss import prediction_loss_scale_triton, prediction_loss_triton
     from jepa_kernels.predictor_tokens import predictor_tokens_backward_triton, predictor_tokens_triton
     from jepa_kernels.vicreg import vicreg_moments_triton
 
@@ -82,7 +82,7 @@ def every_op(label: str, sizes: Sizes, dtype: Any, offset: int = 0) -> dict[str,
     wide = torch.promote_types(dtype, torch.float32)
     precision = "ieee" if dtype == torch.float64 else "tf32"
     side = P * max(1, math.isqrt(N))
-    images = x(B, 3, side, side, dtype=torch.uint8)
+    images, last = x(B, 3, side, side, dtype=torch.uint8), x(B, side, side, 3, dtype=torch.uint8)
     unit = [1.0, 1.0, 1.0]
     weight, half = [x(W, dtype=torch.float32)], [x(W, dtype=dtype)]
     step = torch.ones(1, 6), 0.9, 0.999, 1e-8
@@ -90,13 +90,13 @@ def every_op(label: str, sizes: Sizes, dtype: Any, offset: int = 0) -> dict[str,
         "gather": lambda: gather_triton(x(B, N, D), index(B, Kc)),
         "gather backward": lambda: gather_backward_triton(x(B, Kc, D), index(B, Kc), N),
         "patchify": lambda: patchify_triton(images, index(B, Kc), unit, unit, P, dtype),
-        "patchify all": lambda: patchify_triton(images.permute(0, 2, 3, 1).mT.mT, None, unit, unit, P, dtype),
+        "patchify all": lambda: patchify_triton(last.permute(0, 3, 1, 2), None, unit, unit, P, dtype),
         "predictor_tokens": lambda: predictor_tokens_triton(
             x(B, Kc, Dp), index(B, Kc), index(M, B, Kt), x(N, Dp, dtype=wide), x(Dp, dtype=wide)
         ),
         "predictor_tokens backward": lambda: predictor_tokens_backward_triton(x(M * B, Kc + Kt, Dp), M, B, Kc),
         "prediction_loss": lambda: prediction_loss_triton(x(M * B, Kt, D), x(B, N, D), index(M, B, Kt), True),
-        "prediction_loss backward": lambda: prediction_loss_backward_triton(
+        "prediction_loss scale": lambda: prediction_loss_scale_triton(
             x(M * B, Kt, D), torch.empty(M, dtype=wide, device="meta")
         ),
         "vicreg": lambda: vicreg_moments_triton(x(R, M, D)),

@@ -1,5 +1,8 @@
 """Configs: what loads, what is refused and how, and whether DeepSpeed reads what is made for it."""
 
+import random
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,6 +299,51 @@ def test_junk_is_a_config_or_a_config_error(mapping: Any, values: list[tuple[str
 @given(st.lists(st.text(max_size=12) | st.builds("{}={}".format, names, st.text(max_size=12)), max_size=4))
 def test_junk_overrides_are_config_errors(overrides: list[str]) -> None:
     only_config_errors(lambda: parse_config(small(), overrides))
+
+
+YAML_BITS = [
+    "data:", "data: ", "\n  ", "\n", "root_path", "batch_size", "meta", ": ", "- ", "[", "]", "{", "}", "&a ", "*a",
+    "<<: *a", "!!float ", "!!int ", "!!binary ", "!!timestamp ", "!!set ", "!!omap ", "!!python/name:os.system ",
+    "!!python/object/apply:os.getcwd []", "~", "1_0", "0x" + "f" * 5000, "9" * 5000, "1:59:59", ".inf", "2024-13-45",
+    '"\\uD800"', "'", "? ", "| ", "%YAML 9.9\n", "---", "...", "\t", "#",
+]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.sampled_from(YAML_BITS) | st.text(max_size=5), max_size=12).map("".join), st.sampled_from(SHIPPED))
+def test_text_is_a_config_or_a_config_error(text: str, path: Path) -> None:
+    """As a file of its own, at any place in a whole config, and as the value of any key."""
+    folder = Path(tempfile.mkdtemp())
+    whole, at = path.read_text(), random.randrange(2000)
+    for content in (text, whole[:at] + text + whole[at:], whole[:at] + text):
+        (folder / "config.yaml").write_text(content, errors="surrogatepass")
+        only_config_errors(lambda: load_config(folder / "config.yaml", PATHS))
+    only_config_errors(lambda: load_config(path, [*PATHS, f"{random.choice(KEYS)}={text}"]))
+    shutil.rmtree(folder)
+
+
+def nested(line: str, levels: int) -> str:
+    """Each line holds the one before several times: it would take more memory, written out, than there is."""
+    first = "x0: &a0 {k: 1}\n"
+    return first + "".join(f"x{i + 1}: &a{i + 1} " + line.format(",".join([f"*a{i}"] * 9)) for i in range(levels))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        nested("[{}]\n", 30) + "data: {root_path: *a30, batch_size: *a30}\nmeta: *a30",
+        nested("{{<<: [{}]}}\n", 30),
+        "data:\n" + "".join(f" k{i}: 1\n" for i in range(9000)),
+        f"data: {{{'k' * 10**5}: 1}}",
+        "#" * 2**20,
+    ],
+    ids=["lists of lists", "merges of merges", "many keys", "a long key", "a large file"],
+)
+def test_small_files_do_not_fill_time_or_memory(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "config.yaml", [f"data.root_path={text[:999]}"])
+    assert len(str(caught.value)) < 20_000
 
 
 # --- the batch

@@ -133,6 +133,31 @@ def test_what_is_imported_is_declared(path):
     assert outside(path) <= declared | ours
 
 
+RUNS_WHAT_IT_READS = {
+    "eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load",
+    "marshal.loads", "shelve.open", "joblib.load", "dill.load", "dill.loads", "torch.jit.load", "torch.hub.load",
+    "yaml.full_load", "yaml.unsafe_load", "yaml.load_all", "yaml.full_load_all", "yaml.unsafe_load_all",
+}  # fmt: skip
+
+
+@named([*KERNELS, *ENGINE, *sorted(ROOT.glob("benchmarks/*.py"))])
+def test_no_file_that_is_read_can_run_code(path):
+    safe_loaders = {"yaml.SafeLoader", "yaml.CSafeLoader"}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ClassDef) and safe_loaders & {ast.unparse(base) for base in node.bases}:
+            safe_loaders.add(node.name)
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):  # or the calls below would have other names
+            assert node.module not in ("pickle", "marshal", "shelve", "joblib", "dill", "yaml")
+        if not isinstance(node, ast.Call):
+            continue
+        name, options = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+        assert name not in RUNS_WHAT_IT_READS, f"line {node.lineno}"
+        assert name != "torch.load" or options.get("weights_only") == "True", f"line {node.lineno}"
+        assert name != "yaml.load" or ast.unparse(node.args[1]) in safe_loaders, f"line {node.lineno}"
+        assert options.get("allow_pickle", "False") == "False", f"line {node.lineno}"
+
+
 @named(CSRC)
 def test_csrc_includes_the_stable_abi_and_the_standard_library(path):
     for line in path.read_text().splitlines():

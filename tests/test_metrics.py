@@ -1,10 +1,15 @@
 """Health of features against independent computations, and the plain words at a collapse."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from jepa.metrics import collapse_warning, effective_rank, feature_health
+from jepa.metrics import RunLog, collapse_warning, effective_rank, feature_health
+from jepa.objective import Losses
+from small import run_ranks, small_config
 
 
 def test_effective_rank_counts_equal_directions() -> None:
@@ -40,3 +45,38 @@ def test_collapse_is_said_and_health_is_not() -> None:
     for bad in (same, line, torch.ones(64, 16)):
         assert "collapsing: the target encoder" in str(words(bad, healthy))
         assert "collapsing: the predictor" in str(words(healthy, bad))
+
+
+TORN = ('{"step": 1', "2,1,0.3", "\n", "[3]\n", "1", "")
+
+
+def log_steps(folder: Path, first: int, last: int, torn: str) -> None:
+    """Logs steps, five an epoch; then the files end as those of a run that is killed as it writes."""
+    log = RunLog(small_config(f"logging.folder={folder}"), first, 20, 5, 8)
+    for step in range(first, last):
+        log.step(step, [Losses(*torch.full((5,), step + 100.0 * first))], 10, 5, 0.0)
+        log.flush(lr=float("nan") if step == 3 else 0.1)
+    log.close()
+    for name in ("jepa.jsonl", "jepa_r0.csv"):
+        with (folder / name).open("a") as file:
+            file.write(torn)
+
+
+def log_twice(folder: Path) -> None:
+    for i, torn in enumerate(TORN):
+        log_steps(folder / str(i), 0, 8, torn)
+        log_steps(folder / str(i), 6, 9, "")
+
+
+def test_a_log_goes_on_without_torn_or_repeated_rows(tmp_path: Path) -> None:
+    run_ranks(1, log_twice, tmp_path)
+    wanted = [*range(6), 606, 607, 608]
+    for i in range(len(TORN)):
+        text = (tmp_path / str(i) / "jepa.jsonl").read_text()
+        assert "NaN" not in text  # it is no JSON
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert [row["loss"] for row in rows] == wanted and [row["step"] for row in rows] == list(range(9))
+        assert [row["lr"] for row in rows] == [None if step == 3 else 0.1 for step in range(9)]
+        header, *lines = (tmp_path / str(i) / "jepa_r0.csv").read_text().splitlines()
+        assert header.startswith("epoch,itr,loss") and [float(line.split(",")[2]) for line in lines] == wanted
+        assert [line.split(",")[:2] for line in lines] == [[str(step // 5 + 1), str(step % 5)] for step in range(9)]

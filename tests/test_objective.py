@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterable
-from itertools import permutations
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from jepa.masks import sample_masks
 from jepa.objective import GlobalBatchNorm, JepaModel, Losses, mean_pairwise_cosine
+from plain import criterion
 from small import run_ranks, small_config
 
 
@@ -36,66 +36,13 @@ def norm_of(gradient: Iterable[Tensor]) -> float:
     return math.sqrt(sum(g.double().square().sum().item() for g in gradient))
 
 
-def projected(model: JepaModel, x: Tensor) -> Tensor:
-    """The projector in float64, batch norm by its definition."""
-    assert model.projector is not None
-    for layer in model.projector:
-        if isinstance(layer, torch.nn.Linear):
-            x = x @ layer.weight.double().T + layer.bias.double()
-        elif isinstance(layer, GlobalBatchNorm):
-            variance = ((x - x.mean(0)) ** 2).mean(0)
-            x = (x - x.mean(0)) / torch.sqrt(variance + 1e-5) * layer.weight.double() + layer.bias.double()
-        else:
-            x = x.clamp_min(0)
-    return x
-
-
-def variance_term(z: Tensor) -> Tensor:
-    return (1 - torch.sqrt(z.var(0) + 1e-4)).clamp_min(0).mean()
-
-
-def covariance_term(z: Tensor) -> Tensor:
-    C = torch.cov(z.T)
-    return (C**2).sum() / len(C) - (C.diagonal() ** 2).sum() / len(C)
-
-
 def wanted_losses(model: JepaModel, pixels: Tensor, context: Tensor, target: Tensor, h: Tensor) -> Losses:
-    """Algorithm 1 and its options, literally: every ordered pair of different blocks, in float64."""
-    loss, M, B = model.loss, len(target), len(pixels)
+    """The criterion in float64 on what the model's encoder and predictor give (tests/test_vit.py checks those)."""
     per_context = []
     for seen in context:
         z = model.encoder(pixels, seen)
-        p = model.predictor(z, seen, target).double().view(M, B, target.shape[2], -1)
-        total = torch.zeros((), dtype=torch.float64)
-        for m in range(M):
-            for b in range(B):
-                rows = h[b, target[m, b]].double()
-                goal = (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-                d = (p[m, b] - goal).abs()
-                total = total + torch.where(d < 1, d**2 / 2, d - 0.5).mean() / (M * B)
-        jepa, zero = total, torch.zeros((), dtype=torch.float64)
-        sim = std = cov = zero
-        views = p.mean(2)
-        if loss.objective == "ijepa":
-            pass
-        elif loss.regularizer == "cosine":
-            pairs = [F.cosine_similarity(views[i], views[j]).mean() for i, j in permutations(range(M), 2)]
-            sim = torch.stack(pairs).mean()
-            total = jepa - loss.beta_vicreg * sim
-        else:
-            if loss.vicreg_on == "context":
-                both = projected(model, torch.cat([z.double().mean(1), h.double().mean(1)]))
-                c, t = both[:B], both[B:]
-                sim, std, cov = ((c - t) ** 2).mean(), variance_term(c), 2 * covariance_term(c)
-            else:
-                flat = views.transpose(0, 1).reshape(B * M, -1)
-                blocks = projected(model, flat).view(B, M, -1).unbind(1)
-                pairs = [(blocks[i], blocks[j]) for i, j in permutations(range(M), 2)]
-                sim = torch.stack([((a - b) ** 2).mean() for a, b in pairs]).mean()
-                std = torch.stack([(variance_term(a) + variance_term(b)) / 2 for a, b in pairs]).mean()
-                cov = torch.stack([covariance_term(a) + covariance_term(b) for a, b in pairs]).mean()
-            total = jepa + loss.beta_vicreg * (loss.beta_sim * sim + loss.beta_std * std + loss.beta_cov * cov)
-        per_context.append((total, jepa, sim, std, cov))
+        p = model.predictor(z, seen, target).double().view(*target.shape, -1)
+        per_context.append(criterion(model, z.double().mean(1), p, target, h))
     return Losses(*(torch.stack(terms).mean() for terms in zip(*per_context, strict=True)))
 
 

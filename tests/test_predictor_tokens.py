@@ -31,6 +31,7 @@ SHAPES = [  # M, B, Kc, Kt, N, D
     (2, 3, 4, 5, 6, 0),
     (1, 1, 1, 1, 1, 1),
     (3, 5, 7, 11, 13, 17),
+    (2, 1, 3, 2, 4, 2056),  # wider than eleven chunks of columns
     (2, 3, 64, 32, 37, 131),  # tiles of the kernels end where the context does
     (4, 2, 69, 44, 256, 384),
 ]
@@ -151,6 +152,21 @@ def test_gradients_repeat_bit_for_bit(op, device):
         results.append(op(dy, 4, 6, 20))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 14 GB of a GPU's memory")
+def test_addresses_beyond_32_bits_on_a_gpu():
+    """The last rows of a result of more than 2^31 elements, and of its gradient, are as they are alone."""
+    M, B, Kc, Kt, D = 2, 2**15 + 1, 17, 16, 1024
+    context = torch.zeros(B, Kc, D, dtype=torch.bfloat16, device="cuda")
+    context[-1] = torch.randn(Kc, D)
+    pos, mask = torch.randn(7, D, device="cuda"), torch.randn(D, device="cuda")
+    seen, asked = (torch.randint(7, shape, device="cuda") for shape in ((B, Kc), (M, B, Kt)))
+    y = predictor_tokens_triton(context, seen, asked, pos, mask)
+    alone = predictor_tokens_triton(context[-1:], seen[-1:], asked[:, -1:], pos, mask)
+    assert torch.equal(y.view(M, B, Kc + Kt, D)[:, -1], alone)
+    d_context, _ = predictor_tokens_backward_triton(y, M, B, Kc)
+    assert torch.equal(d_context[-1:], predictor_tokens_backward_triton(alone, M, 1, Kc)[0])
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))

@@ -1,19 +1,17 @@
 """engine/train.py as people start it: real processes, real JPEGs, real checkpoints."""
 
-import json
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
-from PIL import Image
 
-from small import MAPPING
+from processes import ROOT, start, write_config, write_images
+from soak import log_of
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "engine/train.py")
 BIN = Path(sys.executable).parent
 
@@ -21,21 +19,14 @@ BIN = Path(sys.executable).parent
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty JPEGs of noise in two classes, and one file that is no image."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng()
-    for i in range(40):
-        path = folder / f"class{i % 2}" / f"{i:02d}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((60, 50), Image.Resampling.BICUBIC).save(path)
-    (folder / "class0" / "broken.jpg").write_bytes(rng.bytes(500))
+    folder = write_images(tmp_path_factory.mktemp("images"))
+    (folder / "class0" / "broken.jpg").write_bytes(random.randbytes(500))
     return folder
 
 
 @pytest.fixture
 def config(images: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(MAPPING | {"data": MAPPING["data"] | {"root_path": str(images)}}))
-    return path
+    return write_config(tmp_path / "config.yaml", images)
 
 
 def run(*words: object, launcher: tuple[object, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
@@ -51,21 +42,19 @@ def run(*words: object, launcher: tuple[object, ...] = (sys.executable,)) -> sub
     )
 
 
-def train(config: Path, folder: Path, *words: object, launcher: tuple[object, ...] = (sys.executable,)) -> list[dict]:
-    """Runs it and returns the log, without the times."""
-    done = run("--config", config, f"logging.folder={folder}", *words, launcher=launcher)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (folder / "jepa.jsonl").read_text().splitlines()]
-    clocks = ("images_per_second", "step_ms", "data_wait_ms")
-    return [{key: value for key, value in row.items() if key not in clocks} for row in rows]
+def train(config: Path, folder: Path, *words: object) -> list[dict]:
+    """Runs it on one rank and returns the log, without the times."""
+    done = start(1, folder, "--config", config, *words)
+    assert done.wait() == [0], done.text()
+    return log_of(folder)[0]
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(config: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_bit_for_bit(config: Path, images: Path, tmp_path: Path) -> None:
     same = ("engine.gradient_accumulation_steps=2", "logging.save_every=2")
     whole = train(config, tmp_path / "whole", *same, "engine.max_steps=7")
     assert [row["step"] for row in whole] == list(range(7))
     train(config, tmp_path / "parts", *same, "engine.max_steps=3")
-    # Other intervals of saving, health and logging must not change a bit.
+    # Other intervals of saving, health and evaluation must not change a bit.
     parts = train(
         config,
         tmp_path / "parts",
@@ -74,27 +63,29 @@ def test_an_interrupted_run_goes_on_bit_for_bit(config: Path, tmp_path: Path) ->
         "--resume",
         "logging.save_every=3",
         "logging.health_freq=2",
+        "eval.every=2",
+        f"eval.train_path={images}",
+        f"eval.val_path={images}",
     )
-    health = ("target_", "pred_", "teacher_")
+    health = ("target_", "pred_", "teacher_", "knn")
     assert [{k: v for k, v in row.items() if not k.startswith(health)} for row in parts] == whole
-    assert any("target_rank" in row for row in parts)
+    assert any("target_rank" in row for row in parts) and any("knn" in row for row in parts)
     columns, *rows = (tmp_path / "parts/jepa_r0.csv").read_text().splitlines()
     assert columns == "epoch,itr,loss,mask-A,mask-B,time (ms)"
     assert [f"{float(row.split(',')[2]):.5f}" for row in rows] == [f"{row['loss']:.5f}" for row in whole]
 
 
 def test_launchers_agree(config: Path, tmp_path: Path) -> None:
-    words = ("engine.max_steps=3", "engine.device=cpu")
-    deepspeed = train(
-        config,
-        tmp_path / "a",
-        *words,
-        launcher=(BIN / "deepspeed", "--num_accelerators", "2", "--master_port", "29555"),
-    )
-    torchrun = train(
-        config, tmp_path / "b", *words, launcher=(BIN / "torchrun", "--nproc_per_node", "2", "--master_port", "29556")
-    )
-    assert deepspeed == torchrun and len(torchrun) == 3
+    words = ("--config", config, "engine.max_steps=3", "engine.device=cpu", "mask.mode=packed")
+    for name, launcher in {
+        "deepspeed": (BIN / "deepspeed", "--num_accelerators", "2", "--master_port", "29555"),
+        "torchrun": (BIN / "torchrun", "--nproc_per_node", "2", "--master_port", "29556"),
+    }.items():
+        done = run(*words, f"logging.folder={tmp_path / name}", launcher=launcher)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert start(2, tmp_path / "forked", *words).wait() == [0, 0]
+    log = log_of(tmp_path / "forked")
+    assert log == log_of(tmp_path / "deepspeed") == log_of(tmp_path / "torchrun") and len(log[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -104,28 +95,50 @@ def test_launchers_agree(config: Path, tmp_path: Path) -> None:
         (("data.root_path=/nowhere/at/all",), "/nowhere/at/all"),
         (("data.batch_size=64",), "fewer than the 64"),
         (("--resume",), "no checkpoint of 'jepa'"),
-        (("mask.mode=packed",), "mask.mode"),
+        (("engine.attention=xformers",), "pip install xformers"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else None,
 )
 def test_mistakes_are_named_and_nothing_is_written(
     words: tuple[str, ...], message: str, config: Path, tmp_path: Path
 ) -> None:
-    done = run("--config", config, f"logging.folder={tmp_path / 'run'}", *words)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    done = start(1, tmp_path / "run", "--config", config, *words)
+    assert done.wait() == [1] and message in done.text() and "Traceback" not in done.text()
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(config, folder, "engine.max_steps=2")
-    done = run(
-        "--config", config, f"logging.folder={folder}", "--resume", "engine.max_skipped=3",
-        "optimization.lr=1e30", "optimization.start_lr=1e30",
+    done = start(
+        1, folder, "--config", config, "--resume", "engine.max_skipped=3", "optimization.lr=1e30",
+        "optimization.start_lr=1e30",
     )  # fmt: skip
-    assert done.returncode == 1 and "3 steps in a row" in done.stderr and "Traceback" not in done.stderr
-    assert done.stdout.count("skipped: its gradient is not finite") == 3
+    assert done.wait() == [1] and "3 steps in a row" in done.text() and "Traceback" not in done.text()
+    assert len(re.findall(r"step \d+ skipped: (its gradient|the loss of rank.*) is not finite", done.text())) == 3
     assert [row["step"] for row in train(config, folder, "--resume", "engine.max_steps=4")] == [0, 1, 2, 3]
+
+
+def test_deterministic_runs_are_alike_and_logging_changes_nothing(config: Path, tmp_path: Path) -> None:
+    """On two ranks; the second logs, saves and measures at other steps."""
+    words = ("--config", config, "engine.deterministic=true", "engine.max_steps=6", "data.num_workers=3")
+    often = ("logging.save_every=1", "logging.health_freq=1")
+    one, other = start(2, tmp_path / "one", *words), start(2, tmp_path / "other", *words, *often)
+    assert one.wait() == other.wait() == [0, 0], one.text() + other.text()
+    losses = [[row["loss"] for row in log_of(tmp_path / name)[0]] for name in ("one", "other")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_a_resume_that_would_change_the_loss_is_refused_until_it_is_accepted(config: Path, tmp_path: Path) -> None:
+    """From two ranks to one: accumulating instead changes VICReg's statistics."""
+    folder, words = tmp_path / "run", ("--config", config, "engine.global_batch_size=8", "--resume", "auto")
+    assert start(2, folder, *words, "engine.max_steps=2", "mask.cut=global").wait() == [0, 0]
+    run = start(1, folder, *words, "engine.max_steps=3", "mask.cut=global")
+    assert run.wait() == [1] and "accumulation 1, this run has 2" in run.text() and "--accept-changes" in run.text()
+    run = start(1, folder, *words, "engine.max_steps=3", "mask.cut=rank", "data.batch_size=8", "--accept-changes")
+    assert run.wait() == [0] and "accepted: " in run.text() and "mask.cut global, this run has rank" in run.text()
+    run = start(1, folder, *words, "engine.max_steps=4", "mask.cut=rank", "data.batch_size=8", "engine.zero_stage=3")
+    assert run.wait() == [0] and "accepted" not in run.text() and "at step 3\n" in run.text()
 
 
 def test_dry_run_tells_and_touches_nothing(config: Path, tmp_path: Path) -> None:

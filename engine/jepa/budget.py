@@ -4,15 +4,27 @@ Operations are of the matrix products only, 2 per multiply-add. A block of width
     n (8 D^2 + 4 D F)    queries, keys, values 6 D^2, output 2 D^2, the two layers of the MLP 4 D F
     + 4 n^2 D            scores and their product with the values
 A backward costs twice its forward: a product for the input's gradient and one for the weight's. Patches need none.
+Without engine.dead_compute a last block on n tokens, u of them wanted, costs 4 n D^2 + u (4 D^2 + 4 D F) + 4 u n D,
+and the first predictor layer's queries, keys and values of a context, 6 Dp^2 a token, are made once instead of M times.
 """
 
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
 from json import dumps
+from typing import NamedTuple
 
-from .config import BUCKET, Config, Size, deepspeed_config
+from .config import BUCKET, LIVE, Config, Size, deepspeed_config
 from .masks import MaskSpec, sample_masks
+from .tokens import target_rows
+
+
+class Kept(NamedTuple):
+    """Mean patches of an image: in a context, in a target block, and in the rows that the targets need."""
+
+    context: float
+    target: float
+    rows: float
 
 
 @dataclass(frozen=True)
@@ -44,20 +56,24 @@ class Flops:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. All but the activations are exact up to DeepSpeed's padding."""
+    """Bytes on one rank. All but the activations are what `benchmarks/memory.py --measure` finds, within 5 %."""
 
     weights: float
-    gradients: float
     master: float  # fp32 copies of the weights
     moments: float  # AdamW's two, fp32
     ema: float  # of the encoder, fp32
     teacher: float  # the target encoder's weights
     buckets: float  # DeepSpeed's communication buffer
+    gathered: float  # the weights that ZeRO-3 has put together for the layers at work
+    gradients: float
     activations: float  # an estimate
+    update: float  # gradients in the optimizer's step, and their fp32 copies
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        """At the worst moment: the backward, or the update, when the activations are gone."""
+        kept = self.weights + self.master + self.moments + self.ema + self.teacher + self.buckets
+        return kept + max(self.gathered + self.gradients + self.activations, self.update)
 
 
 def parameters(config: Config) -> Parameters:
@@ -72,55 +88,71 @@ def parameters(config: Config) -> Parameters:
     return Parameters(encoder, predictor, linear + sum(2 * m for m in widths[1:-1]))
 
 
-def mean_tokens(config: Config) -> tuple[float, float]:
-    """Mean patches kept in a context and in a target block, of micro-batches drawn from the law of the run's masks."""
+def mean_tokens(config: Config) -> Kept:
+    """Means over micro-batches drawn from the law of the run's masks."""
     return _mean_tokens(config.mask_spec, config.data.batch_size)
 
 
-def flops_per_image(config: Config, tokens: tuple[float, float] | None = None) -> Flops:
-    """`tokens`: patches kept in a context and in a target block; by default their means under the config's masks."""
-    context, target = tokens or mean_tokens(config)
+def flops_per_image(config: Config, tokens: tuple[float, ...] = ()) -> Flops:
+    """`tokens`: patches kept in a context, in a target block and (if it is given) in the rows that the targets need; by
+    default their means under the config's masks."""
+    if len(tokens) < len(Kept._fields):
+        tokens = (*tokens, *mean_tokens(config)[len(tokens) :])
+    context, target, rows = tokens
     E, M, N = config.mask.num_enc_masks, config.mask.num_pred_masks, config.grid**2
     D, Dp = config.vit.embed_dim, config.predictor.embed_dim
     embed = 2 * 3 * config.mask.patch_size**2 * D  # of one patch
-    predictor = _block_flops(config.predictor, context + target) + 2 * target * Dp * D
     widths = _projector_widths(config)
     project = sum(2 * n * m for n, m in pairwise(widths))
     covariance = 2 * widths[-1] ** 2 if widths else 0
+    skip = not config.engine.dead_compute
+    blocks = M * _block_flops(config.predictor, context + target, target if skip else None)
+    if skip and config.predictor.depth > 1:
+        blocks -= (M - 1) * context * 6 * Dp**2
     return Flops(
-        target=N * embed + _block_flops(config.vit, N),
+        target=N * embed + _block_flops(config.vit, N, rows if skip and not config.needs_all_targets else None),
         context=E * (2 * context * embed + 3 * _block_flops(config.vit, context)),
-        predictor=3 * E * (2 * context * D * Dp + M * predictor),
+        predictor=3 * E * (2 * context * D * Dp + blocks + M * 2 * target * Dp * D),
         regularizer=E * M * (3 * project + 2 * covariance),
     )
 
 
-def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, float] | None = None) -> Memory:
+def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] = ()) -> Memory:
     """ZeRO shards over the ranks: master weights, moments and EMA from stage 1, gradients from 2, weights from 3.
 
+    At stage 1 too the ranks' shares are what is left of the gradients in the update, one param group after another;
+    at stage 2 a micro-batch's share stands beside what was accumulated. Stage 3 gathers what the layers at work need.
     The teacher is whole on every rank, twice at stage 3, where it cannot lie in the buffer that it is gathered into.
     Activations: what the blocks keep for the backward (with attention unmaterialised, GELU and layer norms in eager
-    mode: 8 D + 2 F values a token), and the widest of the target encoder's tensors.
+    mode: 8 D + 2 F values a token; checkpointed: its input, and one block's all), and the widest of the target
+    encoder's tensors.
     """
     stage, ranks, count = config.engine.zero_stage, world_size, parameters(config)
     size = 2 if config.precision == "bf16" else 4
-    context, target = tokens or mean_tokens(config)
+    context, target = (tokens or mean_tokens(config))[:2]
 
     def kept(vit: Size, rows: float) -> float:
-        return rows * vit.depth * (8 * vit.embed_dim + 2 * _hidden(vit)) * size
+        whole = 8 * vit.embed_dim + 2 * _hidden(vit)
+        one = vit.depth * vit.embed_dim + whole if config.engine.activation_checkpointing else vit.depth * whole
+        return rows * one * size
 
     B, E, M, N = config.data.batch_size, config.mask.num_enc_masks, config.mask.num_pred_masks, config.grid**2
     trained = kept(config.vit, B * E * context) + kept(config.predictor, B * E * M * (context + target))
     sharded = ranks if stage else 1
+    gradients = size * count.total / (ranks if stage >= 2 else 1)
+    largest_group = max(count.encoder, count.total - count.encoder)
+    fp32_gradients = 4 * (largest_group if stage else count.total) / sharded
     return Memory(
         weights=size * count.total / (ranks if stage == 3 else 1),
-        gradients=size * count.total / (ranks if stage >= 2 else 1),
         master=0 if stage == 0 and size == 4 else 4 * count.total / sharded,
         moments=8 * count.total / sharded,
         ema=4 * count.encoder / sharded,
         teacher=size * count.encoder * (2 if stage == 3 and ranks > 1 else 1),
-        buckets=size * BUCKET if stage else 0,
+        buckets=size * min(BUCKET, count.total) if stage else 0,
+        gathered=size * min(count.total, LIVE) if stage == 3 and ranks > 1 else 0,
+        gradients=gradients * (2 if stage == 2 and config.batch(ranks).accumulation > 1 else 1),
         activations=trained + B * N * (2 * config.vit.embed_dim + 2 * _hidden(config.vit)) * size,
+        update=size * count.total / sharded + (0 if stage == 0 and size == 4 else fp32_gradients),
     )
 
 
@@ -139,7 +171,8 @@ def report(config: Config, world_size: int) -> str:
             config.to_yaml().rstrip(),
             "DeepSpeed: " + dumps(deepspeed_config(config, world_size), indent=2),
             f"{batch.micro_batch} images x {batch.accumulation} accumulated x {ranks} = {batch.global_batch} a step\n"
-            f"{config.grid**2} patches an image; on average {tokens[0]:.1f} in a context, {tokens[1]:.1f} in a target",
+            f"{config.grid**2} patches an image; on average {tokens.context:.1f} in a context, "
+            f"{tokens.target:.1f} in a target, {tokens.rows:.1f} rows of the target encoder wanted",
             _table("parameters (million)", asdict(counts), counts.total, 1e6),
             _table("GFLOP per image", asdict(flops), flops.total, 1e9),
             _table(
@@ -158,14 +191,16 @@ def _table(title: str, rows: dict[str, float], total: float, unit: float) -> str
 
 
 @lru_cache
-def _mean_tokens(spec: MaskSpec, batch: int) -> tuple[float, float]:
-    contexts = targets = 0.0
+def _mean_tokens(spec: MaskSpec, batch: int) -> Kept:
+    contexts = targets = rows = 0.0
     steps = max(16, 2**17 // batch)
     for step in range(steps):
         masks = sample_masks(spec, seed=0, step=step, first=0, batch=batch)
         contexts += masks.context.numel() / (spec.num_enc_masks * batch)
         targets += masks.target.shape[-1]
-    return contexts / steps, targets / steps
+        if step % 8 == 0:  # counting these takes longer than drawing
+            rows += target_rows(masks.target, spec.height * spec.width)[2]
+    return Kept(contexts / steps, targets / steps, rows / len(range(0, steps, 8)))
 
 
 def _hidden(vit: Size) -> int:
@@ -177,10 +212,13 @@ def _block_parameters(vit: Size) -> int:
     return (3 * D * D + 3 * D) + (D * D + D) + (2 * D * F + F + D) + 4 * D  # qkv, proj, MLP, two norms
 
 
-def _block_flops(vit: Size, tokens: float) -> float:
-    """Of all blocks, forward, on one sequence."""
+def _block_flops(vit: Size, tokens: float, wanted: float | None = None) -> float:
+    """Of all blocks, forward, on one sequence, of which the last one's output is `wanted` at some tokens only."""
     D, F = vit.embed_dim, _hidden(vit)
-    return vit.depth * (tokens * (8 * D * D + 4 * D * F) + 4 * tokens**2 * D)
+    block = tokens * (8 * D * D + 4 * D * F) + 4 * tokens**2 * D
+    if wanted is None:
+        return vit.depth * block
+    return (vit.depth - 1) * block + 4 * tokens * D * D + wanted * (4 * D * D + 4 * D * F + 4 * tokens * D)
 
 
 def _projector_widths(config: Config) -> list[int]:

@@ -11,12 +11,13 @@ Every rank writes its own part, so no rank ever holds the whole; nothing in it i
 temporary name and renamed when all of it is on the disk: a folder with its final name is whole.
 """
 
+import glob
 import hashlib
-import json
 import os
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,13 +28,14 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 
-from .config import Config, parse_config
-from .vit import VisionTransformer, build_encoder
+from . import manifest
+from .config import Config
 from .zero import Flat, flats, refresh_training_weights
 
-FORMAT = 1
+NAMES = r"(step\d{8,}|ep\d+)"  # what follows {tag}-
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
@@ -84,41 +86,44 @@ class Saver:
         self.folder, self.tag = Path(config.logging.folder), config.logging.write_tag
         self.every = config.logging.save_every or steps_per_epoch
         self.every_epochs = config.logging.checkpoint_freq * steps_per_epoch
+        self.saved = -1  # the step of the newest checkpoint
 
     def begin(self) -> Progress:
         """A new run. Raises CheckpointError where the folder holds checkpoints already: nothing is overwritten."""
-        if candidates(self.folder, self.tag):
+        if self._on_first(lambda: candidates(self.folder, self.tag)):
             raise CheckpointError(
                 f"{self.folder} already holds checkpoints of {self.tag!r}: add --resume to go on from the newest, "
                 "or choose another logging.folder or logging.write_tag"
             )
-        dist.barrier()
+        self._on_first(lambda: tidy(self.folder, self.tag))
+        self._on_first(self._try_to_write)
         return Progress()
 
-    def resume(self, which: str) -> Progress:
-        """Goes on from a path, or from the newest whole checkpoint ("latest").
+    def resume(self, which: str, accept_changes: bool = False) -> Progress:
+        """Goes on from a path, or from the newest whole checkpoint ("latest"); "auto" also begins a run where there
+        is no checkpoint at all.
 
-        Raises CheckpointError where there is none, or where it belongs to another model, seed or global batch.
+        Raises CheckpointError where there is none that is whole, where it belongs to another model, and where a step
+        would compute something else than in the run that wrote it (`Config.law`), unless `accept_changes`.
         """
-        paths = candidates(self.folder, self.tag) if which == "latest" else [Path(which)]
+        self._on_first(lambda: tidy(self.folder, self.tag))
+        newest = which in ("latest", "auto")
+        paths = self._on_first(lambda: candidates(self.folder, self.tag)) if newest else [Path(which)]
+        if which == "auto" and not paths:
+            return self.begin()
         if not paths:
             raise CheckpointError(f"--resume: no checkpoint of {self.tag!r} in {self.folder}; start without --resume")
-        damage = []
-        for path in paths:
-            try:
-                state = read_state(path)
-                mine = state["files"][dist.get_rank() :: dist.get_world_size()]
-                _together(partial(verify, path, mine))
-            except (CheckpointError, OSError) as error:
-                damage.append(str(error))
-                continue
-            if damage and dist.get_rank() == 0:
-                print("skipped: " + "; ".join(damage), flush=True)
-            self._check(path, state)
-            if dist.get_rank() == 0:
-                print(f"resuming from {path} at step {state['step']}", flush=True)
-            return load(path, state, self.engine)
-        raise CheckpointError("--resume: no whole checkpoint: " + "; ".join(damage))
+        path, state, damage = find_whole(paths)
+        if damage and dist.get_rank() == 0:
+            print("skipped: " + "; ".join(damage), flush=True)
+        refuse_change(path, state, self.config, accept_changes)
+        progress = load(path, state, self.engine)
+        self.saved = progress.step
+        self._on_first(self._try_to_write)
+        self._on_first(lambda: self._set_aside(progress.step))
+        if dist.get_rank() == 0:
+            print(f"resuming from {path} at step {state['step']}", flush=True)
+        return progress
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps."""
@@ -129,28 +134,42 @@ class Saver:
             path = self._write(f"{self.tag}-ep{progress.step // self.steps_per_epoch}", progress)
         else:
             path = self._write(f"{self.tag}-step{progress.step:08d}", progress)
-        if dist.get_rank() == 0:
-            link = self.folder / f".{self.tag}-latest.partial"
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            os.replace(link, self.folder / f"{self.tag}-latest")
-            pattern = re.compile(re.escape(self.tag) + r"-step\d{8}$")
-            rolling = [p for p in candidates(self.folder, self.tag) if pattern.match(p.name)]
-            for old in rolling[self.config.logging.keep_last :]:
-                shutil.rmtree(old)
+        self._on_first(lambda: self._tell_of(path))
+        self.saved = progress.step
         return path
 
-    def _check(self, path: Path, state: dict[str, Any]) -> None:
-        """The numbers that choose images, crops and masks must be those that the run began with."""
-        world = dist.get_world_size()
-        here = {"engine.seed": self.config.engine.seed, "global batch": self.config.batch(world).global_batch}
-        there = {"engine.seed": state["config"]["engine"]["seed"], "global batch": state["global_batch"]}
-        for key, value in here.items():
-            if there[key] != value:
-                raise CheckpointError(
-                    f"{path} was trained with {key} {there[key]}, this run has {value} on {world} rank(s): the same "
-                    "steps would hold other images. Set it as it was (engine.global_batch_size, engine.seed)"
-                )
+    def _tell_of(self, path: Path) -> None:
+        """The link to the newest, and an end to those that are too old."""
+        link = self.folder / f".{self.tag}-latest.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, self.folder / f"{self.tag}-latest")
+        rolling = [p for p in candidates(self.folder, self.tag) if p.name.startswith(f"{self.tag}-step")]
+        for old in rolling[self.config.logging.keep_last :]:
+            _delete(old)
+
+    def _try_to_write(self) -> None:
+        """Better now than at the first checkpoint, hours later."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder):
+            pass
+
+    def _set_aside(self, step: int) -> None:
+        """Steps after the one gone on from are taken again: their checkpoints must not pass for this run's."""
+        for path in candidates(self.folder, self.tag):
+            if _step_of(path, self.steps_per_epoch) > step:
+                aside = path.with_name(f"{path.name}.aside")
+                if aside.exists():
+                    _delete(aside)
+                path.rename(aside)
+                print(f"{path.name} is of a later step: renamed to {aside.name}; delete it when you like", flush=True)
+
+    def _on_first(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on the first rank, whose view of the folder counts. Raises CheckpointError on all."""
+        try:
+            return _together(lambda: work() if dist.get_rank() == 0 else None)[0]
+        except OSError as error:
+            raise CheckpointError(f"logging.folder {self.folder} cannot be written: {error}") from error
 
     def _write(self, name: str, progress: Progress) -> Path:
         """Writes `folder/name`; one of this name is replaced.
@@ -166,7 +185,8 @@ class Saver:
 
         def finish() -> None:
             if first:
-                _write_json(unfinished / "state.json", self._state(progress, files))
+                (unfinished / "state.json").write_text(manifest.seal(self._state(progress, files)))
+                _sync(unfinished / "state.json")
                 _swap(unfinished, final)
 
         try:
@@ -183,19 +203,67 @@ class Saver:
 
     def _state(self, progress: Progress, files: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": manifest.FORMAT,
             **asdict(progress),
-            "global_batch": self.config.batch(dist.get_world_size()).global_batch,
+            "steps_per_epoch": self.steps_per_epoch,
+            "law": self.config.law(dist.get_world_size()),
             "config": self.config.model_dump(mode="json"),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "shapes": shapes_of(self.engine),
+            "shapes": shapes_of(self.engine.module),
             "files": files,
         }
 
 
-def shapes_of(engine: Any) -> dict[str, list[int]]:
+def find_whole(paths: list[Path]) -> tuple[Path, dict[str, Any], list[str]]:
+    """The first of `paths` that is whole, its state.json, and what is wrong with those before it.
+
+    Every rank calls it, and checks its share of the files. Raises CheckpointError where none is whole.
+    """
+    damage: list[str] = []
+    for path in paths:
+        try:
+            return path, _together(partial(_checked, path))[0], damage
+        except OSError as error:
+            damage.append(str(error))
+    raise CheckpointError("--resume: no whole checkpoint: " + "; ".join(damage))
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    state = read_state(path)
+    verify(path, state["files"][dist.get_rank() :: dist.get_world_size()])
+    return state
+
+
+def refuse_change(path: Path, state: dict[str, Any], config: Config, accept: bool = False) -> None:
+    """Raises CheckpointError where a step of this run is not what the same step was in the run that wrote `path`.
+
+    Refused, and not only warned of: the losses of a run that changes its own law look like those of one that learns.
+    Seed and global batch choose the images, and cannot be accepted.
+    """
+    here, there = config.law(dist.get_world_size()), state["law"]
+    changed = [key for key in {**there, **here} if here.get(key) != there.get(key)]
+    if not changed:
+        return
+    differences = ", ".join(f"{key} {there.get(key, 'any')}, this run has {here.get(key, 'any')}" for key in changed)
+    message = f"{path} was trained with {differences} on {dist.get_world_size()} rank(s)"
+    if {"engine.seed", "global batch"} & set(changed):
+        raise CheckpointError(
+            f"{message}: the same steps would hold other images. Set it as it was "
+            "(engine.global_batch_size, engine.seed)"
+        )
+    if not accept:
+        raise CheckpointError(
+            f"{message}: the same steps would compute another loss. Set it as it was (data.batch_size x ranks x "
+            "accumulation is the global batch; with mask.cut=global the ranks' shares do not matter to the masks), or "
+            "add --accept-changes"
+        )
+    if dist.get_rank() == 0:
+        print(f"accepted: {message}", flush=True)
+
+
+def shapes_of(model: torch.nn.Module) -> dict[str, list[int]]:
     """The parameters' shapes by name; ZeRO-3 empties the parameters themselves."""
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 
 def _together(work: Callable[[], Any]) -> list[Any]:
@@ -203,7 +271,7 @@ def _together(work: Callable[[], Any]) -> list[Any]:
     outcome: tuple[Any, str | None]
     try:
         outcome = work(), None
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError, CheckpointError) as error:
         outcome = None, f"rank {dist.get_rank()}: {error}"
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome)
@@ -241,7 +309,7 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
     `state` is its state.json; the files are taken to be verified. Raises CheckpointError, before anything is changed,
     where they hold another model.
     """
-    ours = shapes_of(engine)
+    ours = shapes_of(engine.module)
     if ours != state["shapes"]:
         names = sorted(set(ours) ^ set(state["shapes"])) or [n for n in ours if ours[n] != state["shapes"][n]]
         raise CheckpointError(
@@ -253,7 +321,8 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
     for flat in flats(engine):
         kept = {kind: torch.zeros_like(flat.weight) for kind in KINDS[1:] if kind != "ema" or flat.group["ema"]}
         if progress.applied:
-            optimizer.state[flat.weight] = {"step": torch.tensor(float(progress.applied)), **kept}
+            counter = torch.tensor(float(progress.applied), device=flat.weight.device)
+            optimizer.state[flat.weight] = {"step": counter, **kept}
         for kind, target in {"weight": flat.weight.data, **(kept if progress.applied else {})}.items():
             for piece in flat.pieces:
                 for start, values in reader.read(kind, piece.name, piece.start, piece.length):
@@ -264,13 +333,28 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
 
 
 class Reader:
-    """Reads any range of any parameter from the rank files of a checkpoint."""
+    """Reads any range of any parameter from the rank files of a checkpoint.
+
+    Raises CheckpointError where a file cannot be read or does not have what state.json says it has.
+    """
 
     def __init__(self, path: Path, state: dict[str, Any]) -> None:
-        self.files = {f["name"]: safetensors.safe_open(path / f["name"], framework="pt") for f in state["files"]}
+        self.files: dict[str, Any] = {}
         self.parts: dict[str, list[Part]] = {}
+        kinds = KINDS if state["applied"] else KINDS[:1]
         for file in state["files"]:
+            where = path / file["name"]
+            try:
+                opened = self.files[file["name"]] = safetensors.safe_open(where, framework="pt")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise CheckpointError(f"{where} cannot be read: {str(error)[:300]}") from error
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            found = {key: (s.get_dtype(), s.get_shape()) for key, s in slices.items()}
             for name, start, length, index, offset in file["pieces"]:
+                for key in [f"{kind}.{index}" for kind in kinds if kind != "ema" or name.startswith("encoder.")]:
+                    dtype, shape = found.get(key, (None, []))
+                    if dtype != "F32" or len(shape) != 1 or shape[0] < offset + length:
+                        raise CheckpointError(f"{where}: {key} is not the fp32 line that holds a piece of {name}")
                 self.parts.setdefault(name, []).append(Part(name, start, length, file["name"], index, offset))
 
     def read(self, kind: str, name: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
@@ -297,15 +381,21 @@ class Reader:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, checked to be one that this version reads."""
+    """state.json of a checkpoint. Raises CheckpointError for all that `manifest.State` does not let through."""
     file = path / "state.json"
     try:
-        state = json.loads(file.read_text())
+        with file.open("rb") as opened:
+            text = opened.read(manifest.MAX_BYTES)
+        if not manifest.is_sealed(text):
+            raise CheckpointError(f"{file} is damaged, or of another version: it does not end with its own SHA-256")
+        return manifest.State.model_validate_json(text).model_dump()
+    except ValidationError as error:
+        first, *more = error.errors(include_url=False, include_input=False)
+        place = ".".join(map(str, first["loc"])) or "its JSON"
+        reason = f"{place}: {first['msg']}" + (f"; {len(more)} more problems" if more else "")
+        raise CheckpointError(f"{file} is not a state that this version reads: {reason}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: given another format than {FORMAT}, the one that this version reads and writes")
-    return state
 
 
 def verify(path: Path, files: list[dict[str, Any]]) -> None:
@@ -322,8 +412,8 @@ def verify(path: Path, files: list[dict[str, Any]]) -> None:
 def candidates(folder: Path, tag: str) -> list[Path]:
     """The checkpoints of a run, the newest step first, those that cannot be read last."""
     steps = {}
-    for path in folder.glob(f"{tag}-*"):
-        if path.is_dir() and not path.is_symlink():
+    for path in folder.glob(f"{glob.escape(tag)}-*"):
+        if re.fullmatch(NAMES, path.name[len(tag) + 1 :]) and path.is_dir() and not path.is_symlink():
             try:
                 steps[path] = read_state(path)["step"]
             except CheckpointError:
@@ -331,22 +421,27 @@ def candidates(folder: Path, tag: str) -> list[Path]:
     return sorted(steps, key=lambda path: (steps[path], path.name), reverse=True)
 
 
-def load_encoder(path: str | Path, which: str = "target_encoder") -> tuple[VisionTransformer, Config]:
-    """The encoder of a checkpoint in fp32, and the config it was trained with.
+def _step_of(path: Path, steps_per_epoch: int) -> int:
+    """The step in a checkpoint's name: that of a damaged one can be read nowhere else."""
+    number = int(re.sub(r".*\D", "", path.name))
+    return number * steps_per_epoch if path.name.endswith(f"-ep{number}") else number
 
-    `which`: "target_encoder" (the EMA: what I-JEPA evaluates) or "encoder".
-    """
-    path = Path(path)
-    state = read_state(path)
-    config, reader = parse_config(state["config"], source=str(path / "state.json")), Reader(path, state)
-    kinds = {"target_encoder": "ema" if state["applied"] else "weight", "encoder": "weight"}
-    if which not in kinds:
-        raise ValueError(f"which: given {which!r}, wanted one of {sorted(kinds)}")
-    encoder = build_encoder(config)
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            parameter.copy_(reader.tensor(kinds[which], f"encoder.{name}", list(parameter.shape)))
-    return encoder.eval(), config
+
+def tidy(folder: Path, tag: str) -> None:
+    """Clears up after a run that was killed while it wrote or deleted: see the head of this file."""
+    for path in folder.glob(f".{glob.escape(tag)}-*"):
+        match = re.fullmatch(rf"({NAMES}|latest)\.(partial|deleted|old)", path.name[len(tag) + 2 :])
+        if match is None:
+            continue
+        final, state = path.with_name(f"{tag}-{match[1]}"), match[3]
+        if path.is_symlink():
+            path.unlink()
+        elif state == "old" and not final.exists():
+            path.rename(final)
+            print(f"{final.name} was being replaced when the run ended: its name is given back", flush=True)
+        else:
+            shutil.rmtree(path)
+            print(f"removed {path.name}, left by a run that was killed", flush=True)
 
 
 def _sha256(path: Path) -> str:
@@ -355,11 +450,6 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content))
-    _sync(path)
 
 
 def _sync(path: Path) -> None:
@@ -381,3 +471,11 @@ def _swap(partial: Path, final: Path) -> None:
     partial.rename(final)
     _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _delete(path: Path) -> None:
+    """Takes the name away first: a folder of this name is whole or not there."""
+    going = path.with_name(f".{path.name}.deleted")
+    shutil.rmtree(going, ignore_errors=True)
+    path.rename(going)
+    shutil.rmtree(going)

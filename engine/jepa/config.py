@@ -67,13 +67,15 @@ Momentum = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, BeforeValidator(_integer), Field(ge=0, lt=2**31)]
 Natural = Annotated[int, BeforeValidator(_integer), Field(ge=1, lt=2**31)]
 Pixels = Annotated[Natural, Field(le=2**14)]
+Width = Annotated[Natural, Field(le=2**16)]
+Depth = Annotated[Natural, Field(le=2**10)]
 Text = Annotated[str, Field(min_length=1)]
 SharePair = Annotated[tuple[Share, Share], Strict(False)]
 Range = Annotated[tuple[Positive, Positive], Strict(False), AfterValidator(_ordered)]
 ScaleRange = Annotated[tuple[Scale, Scale], Strict(False), AfterValidator(_ordered)]
 Means = Annotated[tuple[Share, Share, Share], Strict(False)]
 Deviations = Annotated[tuple[Scale, Scale, Scale], Strict(False)]
-Widths = Annotated[tuple[Natural, ...], Strict(False), Field(min_length=1)]
+Widths = Annotated[tuple[Width, ...], Strict(False), Field(min_length=1)]
 
 
 class Size(NamedTuple):
@@ -115,12 +117,12 @@ class Meta(_Section):
     """The model."""
 
     model_name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"]
-    embed_dim: Natural | None = None  # null, here and below: that of the named size
-    depth: Natural | None = None
+    embed_dim: Width | None = None  # null, here and below: that of the named size
+    depth: Depth | None = None
     num_heads: Natural | None = None
-    mlp_ratio: Annotated[Number, Field(ge=0.25)] | None = None
-    pred_depth: Natural = 6
-    pred_emb_dim: Natural = 384
+    mlp_ratio: Annotated[Number, Field(ge=0.25, le=2**6)] | None = None
+    pred_depth: Depth = 6
+    pred_emb_dim: Width = 384
     pred_num_heads: Natural | None = None  # null: the encoder's
     use_bfloat16: bool = True
     load_checkpoint: bool = False  # resume, as --resume does
@@ -161,6 +163,8 @@ class Mask(_Section):
 
     patch_size: Pixels
     mode: Literal["reference", "unbiased", "packed"] = "reference"
+    cut: Literal["rank", "global"] | None = None  # contexts as long as the shortest of the rank's micro-batch, or of
+    # the step's global batch: then no number of ranks changes them. null: rank in mode reference, else global
     num_enc_masks: Natural = 1
     num_pred_masks: Natural = 4
     enc_mask_scale: ScaleRange = (0.85, 1.0)  # area of a context block, as a share of the image
@@ -204,13 +208,20 @@ class Engine(_Section):
     """How the run is carried out."""
 
     seed: Annotated[int, BeforeValidator(_integer), Field(ge=0, lt=2**63)] = 0
+    deterministic: bool = False  # the same bits from every run, at some speed; on CPUs that holds anyway
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "fp32"] | None = None  # null: as meta.use_bfloat16 says
     zero_stage: Annotated[Count, Field(le=3)] = 1
+    optimizer: Literal["adamw_ema", "torch", "deepspeed", "apex"] = "adamw_ema"  # jepa.optimizer
     global_batch_size: Natural | None = None  # null: data.batch_size x accumulation x ranks
     gradient_accumulation_steps: Natural | None = None  # null: what global_batch_size needs, else 1
     max_steps: Natural | None = None  # stop early; the schedules do not change
     max_skipped: Natural = 10  # steps skipped in a row (a gradient that is not finite) before the run stops
+    timeout_minutes: Positive = 30.0  # without a sign of life of a rank, or a move of any, before the others stop
+    attention: Literal["sdpa", "math", "flash_attn", "xformers"] = "sdpa"
+    compile: bool | None = None  # the blocks, by torch.compile; null: on a GPU, where ZeRO's stage is below 3
+    activation_checkpointing: bool = False  # blocks are computed again in the backward instead of kept
+    dead_compute: bool = False  # compute what no loss reads as well; no result changes
 
 
 class Logging(_Section):
@@ -283,7 +294,12 @@ class Config(_Section):
 
     @property
     def mask_spec(self) -> MaskSpec:
-        return MaskSpec(self.grid, self.grid, **self.mask.model_dump(exclude={"patch_size"}))
+        return MaskSpec(self.grid, self.grid, **self.mask.model_dump(exclude={"patch_size", "cut"}))
+
+    @property
+    def cut(self) -> Literal["rank", "global"]:
+        """Whose shortest context all are cut to; see `Mask.cut`."""
+        return self.mask.cut or ("rank" if self.mask.mode == "reference" else "global")
 
     @property
     def precision(self) -> Literal["bf16", "fp32"]:
@@ -293,6 +309,15 @@ class Config(_Section):
     @property
     def has_projector(self) -> bool:
         return self.loss.objective == "cjepa" and self.loss.regularizer == "vicreg"
+
+    @property
+    def needs_all_targets(self) -> bool:
+        """Whether a loss reads the target encoder's output at patches that are in no target."""
+        return self.has_projector and self.loss.vicreg_on == "context"
+
+    def compiles(self, device_type: str) -> bool:
+        default = device_type == "cuda" and self.engine.zero_stage < 3
+        return default if self.engine.compile is None else self.engine.compile
 
     def batch(self, world_size: int) -> Batch:
         """The batch triple on `world_size` ranks. Raises ConfigError if it does not multiply out."""
@@ -308,6 +333,19 @@ class Config(_Section):
             problem = f"data.batch_size = {micro}: VICReg's variance over the ranks' micro-batches needs 2 images"
             raise ConfigError([problem])
         return Batch(micro, steps, total)
+
+    def law(self, world_size: int) -> dict[str, int | str]:
+        """What decides, beside model, data and loss, what the steps of a run compute: two runs alike in this take the
+        same steps, on whatever number of ranks. VICReg's statistics are those of a micro-batch of all ranks, so there
+        the accumulation counts; a mask that is cut to the shortest of a rank's micro-batch depends on its size.
+        """
+        micro, accumulation, total = self.batch(world_size)
+        law: dict[str, int | str] = {"engine.seed": self.engine.seed, "global batch": total, "mask.cut": self.cut}
+        if self.cut == "rank":
+            law["data.batch_size"] = micro
+        if self.has_projector:
+            law["accumulation"] = accumulation
+        return law
 
     def _batch_problem(self, wanted: int, world_size: int) -> str:
         micro, steps = self.data.batch_size, self.engine.gradient_accumulation_steps
@@ -328,6 +366,7 @@ class Config(_Section):
 
 
 SECTIONS = cast(dict[str, type[_Section]], {name: field.annotation for name, field in Config.model_fields.items()})
+MAX_CHARACTERS = 2**18  # of a config's file; a complete one has about 3000
 KEYS = [f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields]
 
 
@@ -338,12 +377,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file, with overrides `section.key=value`, values in YAML. Raises ConfigError."""
     source = str(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS)
     except OSError as error:
         raise ConfigError([f"cannot be read: {error.strerror or error}"], source) from error
     except ValueError as error:
         raise ConfigError([f"is not a text file: {error}"], source) from error
     try:
+        if len(text) == MAX_CHARACTERS:
+            raise ValueError(f"it has {MAX_CHARACTERS} characters or more")
         mapping = _parse_yaml(text)
     except ValueError as error:
         raise ConfigError([f"is not YAML: {error}"], source) from error
@@ -367,7 +409,13 @@ def parse_config(mapping: object, overrides: Sequence[str] = (), source: str = "
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error."""
+    """Safe YAML in which a key given twice is an error, and so is a merge (`<<`): a few nested ones fill the memory."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(problem="merge keys (<<) are not read", problem_mark=key.start_mark)
+        super().flatten_mapping(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -405,12 +453,12 @@ def _override(given: dict, overrides: Sequence[str]) -> Iterator[str]:
         name, equals, text = override.partition("=")
         section, _, key = name.strip().partition(".")
         if not (equals and section and key):
-            yield f"{override!r}: an override is written section.key=value"
+            yield f"{_show(override)}: an override is written section.key=value"
             continue
         try:
             value = _parse_yaml(text) if text.strip() else ""
         except ValueError as error:
-            yield f"{override!r}: the value is not YAML: {error}"
+            yield f"{_show(override)}: the value is not YAML: {error}"
             continue
         body = given.get(section, {})
         if isinstance(body, Mapping):
@@ -427,7 +475,13 @@ def _drop_unknown(given: dict) -> Iterator[str]:
             names = names or [str(section)]
         elif names:
             given[section] = {key: value for key, value in body.items() if key in known}
-        yield from (f"{name}: unknown key; the nearest known key is {_nearest(name)}" for name in names)
+        yield from (f"{name}: unknown key; the nearest known key is {_nearest(name)}" for name in _few(names))
+
+
+def _few(names: list[str]) -> Iterator[str]:
+    """Enough of them to see what is wrong: a foreign file may have any number of keys of any length."""
+    for name in names[:20]:
+        yield name if len(name) <= 80 else f"{name[:40]}...{name[-36:]}"
 
 
 def _nearest(name: str) -> str:
@@ -514,6 +568,12 @@ def _conflicts(c: Config) -> Iterator[tuple[str, str]]:
         yield "engine.global_batch_size", f"must be a multiple of data.batch_size x accumulation = {unit}"
     if c.loss.objective == "cjepa" and c.loss.vicreg_on == "predictions" and c.mask.num_pred_masks < 2:
         yield "mask.num_pred_masks", "must be at least 2: C-JEPA compares an image's blocks"
+    if c.engine.compile and c.engine.zero_stage == 3:
+        yield "engine.compile", "does not go with engine.zero_stage 3, which swaps weights in and out of a block"
+    if c.engine.attention == "flash_attn" and (c.precision == "fp32" or c.engine.device == "cpu"):
+        yield "engine.attention", "runs in bf16 on a GPU only: give sdpa, or meta.use_bfloat16=true on a GPU"
+    if c.engine.attention == "xformers" and c.mask.mode == "packed":
+        yield "engine.attention", "is not offered for mask.mode packed: give sdpa or flash_attn"
     if (c.engine.device, c.data.decoder) == ("cpu", "gpu"):
         yield "data.decoder", "needs a GPU, but engine.device is cpu"
     if c.eval.every and not (c.eval.train_path and c.eval.val_path):
@@ -540,17 +600,23 @@ def _mask_conflicts(c: Config) -> Iterator[tuple[str, str]]:
 # --- DeepSpeed
 
 BUCKET = 50_000_000  # elements; DeepSpeed's default, 5e8, makes one buffer larger than most of these models
+LIVE = (
+    100_000_000  # elements that ZeRO-3 keeps gathered; by default, 1e9, it would keep all of a ViT-H until its backward
+)
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's config (0.19) of this run on `world_size` ranks. Raises ConfigError as `Config.batch` does.
 
-    Optimizer and schedules are not in it: both are the engine's own (jepa_kernels.AdamWEMA, jepa.schedules).
+    Optimizer and schedules are not in it: both are the engine's own (jepa.optimizer, jepa.schedules). Gradients are
+    reduced in the training precision. DeepSpeed's throughput timer is off: it waits for the GPU twice a step.
     """
     batch = config.batch(world_size)
     zero: dict[str, Any] = {"stage": config.engine.zero_stage}
     if config.engine.zero_stage:
         zero |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    if config.engine.zero_stage == 3:
+        zero |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE}
     return {
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
@@ -558,12 +624,22 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.precision == "bf16"},
+        "communication_data_type": config.precision,
+        "timers": {"throughput": {"enabled": False}},
         "gradient_clipping": config.optimization.clip_grad or 0.0,
         "wall_clock_breakdown": False,
     }
 
 
+class _Short(Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 60
+        self.maxlevel = 2
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 1000 else "a number of over 300 digits"
+
+
 def _show(value: object) -> str:
-    short = Repr()
-    short.maxstring = short.maxother = short.maxlong = 60
-    return short.repr(value)
+    return _Short().repr(value)

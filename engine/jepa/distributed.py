@@ -17,9 +17,13 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
+    """`store`: where the ranks leave one another notes; `cpu_group`: their gloo group beside the one that trains."""
+
     rank: int
     world_size: int
     device: torch.device
+    store: dist.Store
+    cpu_group: dist.ProcessGroup
 
     @property
     def is_first(self) -> bool:
@@ -59,16 +63,23 @@ def launch_environment(given: dict[str, str]) -> dict[str, str]:
     }
 
 
-def start(device: str = "auto", timeout_minutes: float = 30) -> Ranks:
+def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool = False) -> Ranks:
     """Joins the run's process group (NCCL on GPUs, gloo on CPUs) and takes this process's device.
 
-    `device`: "auto" (the GPU where there is one), "cuda" or "cpu".
-    Raises ValueError when a GPU is asked for and there is none for this process.
+    `device`: "auto" (the GPU where there is one), "cuda" or "cpu". `deterministic`: torch, cuDNN and cuBLAS choose
+    only algorithms that give the same bits every time; where there is none, torch raises RuntimeError. DALI needs no
+    switch: its CPU decoding is exact, and all JPEGs of a GPU go through the one engine (jepa.data.Decoder).
+    Raises ValueError when a GPU is asked for and there is none for this process, and when the ranks do not meet.
     """
     # The collectives' newer names are unknown to torch 2.10.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     environment = launch_environment(dict(os.environ))
     os.environ.update(environment)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     local, gpus = int(environment["LOCAL_RANK"]), torch.cuda.device_count()
     if device == "cuda" or (device == "auto" and gpus > 0):
         if local >= gpus:
@@ -81,5 +92,14 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> Ranks:
     else:
         place = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
-    return Ranks(dist.get_rank(), dist.get_world_size(), place)
+    # Longer than the watchdog's, which says more than a collective that gives up.
+    limit = timedelta(minutes=timeout_minutes + 5)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        training = dist.PrefixStore("training", store)
+        dist.init_process_group(backend, store=training, rank=rank, world_size=world_size, timeout=limit)
+    except dist.DistError as error:
+        where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+        raise ValueError(f"the {environment['WORLD_SIZE']} ranks did not meet at {where}: {error}") from error
+    return Ranks(rank, world_size, place, store, dist.new_group(backend="gloo", timeout=limit))

@@ -5,6 +5,7 @@ code's columns. TensorBoard and Weights & Biases get the same numbers when asked
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -100,15 +101,19 @@ class RunLog:
         if self.writes:
             folder, tag = Path(config.logging.folder), config.logging.write_tag
             folder.mkdir(parents=True, exist_ok=True)
-            self.jsonl = _continue_file(
-                folder / f"{tag}.jsonl", lambda _, line: json.loads(line)["step"] < first_step, header=""
-            )
             header = ",".join(CSV_COLUMNS) + "\n"
-            self.csv = _continue_file(folder / f"{tag}_r0.csv", lambda number, _: 0 < number <= first_step, header)
-            self.writers = _optional_writers(config, folder)
+            self.jsonl = _continue_file(folder / f"{tag}.jsonl", lambda line: json.loads(line)["step"], first_step)
+            self.csv = _continue_file(folder / f"{tag}_r0.csv", self._step_of, first_step, header)
+            self.writers = _optional_writers(config, folder, first_step)
         quiet = not (self.writes and sys.stderr.isatty())
         self.bar = tqdm(initial=first_step, total=last_step, unit="step", disable=quiet, dynamic_ncols=True)
         self.restart_clock()
+
+    def _step_of(self, row: str) -> int:
+        epoch, iteration, *rest = row.split(",")
+        if len(rest) != len(CSV_COLUMNS) - 2:
+            raise ValueError(f"not a row of {len(CSV_COLUMNS)} columns: {row}")
+        return (int(epoch) - 1) * self.steps_per_epoch + int(iteration)
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step (a checkpoint, an evaluation) out of the images per second."""
@@ -122,7 +127,7 @@ class RunLog:
         self.clock = now
         self.bar.update()
 
-    def flush(self, **more: float | None) -> None:
+    def flush(self, **more: Any) -> None:
         """Reads the noted losses, their mean over the ranks, and writes them; `more` goes with the last step's."""
         if not self.pending:
             return
@@ -151,11 +156,12 @@ class RunLog:
         )
 
     def _write(self, row: dict[str, Any]) -> None:
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.jsonl.write(json.dumps(row) + "\n")
         self.jsonl.flush()
         for write in self.writers:
             write(row)
-        line = {k: f"{row[k]:.3g}" for k in SHOWN if k in row}
+        line = {k: f"{row[k]:.3g}" for k in SHOWN if row.get(k) is not None}
         self.bar.set_postfix(line, refresh=False)
         now, done = time.monotonic(), row["step"] + 1
         if self.bar.disable and (now - self.last_line > SECONDS_BETWEEN_LINES or done == self.last_step):
@@ -176,27 +182,36 @@ class RunLog:
             self.csv.close()
 
 
-def _continue_file(path: Path, keep: Callable[[int, str], bool], header: str) -> TextIO:
-    """Opens a log for appending after dropping the lines that `keep(line number, line)` refuses."""
-    kept = [header]
-    if path.exists():
-        kept += [line for number, line in enumerate(path.read_text().splitlines(keepends=True)) if keep(number, line)]
+def _continue_file(path: Path, step_of: Callable[[str], int], first_step: int, header: str = "") -> TextIO:
+    """Opens a log for appending, behind its rows of the steps before `first_step`.
+
+    Rows of later steps go, and so do those that cannot be read: the last one, where the run was killed as it wrote.
+    """
+
+    def keep(line: str) -> bool:
+        try:
+            return line.endswith("\n") and step_of(line) < first_step
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept))
+    partial.write_text("".join([header, *filter(keep, lines)]))
     os.replace(partial, path)
     return path.open("a")
 
 
-def _optional_writers(config: Config, folder: Path) -> list[Callable[[dict[str, Any]], None]]:
+def _optional_writers(config: Config, folder: Path, first_step: int) -> list[Callable[[dict[str, Any]], None]]:
     writers: list[Callable[[dict[str, Any]], None]] = []
     if config.logging.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(str(folder / "tensorboard"))
+        board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
         def to_board(row: dict[str, Any]) -> None:
             for key, value in row.items():
-                board.add_scalar(key, value, row["step"])
+                if isinstance(value, int | float):
+                    board.add_scalar(key, value, row["step"])
 
         writers.append(to_board)
     if config.logging.wandb:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from jepa_kernels import prediction_loss, vicreg
 
+from .attention import require
 from .config import Config
-from .vit import build_encoder, build_predictor
+from .tokens import Ragged
+from .vit import Attention, build_encoder, build_predictor
 
 
 class Losses(NamedTuple):
@@ -115,20 +117,38 @@ class JepaModel(nn.Module):
             dim = config.vit.embed_dim
             self.projector = projector(self.loss.projector or [dim] * 3, dim)
 
-    def forward(self, images: Tensor, context_EBK: Tensor, target_MBK: Tensor, h_BND: Tensor) -> Output:
+        require(config.engine.attention)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = config.engine.attention
+        self.encoder.checkpointing = self.predictor.checkpointing = config.engine.activation_checkpointing
+        self.predictor.dead_compute = config.engine.dead_compute
+
+    def forward(
+        self,
+        images: Tensor,
+        contexts: Tensor | Sequence[Ragged],
+        target_MBK: Tensor,
+        h_BUD: Tensor,
+        places_MBK: Tensor | None = None,
+    ) -> Output:
         """uint8 images, int64 indices of E context and M target blocks, and the target encoder's output for the images.
 
-        With several context masks the loss is the mean over them.
+        Contexts are [E, B, Kc], or E packed ones. `places_MBK`: where the targets' rows lie in `h_BUD`, if that does
+        not hold all N in order. With several context masks the loss is the mean over them.
         """
-        parts = [self._one_context(images, context, target_MBK, h_BND) for context in context_EBK]
+        places = target_MBK if places_MBK is None else places_MBK
+        parts = [self._one_context(images, context, target_MBK, h_BUD, places) for context in contexts]
         losses = Losses(*(torch.stack(terms).mean(0) for terms in zip(*(p.losses for p in parts), strict=True)))
         return Output(losses, torch.cat([p.predicted_RD for p in parts]))
 
-    def _one_context(self, images: Tensor, context_BK: Tensor, target_MBK: Tensor, h_BND: Tensor) -> Output:
+    def _one_context(
+        self, images: Tensor, context: Tensor | Ragged, target_MBK: Tensor, h_BUD: Tensor, places_MBK: Tensor
+    ) -> Output:
         M, B, _ = target_MBK.shape
-        z_BKD = self.encoder(images, context_BK)
-        p_RKD = self.predictor(z_BKD, context_BK, target_MBK)
-        jepa = prediction_loss(p_RKD, h_BND, target_MBK)
+        z = self.encoder(images, context)
+        p_RKD = self.predictor(z, context, target_MBK)
+        jepa = prediction_loss(p_RKD, h_BUD, places_MBK)
         pooled_RD = p_RKD.mean(1)
         total, (sim, std, cov) = jepa, (jepa.new_zeros(()) for _ in range(3))
         if self.loss.objective == "cjepa":
@@ -137,8 +157,11 @@ class JepaModel(nn.Module):
                 sim = mean_pairwise_cosine(pooled_BMD)
                 total = jepa - self.loss.beta_vicreg * sim
             else:
-                on_context = self.loss.vicreg_on == "context"
-                sim, std, cov = self._vicreg_of_context(z_BKD, h_BND) if on_context else self._vicreg(pooled_BMD)
+                if self.loss.vicreg_on == "context":
+                    z_BD = context.contexts.means(z)[:B] if isinstance(context, Ragged) else z.mean(1)
+                    sim, std, cov = self._vicreg_of_context(z_BD, h_BUD.mean(1))
+                else:
+                    sim, std, cov = self._vicreg(pooled_BMD)
                 weighted = self.loss.beta_sim * sim + self.loss.beta_std * std + self.loss.beta_cov * cov
                 total = jepa + self.loss.beta_vicreg * weighted
         terms = (term.detach() for term in (jepa, sim, std, cov))
@@ -150,10 +173,9 @@ class JepaModel(nn.Module):
         B, M, D = views_BMD.shape
         return vicreg(self.projector(views_BMD.reshape(B * M, D)).view(B, M, -1), group=world_group())
 
-    def _vicreg_of_context(self, z_BKD: Tensor, h_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _vicreg_of_context(self, z_BD: Tensor, h_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Appendix C.2: variance and covariance of the context encoder's pooled output, drawn to the pooled target."""
         assert self.projector is not None
-        B = z_BKD.shape[0]
-        context, target = self.projector(torch.cat([z_BKD.mean(1), h_BND.mean(1)])).view(2, B, -1)
+        context, target = self.projector(torch.cat([z_BD, h_BD])).view(2, len(z_BD), -1)
         _, std, cov = vicreg(context[:, None], group=world_group())
         return F.mse_loss(context.float(), target.float()), std, cov

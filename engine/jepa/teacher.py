@@ -1,11 +1,13 @@
 """The target encoder: the rounded exponential moving average of the encoder, the same on every rank.
 
-The fp32 average is optimizer state (`AdamWEMA` keeps it), so under ZeRO each rank holds a part of it. After a step the
-parts, rounded to the training precision, are gathered by one all-gather for each of the encoder's two param groups
-(with and without weight decay). Where a parameter's parts come to lie one after another in the gathered buffer (stages
-1 and 2, or one rank) the target encoder's weight is a view of it and nothing is copied.
+The fp32 average is optimizer state, so under ZeRO each rank holds a part of it. The optimizer writes its part, rounded
+to the training precision, in the same pass over memory that updates it; one all-gather for each of the encoder's two
+param groups (with and without weight decay) then brings the parts together, in the background, until the teacher is
+next asked for. Where a parameter's parts come to lie one after another in the gathered buffer (stages 1 and 2, or one
+rank) the target encoder's weight is a view of it and nothing is copied.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,30 +24,60 @@ class Teacher:
     """`encoder`: a copy of the encoder made before DeepSpeed took the model; it becomes the target encoder."""
 
     def __init__(self, encoder: VisionTransformer, engine: Any) -> None:
-        self.encoder = encoder.requires_grad_(False).eval()
+        self._encoder = encoder.requires_grad_(False).eval()
         self.optimizer = engine.basic_optimizer
         self.averaged = [flat for flat in flats(engine) if flat.group["ema"] and flat.weight.numel()]
         self.weights = {PREFIX + name: p for name, p in encoder.named_parameters()}
         self.sharded = engine.zero_optimization_stage() > 0
         self.gathered = [self._adopt(flat) for flat in self.averaged] if self.sharded else []
+        if self.sharded:
+            self.parts = [buffer[dist.get_rank()] for buffer, _ in self.gathered]
+        else:
+            self.parts = [self.weights[flat.pieces[0].name].data for flat in self.averaged]
+        self.unwritten = []  # stage 3 shows the optimizer its tensors only during the step
+        for flat, part in zip(self.averaged, self.parts, strict=True):
+            if any(flat.weight is p for p in flat.group["params"]):
+                self.optimizer.set_copies(flat.weight, ema=part)
+            else:
+                self.unwritten.append((flat, part))
+        self.under_way: list[dist.Work] = []
+
+    @property
+    def encoder(self) -> VisionTransformer:
+        """The target encoder, when all of it has arrived."""
+        if self.under_way:
+            for work in self.under_way:
+                work.wait()
+            self.under_way = []
+            for _, copies in self.gathered:
+                for weight, source in copies:
+                    weight.copy_(source)
+        return self._encoder
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 images -> target features [B, N, D] in the training precision, not yet layer-normed."""
-        return self.encoder(images)
+    def __call__(self, images: Tensor, rows: Sequence[Tensor] = ()) -> Tensor:
+        """uint8 images -> target features [B, N, D], or of the given rows, in the training precision, not yet
+        layer-normed."""
+        return self.encoder(images, rows=rows)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Takes over what the optimizer has written. Every rank calls it, after a step that was applied."""
+        for flat, part in self.unwritten:
+            part.copy_(self.average(flat))
+        if dist.get_world_size() == 1:
+            return  # the part is the whole
+        for (buffer, _), part in zip(self.gathered, self.parts, strict=self.sharded):
+            work = dist.all_gather_into_tensor(buffer.view(-1), part, async_op=True)
+            assert work is not None
+            self.under_way.append(work)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes over the average. Every rank calls it, after a step that was applied."""
-        if not self.sharded:
-            for flat in self.averaged:
-                self.weights[flat.pieces[0].name].copy_(self.average(flat))
-        for flat, (buffer, copies) in zip(self.averaged, self.gathered, strict=bool(self.gathered)):
-            part = buffer[dist.get_rank()]
+        """Takes over the average out of the optimizer's state. Every rank calls it, after a resume."""
+        for flat, part in zip(self.averaged, self.parts, strict=True):
             part.copy_(self.average(flat))
-            dist.all_gather_into_tensor(buffer.view(-1), part)
-            for weight, source in copies:
-                weight.copy_(source)
+        self.follow()
 
     @torch.no_grad()
     def distance(self) -> float:

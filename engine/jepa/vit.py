@@ -1,19 +1,30 @@
 """The vision transformers of I-JEPA (arXiv 2301.08243): the encoder and the narrow predictor.
 
 Legend: B images, N patches, K kept patches (Kc of the context, Kt of a target block), M target blocks, D encoder
-width, Dp predictor width. Parameter names are those of the published checkpoints. Images stay uint8 until
-`patchify`, which writes only the patches that are kept.
+width, Dp predictor width, T rows of all contexts where these are packed end to end. Parameter names are those of the
+published checkpoints. Images stay uint8 until `patchify`, which writes only the patches that are kept.
+
+What no loss reads is not computed, which changes no result: `rows` of a block are the only tokens that its queries and
+MLP run on, `shared` the tokens whose keys and values several sequences have in common. What lies between the matrix
+products (residual + norm, bias + GELU) is left to torch.compile, block by block: `compile_blocks`.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from jepa_kernels import patchify, predictor_tokens
+from jepa_kernels import gather_tokens, patchify, predictor_tokens
 
+from .attention import Sequences, attend, attend_packed
 from .config import Config
+from .tokens import Ragged
 
 LAYER_NORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -33,24 +44,44 @@ def sincos_positions(dim: int, side: int) -> Tensor:
     return torch.cat([column, row], dim=2).reshape(side * side, dim).float()
 
 
+class Shared(NamedTuple):
+    """The tokens of the predictor's sequences before they are joined: a context lies in the sequences of M blocks."""
+
+    context: Tensor
+    """[B, Kc, Dp], or packed [T, Dp]."""
+    target: Tensor
+    """[M * B, Kt, Dp]."""
+    ragged: Ragged | None
+
+
+class QKV(nn.Linear):
+    """Queries, keys and values side by side, [..., 3 D]; or the queries of other rows, and keys and values apart."""
+
+    def forward(self, x: Tensor, queries: Tensor | None = None) -> Any:
+        if queries is None:
+            return super().forward(x)
+        D = x.shape[-1]
+        return F.linear(queries, self.weight[:D], self.bias[:D]), F.linear(x, self.weight[D:], self.bias[D:])
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention whose score matrix is never written to memory."""
+    """Multi-head self-attention whose score matrix is never written to memory; q, k and v are [..., H, D / H]."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.num_heads, self.backend = num_heads, "sdpa"
+        self.qkv = QKV(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def heads(self, x_BKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [B, heads, K, D / heads]."""
-        B, K, D = x_BKD.shape
-        q, k, v = self.qkv(x_BKD).view(B, K, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        return q, k, v
+    def heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return x.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)
 
-    def forward(self, x_BKD: Tensor) -> Tensor:
-        y = F.scaled_dot_product_attention(*self.heads(x_BKD))
-        return self.proj(y.transpose(1, 2).flatten(2))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, queries: Sequences | None, keys: Sequences | None) -> Tensor:
+        if queries is None or keys is None:
+            y = attend(q, k, v, self.backend)
+        else:
+            y = attend_packed(q, k, v, queries, keys, self.backend)
+        return self.proj(y.flatten(-2))
 
 
 class Mlp(nn.Module):
@@ -64,7 +95,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block on [B, K, D], or on packed rows [T, D] of the sequences `keys`.
+
+    `rows`: the tokens that are wanted, [B, U, D] or the packed rows of the sequences `queries`; None is all of them.
+    `shared`: what `x` was joined from.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -73,9 +108,50 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(
+        self,
+        x: Tensor,
+        rows: Tensor | None = None,
+        shared: Shared | None = None,
+        queries: Sequences | None = None,
+        keys: Sequences | None = None,
+    ) -> Tensor:
+        attn = self.attn
+        if shared is not None:
+            context, target = (attn.qkv(self.norm1(part)) for part in (shared.context, shared.target))
+            q, k, v = attn.heads(join(context, target, shared.ragged), 3)
+        elif rows is not None:
+            asking, asked = attn.qkv(self.norm1(x), self.norm1(rows))
+            (q,), (k, v) = attn.heads(asking, 1), attn.heads(asked, 2)
+        else:
+            q, k, v = attn.heads(attn.qkv(self.norm1(x)), 3)
+        x = (x if rows is None else rows) + attn(q, k, v, queries, keys)
         return x + self.mlp(self.norm2(x))
+
+
+class _Reorder(torch.autograd.Function):
+    """y[:, i] = x[:, order[i]] for a permutation; `back` is its inverse, so that the gradient is a copy as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(1, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy.index_select(1, *ctx.saved_tensors), None, None
+
+
+def join(context: Tensor, target: Tensor, ragged: Ragged | None) -> Tensor:
+    """The predictor's sequences [context, targets], block-major: [B, Kc, X] and [M * B, Kt, X] -> [M * B, Kc + Kt, X],
+    or packed [T, X] and [M * S, Kt, X] -> [M * (T + S * Kt), X]."""
+    images = context.shape[0] if ragged is None else ragged.contexts.offsets.shape[0] - 1
+    M = target.shape[0] // images
+    if ragged is None:
+        return torch.cat([context.expand(M, *context.shape), target.unflatten(0, (M, images))], 2).flatten(0, 1)
+    both = torch.cat([context.expand(M, *context.shape), target.reshape(M, -1, target.shape[-1])], 1)
+    return _Reorder.apply(both, ragged.order_R, ragged.back_R).flatten(0, 1)
 
 
 class PatchProjection(nn.Module):
@@ -113,7 +189,9 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """The encoder: uint8 images [B, H, W, 3] or [B, 3, H, W] of `img_size` pixels -> features [B, K, D].
 
-    `index_BK` (int64, raster order) chooses the patches that are seen; None means all N. The final norm is applied.
+    `index` chooses the patches that are seen: int64 [B, K] in raster order, packed contexts (features [T, D]), or None
+    for all N. `rows`: groups of those tokens, int64 [B, U]; only their features are made, in the order of the groups,
+    and the last block runs on each group apart. The final norm is applied.
     `mean` and `std` are the three channels' statistics of images scaled to 0..1.
     """
 
@@ -131,6 +209,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.img_size = img_size
         self.embed_dim = embed_dim
+        self.checkpointing = False
         self.patch_embed = PatchEmbed(patch_size, embed_dim, mean, std)
         positions = sincos_positions(embed_dim, img_size // patch_size)
         self.pos_embed: Tensor
@@ -139,19 +218,26 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.apply(init_weights)
 
-    def embed(self, images: Tensor, index_BK: Tensor | None = None) -> Tensor:
+    def embed(self, images: Tensor, index: Tensor | Ragged | None = None) -> Tensor:
         if self.img_size not in images.shape[1:3] or self.img_size not in images.shape[2:4]:
             raise ValueError(
                 f"images: given {list(images.shape)}, wanted [B, {self.img_size}, {self.img_size}, 3] or "
                 f"[B, 3, {self.img_size}, {self.img_size}] (data.crop_size)"
             )
-        x = self.patch_embed(images, index_BK)
-        return x + (self.pos_embed if index_BK is None else self.pos_embed[0][index_BK]).to(x.dtype)
+        if isinstance(index, Ragged):  # the batch as one image, as high as all of them
+            rows = images.permute(0, 2, 3, 1) if images.shape[1] == 3 else images
+            x = self.patch_embed(rows.reshape(1, -1, *rows.shape[2:]), index.patch_T[None])[0]
+            return x + self.pos_embed[0].to(x.dtype)[index.patch_T % self.pos_embed.shape[1]]
+        x = self.patch_embed(images, index)
+        pos_ND = self.pos_embed[0].to(x.dtype)  # DeepSpeed leaves buffers in fp32; N rows are cast, not B * K
+        return x + (pos_ND if index is None else pos_ND[index])
 
-    def forward(self, images: Tensor, index_BK: Tensor | None = None) -> Tensor:
-        x = self.embed(images, index_BK)
-        for block in self.blocks:
-            x = block(x)
+    def forward(self, images: Tensor, index: Tensor | Ragged | None = None, rows: Sequence[Tensor] = ()) -> Tensor:
+        x, sequences = self.embed(images, index), index.contexts if isinstance(index, Ragged) else None
+        for block in self.blocks[: -1 if rows else None]:
+            x = run(block, self.checkpointing, x, None, None, sequences, sequences)
+        if rows:
+            x = torch.cat([self.blocks[-1](x, gather_tokens(x, group)) for group in rows], 1)
         return self.norm(x)
 
     def features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
@@ -171,14 +257,15 @@ class VisionTransformer(nn.Module):
             x = block(x)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        q, k, _ = last.attn.heads(last.norm1(x))
+        q, k, _ = (y.transpose(1, 2) for y in last.attn.heads(last.attn.qkv(last.norm1(x)), 3))
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 class Predictor(nn.Module):
     """Predicts the M target blocks from the context, each in a sequence of its own [context, its mask tokens].
 
-    forward: context [B, Kc, D], its indices [B, Kc], the targets' [M, B, Kt] -> [M * B, Kt, D], rows m * B + b.
+    forward: context [B, Kc, D], its indices [B, Kc], the targets' [M, B, Kt] -> [M * B, Kt, D], rows m * B + b;
+    or packed contexts, [T, D] and their layout, in place of the first two.
     """
 
     def __init__(
@@ -191,6 +278,7 @@ class Predictor(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
+        self.checkpointing = self.dead_compute = False
         self.predictor_embed = nn.Linear(embed_dim, predictor_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, predictor_embed_dim))
         self.predictor_pos_embed: Tensor
@@ -201,17 +289,59 @@ class Predictor(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=INIT_STD)
 
-    def forward(self, context_BKD: Tensor, context_index_BK: Tensor, target_index_MBK: Tensor) -> Tensor:
-        x = predictor_tokens(
-            self.predictor_embed(context_BKD),
-            context_index_BK,
-            target_index_MBK,
-            self.predictor_pos_embed[0],
-            self.mask_token.flatten(),
-        )
-        for block in self.predictor_blocks:
-            x = block(x)
-        return self.predictor_proj(self.predictor_norm(x[:, context_index_BK.shape[1] :]))
+    def forward(self, context: Tensor, index: Tensor | Ragged, target_MBK: Tensor) -> Tensor:
+        z, (M, B, _), ragged = self.predictor_embed(context), target_MBK.shape, None
+        if isinstance(index, Ragged):
+            ragged = index
+            shared = self._packed_tokens(z, ragged, target_MBK)
+            x = join(*shared)
+        else:
+            x = predictor_tokens(z, index, target_MBK, self.predictor_pos_embed[0], self.mask_token.flatten())
+            shared = Shared(x[:B, : z.shape[1]], x[:, z.shape[1] :], None)
+
+        def targets(x: Tensor) -> Tensor:
+            if ragged is None:
+                return x[:, z.shape[1] :]
+            apart = _Reorder.apply(x.unflatten(0, (M, -1)), ragged.back_R, ragged.order_R)
+            return apart[:, z.shape[0] :].flatten(0, 1)
+
+        joined, asking = (ragged.joined, ragged.targets) if ragged else (None, None)
+        for i, block in enumerate(self.predictor_blocks):
+            if self.dead_compute:
+                x = run(block, self.checkpointing, x, None, None, joined, joined)
+            elif i == len(self.predictor_blocks) - 1:
+                x = run(block, self.checkpointing, x, targets(x), None, asking, joined)
+            else:
+                x = run(block, self.checkpointing, x, None, shared if i == 0 else None, joined, joined)
+        if self.dead_compute:
+            x = targets(x)
+        if ragged:  # without the image of padding, if there is one
+            x = x.view(M, -1, target_MBK.shape[2], x.shape[-1])[:, :B].flatten(0, 1)
+        return self.predictor_proj(self.predictor_norm(x))
+
+    def _packed_tokens(self, z_TD: Tensor, ragged: Ragged, target_MBK: Tensor) -> Shared:
+        pos, images = self.predictor_pos_embed[0].to(z_TD.dtype), ragged.contexts.offsets.shape[0] - 1
+        context = z_TD + pos[ragged.patch_T % pos.shape[0]]
+        filled = F.pad(target_MBK, (0, 0, 0, images - target_MBK.shape[1]))
+        return Shared(context, (self.mask_token + pos[filled.flatten(0, 1)]).to(z_TD.dtype), ragged)
+
+
+def run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
+    """The block's output; with `checkpointing` its inputs are all that is kept for the backward."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
+def compile_blocks(*models: nn.Module, backend: str = "inductor") -> None:
+    """Compiles every block of the models: one graph for all that are alike, for any number of images and tokens.
+
+    Block by block, because that starts soon and leaves what lies between alone: DeepSpeed, the kernels' ops.
+    """
+    torch._dynamo.config.recompile_limit = 64  # graphs of Block.forward: encoder, target encoder, predictor, eval; ...
+    torch.fx.experimental._config.use_duck_shape = False  # two sizes that are equal by chance are still two sizes
+    for block in (module for model in models for module in model.modules() if isinstance(module, Block)):
+        block.compile(dynamic=True, backend=backend)
 
 
 def init_weights(module: nn.Module) -> None:

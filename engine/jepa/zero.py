@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jepa_kernels import AdamWEMA
-
 from .config import Config, deepspeed_config
 from .objective import JepaModel
+from .optimizer import make_optimizer
 
 
 def param_groups(model: JepaModel) -> list[dict[str, Any]]:
@@ -33,24 +32,25 @@ def param_groups(model: JepaModel) -> list[dict[str, Any]]:
 
 
 def start(model: JepaModel, config: Config) -> Any:
-    """The DeepSpeed engine around the model, with AdamWEMA as its optimizer."""
+    """The DeepSpeed engine around the model, with the optimizer of `engine.optimizer`. Raises ConfigError."""
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)  # what it warns of, a foreign optimizer and skipped steps, is meant
     # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing; it is forgotten here.
-    optimizer = AdamWEMA(
-        param_groups(model),
-        lr=0.0,
-        betas=config.optimization.betas,
-        eps=config.optimization.eps,
-        weight_decay=0.0,
-    )
+    optimizer: Any = make_optimizer(config, param_groups(model), next(model.parameters()).device)
     settings = deepspeed_config(config, dist.get_world_size())
-    if config.engine.zero_stage == 0 and config.precision == "fp32":
-        settings["gradient_clipping"] = 0.0  # `step` clips
+    if bucket := settings["zero_optimization"].get("reduce_bucket_size"):  # it is memory: no more than the model needs
+        settings["zero_optimization"]["reduce_bucket_size"] = min(bucket, sum(p.numel() for p in model.parameters()))
+    if _is_gated_here(optimizer, config.engine.zero_stage, config.precision == "bf16"):
+        settings["gradient_clipping"] = 0.0
+        if config.engine.zero_stage:
+            settings["zero_optimization"]["compute_grad_norm"] = False
+            settings["bf16"]["check_grad_overflow"] = False
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group.pop("step", None)
     return engine
 
 
@@ -63,24 +63,43 @@ def schedule(engine: Any, lr: float, weight_decay: float, momentum: float) -> No
 def step(engine: Any, clip_grad: float | None = None) -> tuple[bool, float | None]:
     """Ends a micro-batch; at the end of an accumulation, updates the weights unless the gradient is not finite.
 
-    Returns whether the weights moved, and the gradient's norm before clipping (None where DeepSpeed does not tell).
-    `clip_grad` is the largest norm; DeepSpeed knows it too, but in fp32 without ZeRO it hands the optimizer back bare,
-    and the gradient is looked at and clipped here.
+    Returns whether the weights moved, and the gradient's norm before clipping to `clip_grad` (None where DeepSpeed does
+    not tell).
     """
-    norm = None
-    if isinstance(engine.optimizer, AdamWEMA) and engine.is_gradient_accumulation_boundary():
-        parameters = [p for p in engine.module.parameters() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total)
-        if not math.isfinite(norm):
-            for parameter in parameters:
-                parameter.grad = None  # the optimizer leaves such parameters alone
-        elif clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, total)
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return False, None
+    if not _is_gated_here(engine.basic_optimizer, engine.zero_optimization_stage(), engine.bfloat16_enabled()):
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        norm = None if norm is None else float(norm)
+        return engine.was_step_applied() and (norm is None or math.isfinite(norm)), norm
+    total = _gradient_norm(engine)
+    scale = (clip_grad / (total + 1e-6)).clamp(max=1.0) if clip_grad else None
+    engine.basic_optimizer.gate(scale, (~total.isfinite()).float())
     engine.step()
-    if norm is None and engine.get_global_grad_norm() is not None:
-        norm = float(engine.get_global_grad_norm())
-    return engine.was_step_applied() and (norm is None or math.isfinite(norm)), norm
+    norm = float(total)
+    return math.isfinite(norm), norm
+
+
+def _is_gated_here(optimizer: Any, stage: int, bf16: bool) -> bool:
+    """Whether the gradient's norm, clipping and the decision to skip are taken here, on the device.
+
+    DeepSpeed's own way reads several numbers back to the host in a step, each of which empties the GPU's queue. It can
+    be told not to at stages 1 and 2, and at stage 0 in fp32 it has none. At stage 3, at stage 0 in bf16, and with an
+    optimizer that cannot be gated, its way stands.
+    """
+    return optimizer.gated and (stage in (1, 2) or (stage == 0 and not bf16))
+
+
+def _gradient_norm(engine: Any) -> Tensor:
+    """The 2-norm of the whole gradient, fp32 on the device, the same on every rank; not finite where any element is."""
+    if engine.zero_optimization_stage() == 0:
+        return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).float()
+    mine = [grad.flatten() for group in engine.optimizer.averaged_gradients.values() for grad in group]
+    squares = torch.stack(torch._foreach_norm(mine, dtype=torch.float32)).square().sum()
+    dist.all_reduce(squares)
+    return squares.sqrt()
 
 
 @dataclass(frozen=True)

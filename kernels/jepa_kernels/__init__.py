@@ -30,7 +30,7 @@ _OF_CSRC = (
     "gather_backward",
     "patchify",
     "prediction_loss",
-    "prediction_loss_backward",
+    "prediction_loss_scale_",
     "predictor_tokens",
     "predictor_tokens_backward",
     "vicreg_backward",

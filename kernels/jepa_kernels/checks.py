@@ -1,6 +1,7 @@
-"""What the ops that take an index ask of it: before a launch, and in a kernel whose index nobody has read."""
+"""What the ops that take an index ask of it, before a launch and in a kernel; and the tiles that they copy rows in."""
 
 import torch
+import triton
 from torch import Tensor
 
 # Launch options: Triton drops tl.device_assert unless it compiles for debugging, which would check sums as well.
@@ -28,3 +29,14 @@ def check_index(op: str, name: str, index: Tensor, sizes: tuple[int | None, ...]
         low, high = (int(extreme) for extreme in index.aminmax())
         if low < 0 or high >= rows:
             raise ValueError(f"{op}: {name} holds {low if low < 0 else high}; it must lie in 0..{rows - 1}")
+
+
+def tile(rows: int, D: int, element_size: int) -> tuple[int, int]:
+    """ROWS, BLOCK_D of 8 KiB, four 16-byte accesses for each of 128 threads; BLOCK_D divides D if it can."""
+    block_d = min(max(D & -D, 64), 512)
+    return min(triton.next_power_of_2(rows), max(1, 8192 // (block_d * element_size))), block_d
+
+
+def chunk(D: int) -> int:
+    """Columns at a time of a kernel that keeps whole rows: few lanes idle, and eleven or fewer for any ViT's D."""
+    return min(max(D & -D, 128), 256) if D <= 2048 else triton.next_power_of_2(triton.cdiv(D, 8))

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import ASSERTING, check_index
+from .checks import ASSERTING, check_index, tile
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -94,34 +94,39 @@ def _gather_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Each row of dx looks for itself in the index: no atomics, no zeroing first, repeats in the order of k.
+    # Rows of dx look for themselves in the index, once: no atomics, no zeroing first, repeats in the order of k.
     wide: tl.constexpr = tl.float64 if dy.dtype.element_ty == tl.float64 else tl.float32
-    program = tl.program_id(0)
-    columns, tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(N, ROWS)
-    b = (program // columns // tiles).to(tl.int64)
-    n = (program // columns % tiles) * ROWS + tl.arange(0, ROWS)
-    d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((ROWS, BLOCK_D), wide)
+    tiles = tl.cdiv(N, ROWS)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    first, last = tl.full((ROWS,), K, tl.int32), tl.full((ROWS,), -1, tl.int32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        found = tl.load(index + b * K + k, mask=k < K, other=-1)[None, :] == n[:, None]
-        later = tl.where(found, k[None, :], K)  # the k of each row's terms that are still to come
-        first = tl.min(later, 1)
-        while tl.min(first, 0) < K:
-            term = (first < K)[:, None] & (d < D)[None, :]
-            at = dy + b * dy_b + first.to(tl.int64)[:, None] * dy_k + d.to(tl.int64)[None, :] * dy_d
-            total += tl.load(at, mask=term, other=0).to(wide)
-            later = tl.where(later > first[:, None], later, K)
-            first = tl.min(later, 1)
-    inside = (n < N)[:, None] & (d < D)[None, :]
-    tl.store(dx + (b * N + n)[:, None] * D + d[None, :], total.to(dx.dtype.element_ty), mask=inside)
+        found = tl.load(index + b * K + k, mask=k < K, other=-1).to(tl.int32)[None, :] == n[:, None]
+        first = tl.minimum(first, tl.min(tl.where(found, k[None, :], K), 1))
+        last = tl.maximum(last, tl.max(tl.where(found, k[None, :], -1), 1))
+    after = tl.min(tl.where(last > first, first, K), 0) + 1  # repeats lie from here on
+    stop = tl.max(tl.where(last > first, last, -1), 0) + 1  # to here: nowhere, mostly
+    dy += b * dy_b
+    dx += b * N * D
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        columns = d.to(tl.int64)[None, :] * dy_d
+        at = dy + first.to(tl.int64)[:, None] * dy_k + columns
+        total = tl.load(at, mask=(first < K)[:, None] & (d < D)[None, :], other=0).to(wide)
+        for k in range(after, stop):
+            again = (n == tl.load(index + b * K + k)) & (first < k)
+            term = dy + tl.full((1, 1), k, tl.int64) * dy_k + columns
+            total += tl.load(term, mask=again[:, None] & (d < D)[None, :], other=0).to(wide)
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        tl.store(dx + n.to(tl.int64)[:, None] * D + d[None, :], total.to(dx.dtype.element_ty), mask=inside)
 
 
 def gather_triton(x: Tensor, index: Tensor) -> Tensor:
     (B, N, D), K = x.shape, index.shape[1]
     y = x.new_empty(B, K, D)
     if y.numel():
-        rows, block_d = _tile(K, D, x.element_size())
+        rows, block_d = tile(K, D, x.element_size())
         grid = (B * triton.cdiv(K, rows) * triton.cdiv(D, block_d),)
         with torch.cuda.device_of(x):
             _gather_kernel[grid](x, index.contiguous(), y, N, K, D, *x.stride(), rows, block_d, **ASSERTING)
@@ -132,17 +137,11 @@ def gather_backward_triton(dy: Tensor, index: Tensor, N: int) -> Tensor:
     B, K, D = dy.shape
     dx = dy.new_empty(B, N, D)
     if dx.numel():
-        rows, block_d = _tile(N, D, max(4, dy.element_size()))  # the sums are at least float32
-        grid = (B * triton.cdiv(N, rows) * triton.cdiv(D, block_d),)
+        rows, block_d = tile(N, D, max(4, dy.element_size()))  # the sums are at least float32
+        grid = (B * triton.cdiv(N, rows),)
         with torch.cuda.device_of(dy):
             _gather_backward_kernel[grid](dy, index.contiguous(), dx, N, K, D, *dy.stride(), rows, 128, block_d)
     return dx
-
-
-def _tile(rows: int, D: int, element_size: int) -> tuple[int, int]:
-    """ROWS, BLOCK_D of 8 KiB, four 16-byte accesses for each of 128 threads; BLOCK_D divides D if it can."""
-    block_d = min(max(D & -D, 64), 512)
-    return min(triton.next_power_of_2(rows), max(1, 8192 // (block_d * element_size))), block_d
 
 
 # --- registration

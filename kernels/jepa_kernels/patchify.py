@@ -89,7 +89,7 @@ def patchify_ref(
     return (bytes_BNL.float() * scale_L + bias_L).to(dtype).contiguous()
 
 
-# --- triton: a run is P neighbouring pixels of one channel of one patch; a program writes RUNS of them
+# --- triton: a program writes ROWS patches of one image; where a pixel of a patch lies is found once for all of them
 
 
 @triton.jit(do_not_specialize=["K"])  # K changes from step to step
@@ -112,30 +112,31 @@ def _patchify_kernel(
     bias_b,
     INDEXED: tl.constexpr,
     P: tl.constexpr,
-    RUNS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # pixels of a patch
 ):
     program = tl.program_id(0)
-    tiles = tl.cdiv(K * 3 * P, RUNS)
-    b = (program // tiles).to(tl.int64)
-    run = (program % tiles) * RUNS + tl.arange(0, RUNS)
-    k, c, py = run // (3 * P), run // P % 3, run % P
-    px = tl.arange(0, BLOCK_P)
+    parts, tiles = (P * P + BLOCK - 1) // BLOCK, tl.cdiv(K, ROWS)
+    b = (program // parts // tiles).to(tl.int64)
+    k = tl.minimum(program // parts % tiles * ROWS + tl.arange(0, ROWS), K - 1)  # spare rows do the last one again
+    pixel = program % parts * BLOCK + tl.arange(0, BLOCK)
     if INDEXED:
-        n = tl.load(index + b * K + k, mask=k < K, other=0)
+        n = tl.load(index + b * K + k)
         tl.device_assert((n >= 0) & (n < grid_h * grid_w), "patchify: index out of range")
         n = n.to(tl.int32)
     else:
         n = k
-    row, col = (n // grid_w * P + py).to(tl.int64), (n % grid_w * P).to(tl.int64)
-    inside = (k < K)[:, None] & (px < P)[None, :]
-    start = images + b * images_b + c.to(tl.int64) * images_c + row * images_h + col * images_w
-    pixel = tl.load(start[:, None] + px.to(tl.int64)[None, :] * images_w, mask=inside, other=0)
-    scale = tl.where(c == 0, scale_r, tl.where(c == 1, scale_g, scale_b))
-    bias = tl.where(c == 0, bias_r, tl.where(c == 1, bias_g, bias_b))
-    value = pixel.to(tl.float32) * scale[:, None] + bias[:, None]
-    to = y + (b * K * (3 * P) + run)[:, None] * P + px[None, :]
-    tl.store(to, value.to(y.dtype.element_ty), mask=inside)
+    row, col = (n // grid_w * P).to(tl.int64), (n % grid_w * P).to(tl.int64)
+    corner = images + b * images_b + row * images_h + col * images_w
+    py, px = (pixel // P).to(tl.int64), (pixel % P).to(tl.int64)
+    at = corner[:, None] + (py * images_h + px * images_w)[None, :]
+    to = y + ((b * K + k) * (3 * P * P))[:, None] + pixel[None, :]
+    inside = (pixel < P * P)[None, :]
+    scale, bias = (scale_r, scale_g, scale_b), (bias_r, bias_g, bias_b)
+    for c in tl.static_range(3):
+        value = tl.load(at, inside, other=0).to(tl.float32) * scale[c] + bias[c]
+        tl.store(to + c * P * P, value.to(y.dtype.element_ty), inside)
+        at += images_c
 
 
 def patchify_triton(
@@ -144,15 +145,14 @@ def patchify_triton(
     y = _patchify_fake(images, index, scale, bias, P, dtype)
     if y.numel():
         B, K, _ = y.shape
-        block_p = triton.next_power_of_2(P)
-        runs = min(triton.next_power_of_2(K * 3 * P), max(1, 2048 // block_p))
+        block = min(triton.next_power_of_2(P * P), 1024)
+        rows = min(triton.next_power_of_2(K), max(1, 2048 // block))
         patches = images if index is None else index.contiguous()
         sizes = K, images.shape[2] // P, images.shape[3] // P, *images.stride()
-        options = index is not None, P, runs, block_p
+        options = index is not None, P, rows, block
+        grid = (B * triton.cdiv(K, rows) * triton.cdiv(P * P, block),)
         with torch.cuda.device_of(images):
-            _patchify_kernel[(B * triton.cdiv(K * 3 * P, runs),)](
-                images, patches, y, *sizes, *scale, *bias, *options, **ASSERTING
-            )
+            _patchify_kernel[grid](images, patches, y, *sizes, *scale, *bias, *options, **ASSERTING)
     return y
 
 

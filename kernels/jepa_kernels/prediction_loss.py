@@ -1,9 +1,9 @@
 """The JEPA loss: smooth L1 between predictions and layer-normed targets, its gradient from the same pass.
 
 Shapes: M target blocks, B images, N patches, K patches per block, D channels. Rows of `pred` are block-major
-(m*B + b). Per element one prediction and one target are read, and the slope of the loss is written only when
-a gradient is wanted; the chosen target rows are gathered and normalised in registers. The CPU kernel is in
-csrc/prediction_loss.cpp.
+(m*B + b). Per element one prediction and one target are read, and the gradient of the mean loss is written only
+when one is wanted; the chosen target rows are gathered and normalised in registers. The backward hands that
+gradient on as it is, unless something but 1 comes in. The CPU kernel is in csrc/prediction_loss.cpp.
 """
 
 import math
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_index
+from .checks import ASSERTING, check_index, chunk
 
 EPS = 1e-5  # of the layer norm on the targets
 
@@ -77,8 +77,8 @@ def prediction_loss(
 # --- reference
 
 
-def prediction_loss_ref(pred: Tensor, target_BND: Tensor, index_MBK: Tensor, with_slope: bool) -> tuple[Tensor, Tensor]:
-    """The [M] block losses; if wanted, the slope d(mean loss)/d(pred) in units of `_unit`, dtype of pred."""
+def prediction_loss_ref(pred: Tensor, target_BND: Tensor, index_MBK: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """The [M] block losses; if wanted, d(their mean)/d(pred) over `_unit`'s power of two, in the dtype of pred."""
     (M, B, K), D = index_MBK.shape, pred.shape[2]
     wide = torch.promote_types(pred.dtype, torch.float32)
     index = index_MBK.transpose(0, 1).reshape(B, M * K, 1).expand(-1, -1, D)
@@ -86,153 +86,184 @@ def prediction_loss_ref(pred: Tensor, target_BND: Tensor, index_MBK: Tensor, wit
     goal = F.layer_norm(rows_MBKD.to(wide), (D,), eps=EPS)
     error = pred.reshape(goal.shape).to(wide) - goal
     losses = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none").mean((1, 2, 3))
-    if not with_slope:
+    if not with_grad:
         return losses, pred.new_empty(0)
     fraction, _ = _unit(pred)
     return losses, (error.clamp(-1, 1) * fraction).to(pred.dtype).reshape(pred.shape).contiguous()
 
 
-def prediction_loss_backward_ref(slope: Tensor, grad_losses_M: Tensor) -> Tensor:
-    weight_M = _weight(slope, grad_losses_M)
-    weight_Q = weight_M.repeat_interleave(slope.shape[0] // max(weight_M.numel(), 1))
-    return (slope * weight_Q[:, None, None]).to(slope.dtype)
+def prediction_loss_scale_ref(grad: Tensor, grad_losses_M: Tensor) -> None:
+    """Turns what the forward wrote into the gradient under grad_losses, in place."""
+    if grad.numel():
+        M = grad_losses_M.numel()
+        grad.view(M, -1).mul_((grad_losses_M * (M * _unit(grad)[1]))[:, None])
 
 
 def _unit(pred: Tensor) -> tuple[float, float]:
-    """1 / pred.numel() as (fraction, power of two); the slope is stored times the fraction only.
+    """1 / pred.numel() as (fraction, power of two); the gradient is stored times the fraction only.
 
-    So a half-precision slope keeps clear of float16's subnormals, and the backward, which multiplies by the
-    power of two and the incoming gradient (1, mostly), rounds nothing a second time.
+    The power is 1, but for float16, whose subnormals the mean's gradient would reach: there the incoming
+    gradient, which holds the loss scale, is multiplied by it first.
     """
     mean = 1 / max(pred.numel(), 1)
-    if pred.dtype.itemsize > 2:
-        return 1.0, mean
+    if pred.dtype != torch.float16:
+        return mean, 1.0
     fraction, exponent = math.frexp(mean)
     return fraction, 2.0**exponent
 
 
-def _weight(slope: Tensor, grad_losses_M: Tensor) -> Tensor:
-    return grad_losses_M * (grad_losses_M.shape[0] * _unit(slope)[1])
+# --- triton: a warp takes a row, in CHUNKS that fit D, and keeps it in registers
 
 
-# --- triton
-
-
-@triton.jit(do_not_specialize=["R", "K"])  # both change from step to step
+@triton.jit(do_not_specialize=["R", "B", "K"])  # R and K change from step to step
 def _prediction_loss_kernel(
-    pred,  # [R, D], R = M*B*K rows
+    pred,  # [M*B, K, D]
     target,  # [B, N, D]
-    index,  # [R]
+    index,  # [R], R = M*B*K rows
     losses,  # [R] float32 (float64): mean over D
-    slope,  # [R, D], written if WITH_SLOPE
+    grad,  # [R, D], written if WITH_GRAD
     fraction,
     R,
     B,
     N,
     K,
-    D,
+    pred_q,  # strides of pred
+    pred_k,
+    pred_d,
+    target_b,  # strides of target
+    target_n,
+    target_d,
+    D: tl.constexpr,
     EPS: tl.constexpr,
-    WITH_SLOPE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     wide = losses.dtype.element_ty
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-    column = tl.arange(0, BLOCK_D)
-    chosen = tl.load(index + row, row < R, other=0)
+    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), R - 1)  # spare rows do the last one again
+    q = row // K
+    column = tl.arange(0, CHUNK)
+    at = pred + (q.to(tl.int64) * pred_q + (row - q * K).to(tl.int64) * pred_k)[:, None]
+    p = tl.tuple([])
+    for start in tl.static_range(0, D, CHUNK):
+        d = (start + column)[None, :]
+        p += (tl.load(at + d.to(tl.int64) * pred_d, d < D, other=0),)
+    chosen = tl.load(index + row)
     tl.device_assert((chosen >= 0) & (chosen < N), "prediction_loss: index out of range")
-    mask = (row < R)[:, None] & (column < D)[None, :]
-    source = (row // K % B * N + chosen) * D
-    y = tl.load(target + source[:, None] + column[None, :], mask, other=0).to(wide)
-    at = row[:, None] * D + column[None, :]
-    p = tl.load(pred + at, mask, other=0).to(wide)
-
-    y = tl.where(mask, y - tl.sum(y, 1)[:, None] / D, 0)
-    error = p - y * tl.rsqrt(tl.sum(y * y, 1) / D + EPS)[:, None]  # NaN stays NaN in both branches below
-    size = tl.abs(error)
-    loss = tl.where(size < 1, 0.5 * error * error, size - 0.5)
-    tl.store(losses + row, tl.sum(tl.where(mask, loss, 0), 1) / D, row < R)
-    if WITH_SLOPE:
-        clamped = tl.where(error > 1, 1.0, tl.where(error < -1, -1.0, error))
-        tl.store(slope + at, (clamped * fraction).to(slope.dtype.element_ty), mask)
+    at = target + ((q % B).to(tl.int64) * target_b + chosen * target_n)[:, None]
+    y = tl.tuple([])
+    for start in tl.static_range(0, D, CHUNK):
+        d = (start + column)[None, :]
+        y += (tl.load(at + d.to(tl.int64) * target_d, d < D, other=0).to(wide),)
+    total = tl.zeros((ROWS, CHUNK), wide)
+    for c in tl.static_range(len(y)):
+        total += y[c]
+    mean = tl.sum(total, 1)[:, None] / D
+    total = tl.zeros((ROWS, CHUNK), wide)
+    for c in tl.static_range(len(y)):
+        centred = tl.where((c * CHUNK + column)[None, :] < D, y[c] - mean, 0)
+        total += centred * centred
+    scale = tl.rsqrt(tl.sum(total, 1)[:, None] / D + EPS)
+    total = tl.zeros((ROWS, CHUNK), wide)
+    for c in tl.static_range(len(y)):
+        d = (c * CHUNK + column)[None, :]
+        error = tl.where(d < D, p[c].to(wide) - (y[c] - mean) * scale, 0)
+        if wide == tl.float64:
+            clamped = tl.where(error > 1, 1.0, tl.where(error < -1, -1.0, error))
+        else:  # one instruction; NaN stays NaN in both
+            clamped = tl.clamp(error, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        total += clamped * (error - 0.5 * clamped)  # smooth L1
+        if WITH_GRAD:
+            to = grad + row.to(tl.int64)[:, None] * D + d
+            tl.store(to, (clamped * fraction).to(grad.dtype.element_ty), d < D)
+    tl.store(losses + row, tl.sum(total, 1) / D)
 
 
 @triton.jit(do_not_specialize=["R"])
-def _prediction_loss_backward_kernel(
-    slope,  # [M, R, D], R = B*K rows
-    weight,  # [M]
-    grad,  # [M, R, D]
+def _prediction_loss_scale_kernel(
+    grad,  # [M, R, D], R = B*K rows
+    grad_losses,  # [M]
+    factor,
     R,
     D,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    size = R.to(tl.int64) * D
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.program_id(1) * size + place
-    y = tl.load(slope + at, place < size, other=0) * tl.load(weight + tl.program_id(1))
-    tl.store(grad + at, y.to(grad.dtype.element_ty), place < size)
+    weight = tl.load(grad_losses + tl.program_id(1)) * factor
+    if weight != 1:
+        size = R.to(tl.int64) * D
+        at = grad + tl.program_id(1) * size
+        for block in range(BLOCKS):
+            place = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
+            y = tl.load(at + place, place < size, other=0) * weight
+            tl.store(at + place, y.to(grad.dtype.element_ty), place < size)
 
 
-def prediction_loss_triton(pred: Tensor, target: Tensor, index: Tensor, with_slope: bool) -> tuple[Tensor, Tensor]:
+def prediction_loss_triton(pred: Tensor, target: Tensor, index: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
     M, B, K = index.shape
     (_, N, D), R = target.shape, M * B * K
-    pred, target, index = pred.contiguous(), target.contiguous(), index.contiguous()
     losses = pred.new_empty(M, B * K, dtype=torch.promote_types(pred.dtype, torch.float32))
-    slope = pred.new_empty(pred.shape if with_slope else 0)
+    grad = pred.new_empty(pred.shape if with_grad else 0)
     if pred.numel():
-        block_d = triton.next_power_of_2(D)
-        block_r = max(1, 4096 // block_d)
-        _prediction_loss_kernel[triton.cdiv(R, block_r),](
-            pred, target, index, losses, slope, _unit(pred)[0], R, B, N, K, D,
-            EPS, with_slope, block_r, block_d, num_warps=max(4, min(block_d // 1024, 16)),
-            debug=True, sanitize_overflow=False,  # debug: keep the assertion, and only that
-        )  # fmt: skip
-    return losses.mean(1), slope
+        columns = chunk(D)
+        rows, warps = max(1, min(4, 1024 // columns)), max(4, min(columns // 256, 16))
+        with torch.cuda.device_of(pred):
+            _prediction_loss_kernel[triton.cdiv(R, rows),](
+                pred, target, index.contiguous(), losses, grad, _unit(pred)[0], R, B, N, K, *pred.stride(),
+                *target.stride(), D, EPS, with_grad, rows, columns, num_warps=warps, **ASSERTING
+            )  # fmt: skip
+    return losses.mean(1), grad
 
 
-def prediction_loss_backward_triton(slope: Tensor, grad_losses: Tensor) -> Tensor:
-    weight, grad = _weight(slope, grad_losses), torch.empty_like(slope)
-    if slope.numel():
-        (Q, K, D), M = slope.shape, weight.numel()
-        _prediction_loss_backward_kernel[triton.cdiv(Q // M * K * D, 4096), M](
-            slope, weight, grad, Q // M * K, D, BLOCK=4096, num_warps=4
-        )
-    return grad
+def prediction_loss_scale_triton(grad: Tensor, grad_losses: Tensor) -> None:
+    if grad.numel():
+        M = grad_losses.numel()
+        (Q, K, D), factor = grad.shape, M * _unit(grad)[1]
+        grid = triton.cdiv(Q // M * K * D, 4 * 4096), M
+        with torch.cuda.device_of(grad):
+            _prediction_loss_scale_kernel[grid](grad, grad_losses.contiguous(), factor, Q // M * K, D, 4096, 4)
 
 
 # --- registration
 
 torch.library.define(
     "jepa_kernels::prediction_loss",
-    "(Tensor pred, Tensor target, Tensor index, bool with_slope) -> (Tensor losses, Tensor slope)",
+    "(Tensor pred, Tensor target, Tensor index, bool with_grad) -> (Tensor losses, Tensor grad)",
 )
 torch.library.impl("jepa_kernels::prediction_loss", "default", prediction_loss_ref)
 torch.library.impl("jepa_kernels::prediction_loss", "cuda", prediction_loss_triton)
-torch.library.define("jepa_kernels::prediction_loss_backward", "(Tensor slope, Tensor grad_losses) -> Tensor")
-torch.library.impl("jepa_kernels::prediction_loss_backward", "default", prediction_loss_backward_ref)
-torch.library.impl("jepa_kernels::prediction_loss_backward", "cuda", prediction_loss_backward_triton)
+torch.library.define("jepa_kernels::prediction_loss_scale_", "(Tensor(a!) grad, Tensor grad_losses) -> ()")
+torch.library.impl("jepa_kernels::prediction_loss_scale_", "default", prediction_loss_scale_ref)
+torch.library.impl("jepa_kernels::prediction_loss_scale_", "cuda", prediction_loss_scale_triton)
 
 
 @torch.library.register_fake("jepa_kernels::prediction_loss")
-def _prediction_loss_fake(pred: Tensor, target: Tensor, index: Tensor, with_slope: bool) -> tuple[Tensor, Tensor]:
+def _prediction_loss_fake(pred: Tensor, target: Tensor, index: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(pred.dtype, torch.float32)
-    return pred.new_empty(index.shape[0], dtype=wide), pred.new_empty(pred.shape if with_slope else 0)
+    return pred.new_empty(index.shape[0], dtype=wide), pred.new_empty(pred.shape if with_grad else 0)
 
 
-@torch.library.register_fake("jepa_kernels::prediction_loss_backward")
-def _prediction_loss_backward_fake(slope: Tensor, grad_losses: Tensor) -> Tensor:
-    return torch.empty_like(slope)
+@torch.library.register_fake("jepa_kernels::prediction_loss_scale_")
+def _prediction_loss_scale_fake(grad: Tensor, grad_losses: Tensor) -> None:
+    return None
+
+
+# Whether the backward that runs may run again (retain_graph). A torch that does not say gets a copy every time.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class _PredictionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred: Tensor, target: Tensor, index: Tensor) -> Tensor:
-        losses, slope = torch.ops.jepa_kernels.prediction_loss(pred, target, index, True)
-        ctx.save_for_backward(slope)
+        losses, grad = torch.ops.jepa_kernels.prediction_loss(pred, target, index, True)
+        ctx.save_for_backward(grad)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return torch.ops.jepa_kernels.prediction_loss_backward(slope, grad_losses), None, None
+        (grad,) = ctx.saved_tensors
+        if torch.compiler.is_compiling() or _graph_is_kept():
+            grad = grad.clone()  # else this is its last use, and it may be scaled in place and given away
+        torch.ops.jepa_kernels.prediction_loss_scale_(grad, grad_losses)
+        return grad, None, None

@@ -4,8 +4,8 @@
     y[m*B + b, Kc + t] = mask_token    + pos[target_index[m, b, t]]      t < Kt
 
 Shapes: B images, M target blocks, Kc visible and Kt hidden tokens, N positions, D the predictor's width. One
-pass: y is written once, context is read once and again from cache for the other blocks. The CPU kernel is in
-csrc/predictor_tokens.cpp. I-JEPA, arXiv 2301.08243, section 3.
+pass: y is written once, context is read once. The CPU kernel is in csrc/predictor_tokens.cpp. I-JEPA, arXiv
+2301.08243, section 3.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
-from .checks import ASSERTING, check_index
+from .checks import ASSERTING, check_index, chunk, tile
 
 
 def predictor_tokens(
@@ -81,11 +81,10 @@ def predictor_tokens_backward_ref(dy: Tensor, M: int, B: int, Kc: int) -> tuple[
     return wide[:, :, :Kc].sum(0).to(dy.dtype), wide[:, :, Kc:].sum((0, 1, 2))
 
 
-# --- triton: a program writes ROWS x BLOCK_D of one sequence, the M sequences of an image one after another,
-#     so that its context comes out of the cache for all but the first
+# --- triton: a program makes ROWS tokens of one image in registers, and writes them into its M sequences
 
 
-@triton.jit(do_not_specialize=["Kc", "Kt"])  # both change from step to step
+@triton.jit(do_not_specialize=["B", "Kc", "Kt"])  # Kc and Kt change from step to step
 def _predictor_tokens_kernel(
     context,  # [B, Kc, D]
     context_index,  # [B, Kc]
@@ -93,36 +92,47 @@ def _predictor_tokens_kernel(
     pos,  # [N, D]
     mask_token,  # [D]
     y,  # [M*B, Kc+Kt, D]
-    M,
     B,
     Kc,
     Kt,
     N,
-    D,
     context_b,  # strides of context
     context_k,
     context_d,
+    M: tl.constexpr,
+    D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     wide: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
-    program = tl.program_id(0)
     S = Kc + Kt
-    columns, tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(S, ROWS)
-    b, m = (program // columns // tiles // M).to(tl.int64), program // columns // tiles % M
-    sequence = m * B + b
-    s = (program // columns % tiles) * ROWS + tl.arange(0, ROWS)
-    d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
-    seen, inside = s < Kc, (s < S)[:, None] & (d < D)[None, :]
-    n = tl.load(context_index + b * Kc + s, mask=seen, other=0)
-    n += tl.load(target_index + sequence * Kt + s - Kc, mask=(s >= Kc) & (s < S), other=0)
-    tl.device_assert((n >= 0) & (n < N), "predictor_tokens: context_index or target_index out of range")
-    at = context + b * context_b + s.to(tl.int64)[:, None] * context_k + d.to(tl.int64)[None, :] * context_d
-    token = tl.load(at, mask=seen[:, None] & (d < D)[None, :], other=0).to(wide)
-    mask = tl.load(mask_token + d, mask=d < D, other=0).to(wide)
-    token = tl.where(seen[:, None], token, mask[None, :])
-    token += tl.load(pos + n[:, None] * D + d[None, :], mask=inside, other=0).to(wide)
-    tl.store(y + (sequence * S + s)[:, None] * D + d[None, :], token.to(y.dtype.element_ty), mask=inside)
+    tiles = tl.cdiv(S, ROWS)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    s = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    seen, hidden = s < Kc, (s >= Kc) & (s < S)
+    n = tl.load(context_index + b * Kc + s, seen, other=0)
+    right = (n >= 0) & (n < N)
+    asked = tl.tuple([])
+    for m in tl.static_range(M):
+        asked += (tl.load(target_index + (m * B + b) * Kt + s - Kc, hidden, other=0),)
+        right &= (asked[m] >= 0) & (asked[m] < N)
+    tl.device_assert(right, "predictor_tokens: context_index or target_index out of range")
+    column = tl.arange(0, BLOCK_D)
+    row = context + (b * context_b + s.to(tl.int64) * context_k)[:, None]
+    token = tl.tuple([])  # context + pos where seen; the mask token, still without a position, where not
+    for start in tl.static_range(0, D, BLOCK_D):
+        d = (start + column)[None, :]
+        inside = seen[:, None] & (d < D)
+        x = tl.load(row + d.to(tl.int64) * context_d, inside, other=0).to(wide)
+        x += tl.load(pos + n[:, None] * D + d, inside, other=0).to(wide)
+        mask = tl.load(mask_token + d, d < D, other=0).to(wide)
+        token += (tl.where(seen[:, None], x, mask),)
+    for m in tl.static_range(M):
+        to = y + ((m * B + b) * S + s)[:, None] * D
+        for c in tl.static_range(len(token)):
+            d = (c * BLOCK_D + column)[None, :]
+            x = token[c] + tl.load(pos + asked[m][:, None] * D + d, hidden[:, None] & (d < D), other=0).to(wide)
+            tl.store(to + d, x.to(y.dtype.element_ty), (s < S)[:, None] & (d < D))
 
 
 @triton.jit(do_not_specialize=["Kc", "S"])
@@ -165,15 +175,14 @@ def predictor_tokens_triton(
     (M, B, Kt), (_, Kc, D) = target_index.shape, context.shape
     y = context.new_empty(M * B, Kc + Kt, D)
     if y.numel():
-        rows, block_d = _tile(Kc + Kt, D, context.element_size())
-        grid = (M * B * triton.cdiv(Kc + Kt, rows) * triton.cdiv(D, block_d),)
+        columns = chunk(D)
+        rows = min(triton.next_power_of_2(Kc + Kt), max(1, 4096 // triton.next_power_of_2(D)))
+        grid = (B * triton.cdiv(Kc + Kt, rows),)
         tables = pos.contiguous(), mask_token.contiguous()
         indices = context_index.contiguous(), target_index.contiguous()
-        sizes = M, B, Kc, Kt, pos.shape[0], D
+        sizes = B, Kc, Kt, pos.shape[0], *context.stride(), M, D
         with torch.cuda.device_of(context):
-            _predictor_tokens_kernel[grid](
-                context, *indices, *tables, y, *sizes, *context.stride(), rows, block_d, **ASSERTING
-            )
+            _predictor_tokens_kernel[grid](context, *indices, *tables, y, *sizes, rows, columns, **ASSERTING)
     return y
 
 
@@ -182,7 +191,7 @@ def predictor_tokens_backward_triton(dy: Tensor, M: int, B: int, Kc: int) -> tup
     wide = torch.promote_types(dy.dtype, torch.float32)
     if not dy.numel():
         return dy.new_zeros(B, Kc, D), dy.new_zeros(D, dtype=wide)
-    rows, block_d = _tile(S, D, wide.itemsize)
+    rows, block_d = tile(S, D, wide.itemsize)
     tiles = triton.cdiv(S, rows)
     d_context = dy.new_empty(B, Kc, D)
     partial = dy.new_empty(B * (tiles - Kc // rows), D, dtype=wide)
@@ -190,12 +199,6 @@ def predictor_tokens_backward_triton(dy: Tensor, M: int, B: int, Kc: int) -> tup
     with torch.cuda.device_of(dy):
         _predictor_tokens_backward_kernel[grid](dy, d_context, partial, B, Kc, S, D, *dy.stride(), M, rows, block_d)
     return d_context, partial.sum(0)
-
-
-def _tile(rows: int, D: int, element_size: int) -> tuple[int, int]:
-    """ROWS, BLOCK_D of 8 KiB, four 16-byte accesses for each of 128 threads; BLOCK_D divides D if it can."""
-    block_d = min(max(D & -D, 64), 512)
-    return min(triton.next_power_of_2(rows), max(1, 8192 // (block_d * element_size))), block_d
 
 
 # --- registration

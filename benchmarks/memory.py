@@ -1,0 +1,177 @@
+"""Memory of one rank at each ZeRO stage: the formula of engine/jepa/budget.py, and what the tensors of real ranks hold.
+
+    python benchmarks/memory.py               computed: ViT-H/14 and ViT-g/16 on 8, 16 and 64 GPUs
+    python benchmarks/memory.py --measure     measured: a small model on 1, 2 and 4 CPU ranks, beside the formula
+
+Measured are the bytes of all distinct storages of the tensors that a rank has made, at every moment of a step that
+matters: after the forward, within the backward, in the optimizer's step. The largest of them is the figure. The images
+are so small that the activations, which the formula only estimates, do not count. A figure that is off by more than 5 %
+ends the program with an error. (At ZeRO-2 a parameter that the cut between two ranks passes through has its gradient
+whole on both: nothing in a large model, 4 % of this one's memory on 4 ranks.)
+"""
+
+import argparse
+import copy
+import gc
+import itertools
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "kernels")]
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from jepa import budget, zero
+from jepa import config as config_module
+from jepa.config import Config, load_config, parse_config
+from jepa.masks import sample_masks
+from jepa.objective import JepaModel
+from jepa.teacher import Teacher
+
+LARGE = {"ViT-H/14": "in1k_vith14_ep300_ijepa", "ViT-g/16": "in22k_vitg16_ep44_ijepa"}
+CASES = [*itertools.product(range(4), ("fp32", "bf16"), (1, 2))]  # stage, precision, micro-batches accumulated
+QUICK = [case for case in CASES if case[1:] == ("bf16", 2)]
+TOKENS = 8, 3  # patches in a context and in a target of the small model, about
+TOLERANCE = 0.05
+
+
+def computed() -> str:
+    """The README's table. Raises ConfigError."""
+    lines = ["GiB a rank, computed       | ZeRO | 8 GPUs | 16 GPUs | 64 GPUs | of it activations"]
+    for (name, file), stage in itertools.product(LARGE.items(), (1, 2, 3)):
+        path, change = ROOT / f"engine/configs/{file}.yaml", f"engine.zero_stage={stage}"
+        config = load_config(path, [change, "engine.global_batch_size=null"])
+        found = [budget.memory_per_rank(config, ranks) for ranks in (8, 16, 64)]
+        totals = " | ".join(
+            f"{memory.total / 2**30:{width}.1f}" for memory, width in zip(found, (6, 7, 7), strict=True)
+        )
+        what = f"{name}, {config.data.batch_size} images a GPU"
+        lines.append(f"{what:<26} | {stage:>4} | {totals} | {found[0].activations / 2**30:.1f}")
+    return "\n".join(lines)
+
+
+def small(stage: int, precision: str, accumulation: int) -> Config:
+    return parse_config(
+        {
+            "meta": {
+                "model_name": "vit_small", "embed_dim": 320, "depth": 6, "num_heads": 4, "pred_depth": 1,
+                "pred_emb_dim": 64, "pred_num_heads": 2, "use_bfloat16": precision == "bf16",
+            },
+            "data": {"root_path": "nowhere", "batch_size": 1, "crop_size": 32},
+            "mask": {"patch_size": 8, "min_keep": 1},
+            "optimization": {"epochs": 100},
+            "engine": {"zero_stage": stage, "gradient_accumulation_steps": accumulation},
+            "logging": {"folder": "nowhere"},
+        }
+    )  # fmt: skip
+
+
+def storages() -> dict[int, int]:
+    """Address and bytes of what the tensors lie in that were made since the last `gc.freeze`."""
+    gc.collect()
+    found = {}
+    for one in gc.get_objects():
+        if issubclass(type(one), Tensor):
+            for tensor in (one, one.grad if one.is_leaf else None):
+                if tensor is not None and tensor.device.type == "cpu":
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def peak(config: Config) -> int:
+    """The most bytes that this rank's tensors hold in the second step of a run."""
+    gc.collect()
+    gc.freeze()
+    most = 0
+
+    def look(*_: object) -> None:
+        nonlocal most
+        if sum(storages().values()) > most:
+            time.sleep(0.2)  # gloo's threads let go of what they have sent a little later
+            most = max(most, sum(storages().values()))
+
+    torch.manual_seed(0)
+    model = JepaModel(config)
+    target_encoder = copy.deepcopy(model.encoder)
+    engine = zero.start(model, config)
+    teacher = Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    for step in range(2):
+        if step:
+            for block in model.encoder.blocks[::2]:
+                block.register_full_backward_hook(look)
+            engine.basic_optimizer.register_step_pre_hook(look)
+        for _ in range(config.batch(dist.get_world_size()).accumulation):
+            masks = sample_masks(config.mask_spec, seed=0, step=step, first=0, batch=config.data.batch_size)
+            images = torch.randint(0, 256, (config.data.batch_size, 32, 32, 3), dtype=torch.uint8)
+            zero.schedule(engine, lr=1e-3, weight_decay=0.1, momentum=0.9)
+            loss = engine(images, masks.context, masks.target, teacher(images)).losses.total
+            if step:
+                look()
+            engine.backward(loss)
+            zero.step(engine)
+        teacher.refresh()
+    return most
+
+
+def rank(me: int, world_size: int, folder: str, cases: list[tuple[int, str, int]]) -> None:
+    """Measures the cases; rank 0 writes the largest rank's figures to `folder`."""
+    os.environ |= {"RANK": str(me), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(me), "DS_ACCELERATOR": "cpu"}
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=me, world_size=world_size)
+    torch.set_num_threads(1)
+    # A fraction of this model, as the buffers are of the large ones.
+    config_module.BUCKET = budget.BUCKET = 500_000
+    config_module.LIVE = budget.LIVE = 1_000_000
+    figures = []
+    for case in cases:
+        config = small(*case)
+        found = torch.tensor(float(peak(config)))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        figures.append((float(found), budget.memory_per_rank(config, world_size, TOKENS).total))
+    if me == 0:
+        torch.save(figures, f"{folder}/figures")
+    dist.destroy_process_group()
+
+
+def measured(worlds: list[int], cases: list[tuple[int, str, int]]) -> int:
+    """Prints the figures; returns how many are further from the formula than TOLERANCE."""
+    wrong = 0
+    print("ranks | ZeRO | precision | accumulation | measured MiB | formula MiB | off by")
+    for world_size in worlds:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(rank, (world_size, folder, cases), nprocs=world_size)
+            figures = torch.load(f"{folder}/figures", weights_only=True)
+        for (stage, precision, accumulation), (found, formula) in zip(cases, figures, strict=True):
+            off = found / formula - 1
+            wrong += not abs(off) <= TOLERANCE
+            print(
+                f"{world_size:5} | {stage:4} | {precision:9} | {accumulation:12} | {found / 2**20:12.2f} | "
+                f"{formula / 2**20:11.2f} | {100 * off:+.1f} %"
+            )
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="a small model on CPU ranks, instead of the large ones")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="with --measure")
+    parser.add_argument("--quick", action="store_true", help="with --measure: bf16 and two micro-batches a step alone")
+    args = parser.parse_args()
+    if not args.measure:
+        print(computed())
+        return 0
+    if wrong := measured(args.ranks, QUICK if args.quick else CASES):
+        print(f"{wrong} figures are further than {TOLERANCE:.0%} from the formula", file=sys.stderr)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

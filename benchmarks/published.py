@@ -1,0 +1,137 @@
+"""The published I-JEPA code as a contender: its models, optimizer, losses and masks, imported from a checkout of it.
+
+Its training loop is one function that cannot be called in parts, so the step here is a caller of our own for its
+pieces, in its order, with what it does in every step: schedules, autocast, the gradient's norm of each layer, the loss
+read back, the average by a loop over parameters. Its workers make masks and floats ahead of the step; here these are
+made before the clock starts. `sdpa` and `compiled` are what a user would add to it: attention that is not materialised
+and torch.compile.
+"""
+
+import copy
+import importlib
+import logging
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from machine import Clock
+from torch import Tensor, nn
+
+from jepa.config import SIZES, Config, ConfigError
+from jepa.objective import JepaModel
+
+MODULES = {
+    "models": "src.models.vision_transformer",
+    "helper": "src.helper",
+    "collator": "src.masks.multiblock",
+    "masks": "src.masks.utils",
+    "tensors": "src.utils.tensors",
+    "distributed": "src.utils.distributed",
+    "logging": "src.utils.logging",
+}
+
+
+def checkout(path: Path) -> types.SimpleNamespace:
+    """The modules of a checkout of facebookresearch/ijepa. Raises ConfigError where `path` is none."""
+    if not (path / "src/models/vision_transformer.py").is_file():
+        raise ConfigError([f"reference={path}: not a checkout of the published code: it has no src/models"])
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+    found = types.SimpleNamespace(**{name: importlib.import_module(module) for name, module in MODULES.items()})
+    logging.getLogger().setLevel(logging.WARNING)  # it prints its models
+    return found
+
+
+def as_floats(images: Tensor, config: Config) -> Tensor:
+    """uint8 [B, H, W, 3] -> what its data loader delivers: normalised fp32 [B, 3, H, W]."""
+    mean, std = (torch.tensor(x, device=images.device) for x in (config.data.mean, config.data.std))
+    return ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def sdpa_forward(attention: Any, x: Tensor) -> tuple[Tensor, None]:
+    B, N, C = x.shape
+    q, k, v = attention.qkv(x).view(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    return attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C)), None
+
+
+class Published:
+    """Its model with the weights of ours at the start of the run, its optimizer, and its step."""
+
+    def __init__(self, path: Path, config: Config, device: torch.device, sdpa: bool, compiled: bool) -> None:
+        if config.loss.objective != "ijepa":
+            raise ConfigError(["loss.objective: the published code knows ijepa alone: give loss.objective=ijepa"])
+        if config.vit != SIZES[config.meta.model_name] or config.predictor.num_heads != config.vit.num_heads:
+            raise ConfigError(["meta: the published code has the named sizes only, the predictor with the same heads"])
+        if config.mask.mode == "packed":
+            raise ConfigError(["mask.mode: the published code cuts contexts to one length: give reference or unbiased"])
+        self.code, self.config, self.device = checkout(path), config, device
+        encoder, predictor = self.code.helper.init_model(
+            device, config.mask.patch_size, config.meta.model_name, config.data.crop_size, config.meta.pred_depth,
+            config.meta.pred_emb_dim,
+        )  # fmt: skip
+        torch.manual_seed(config.engine.seed)
+        ours = JepaModel(config)
+        encoder.load_state_dict(ours.encoder.state_dict())
+        predictor.load_state_dict(ours.predictor.state_dict())
+        target = copy.deepcopy(encoder)
+        for module in (encoder, predictor, target) if sdpa else ():
+            for attention in (m for m in module.modules() if type(m) is self.code.models.Attention):
+                attention.forward = types.MethodType(sdpa_forward, attention)
+        bf16 = config.precision == "bf16"
+        self.autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+        self.optimizer, self.scaler, *schedules = self.code.helper.init_opt(
+            encoder, predictor, iterations_per_epoch=1, start_lr=0, ref_lr=0, warmup=1, num_epochs=2, use_bfloat16=bf16
+        )
+        self.schedules = schedules
+        self.trained: tuple[nn.Module, ...] = (encoder, predictor)
+        self.encoder, self.predictor, self.target = (self._wrapped(m, compiled) for m in (encoder, predictor, target))
+        self.averages = [*zip(encoder.parameters(), target.parameters(), strict=True)]
+        for p in target.parameters():
+            p.requires_grad = False
+
+    def _wrapped(self, module: nn.Module, compiled: bool) -> nn.Module:
+        if dist.get_world_size() > 1:
+            places = [self.device.index] if self.device.type == "cuda" else None
+            module = nn.parallel.DistributedDataParallel(module, device_ids=places, static_graph=True)
+        return torch.compile(module, dynamic=True) if compiled else module  # type: ignore[return-value]
+
+    def step(
+        self,
+        pixels: Tensor,
+        context: list[Tensor],
+        target: list[Tensor],
+        numbers: tuple[float, float, float],
+        clock: Clock,
+    ) -> tuple[float, Any]:
+        """One step under (lr, weight decay, momentum): its loss, and the mark between backward and optimizer."""
+        for schedule in self.schedules:
+            schedule.step()
+        lr, weight_decay, momentum = numbers
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = 0 if group.get("WD_exclude") else weight_decay
+        with self.autocast:
+            with torch.no_grad():
+                h = self.target(pixels)
+                h = self.code.masks.apply_masks(F.layer_norm(h, h.shape[-1:]), target)
+                h = self.code.tensors.repeat_interleave_batch(h, len(pixels), repeat=len(context))
+            z = self.predictor(self.encoder(pixels, context), context, target)
+            loss = self.code.distributed.AllReduce.apply(F.smooth_l1_loss(z, h))
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+        middle = clock.mark()
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.code.logging.grad_logger(self.trained[0].named_parameters())
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for source, average in self.averages:
+                average.mul_(momentum)
+                average.add_((1 - momentum) * source)
+        return float(loss.detach()), middle

@@ -1,0 +1,255 @@
+"""Why a run may end before its last step: it is asked to, by a signal or the clock, or a rank is lost.
+
+Exit codes of engine/train.py, beside 0 (finished), 1 (an error, said in words) and 2 (a wrong command line):
+
+    75   stopped on request with everything saved: start it again with --resume. EX_TEMPFAIL of sysexits.h, "try again
+         later", so that a job script can tell it from an error and requeue
+    69   another rank was lost (EX_UNAVAILABLE): what was saved is whole
+
+`deepspeed` hands the code on; torchrun makes 1 of every code but 0.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .distributed import Ranks
+
+STOPPED, RANK_LOST = os.EX_TEMPFAIL, os.EX_UNAVAILABLE
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+RELAYED = 2.0  # seconds in which a second signal is the first one again, passed on by a launcher
+PULSE = 1.0  # seconds between two signs of life, at most
+SUSPICIOUS = 5  # pulses without a sign of life that prove a rank's death once a connection broke
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 or the end of the allowed time, on any rank, stops all ranks after the same step.
+
+        with StopRequest(ranks, max_minutes) as stop:
+            for step in ...:
+                stop.ask()
+                ...
+                if stop.agreed():
+                    save and leave
+
+    `ask` begins to reduce one number between the ranks' CPUs, `agreed` takes the result: the exchange runs beside the
+    step and no GPU is waited for. A second signal ends the process at once, even inside a collective: signals are read
+    by a thread, not by Python's handlers, which wait for the main thread.
+    """
+
+    def __init__(self, ranks: Ranks, max_minutes: float | None = None) -> None:
+        self.group, self.rank = ranks.cpu_group, ranks.rank
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        self.reason, self.stopping = "", False
+        self._signalled: float | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._inbox, outbox = socket.socketpair()
+        outbox.setblocking(False)
+        self._outbox = outbox
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="jepa-signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():  # a request may come late, by way of a launcher
+            signal.signal(number, signal.SIG_IGN if self.stopping else handler)
+        self._outbox.close()  # ends the thread
+
+    def ask(self) -> None:
+        if not self.reason and time.monotonic() > self.deadline:
+            self.reason = "--max-minutes"
+        self._flag = torch.tensor([bool(self.reason)], dtype=torch.uint8)
+        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+    def agreed(self) -> bool:
+        """Whether any rank had been asked when the step began; the same on all ranks."""
+        self._work.wait()
+        self.stopping = bool(self._flag)
+        return self.stopping
+
+    def _listen(self) -> None:
+        with self._inbox:
+            while numbers := self._inbox.recv(64):
+                for number in (signal.Signals(n) for n in numbers if n in SIGNALS):
+                    self._hear(number)
+
+    def _hear(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if self._signalled is None:
+            self._signalled, self.reason = now, number.name
+            _say(self.rank, f"{number.name}: saving after this step; a second signal ends at once")
+        elif now - self._signalled > RELAYED:
+            _say(self.rank, f"{number.name} again: ending without saving")
+            os._exit(128 + number)
+
+
+class Watchdog:
+    """Ends this process, with words and an exit code, when another rank is gone and waiting would not end.
+
+    Each rank's thread leaves a sign of life in the store every few seconds, with the step it is in and what it is
+    doing there; rank 0's thread reads them all and gives the verdict, which the others read. A rank is lost when it
+    gave no sign of life for `minutes` (killed, stopped, its machine gone), when no rank moved on for `minutes` (one
+    of them hangs; the one furthest behind is named), or when it said itself that it failed. All of it works while the
+    main thread is stuck in a collective.
+    """
+
+    def __init__(self, ranks: Ranks, minutes: float) -> None:
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        # A connection of its own: one that waits blocks those who share it.
+        self.store = ranks.store.clone()  # type: ignore[attr-defined]
+        self.patience = 60 * minutes
+        self.pulse = min(PULSE, self.patience / 10)
+        self.over = threading.Event()
+        self.me: dict[str, Any] = {"host": socket.gethostname(), "process": os.getpid(), "beat": 0, "moves": 0}
+        self.me |= {"step": None, "doing": "starting", "failed": None, "suspects": False}
+        self.heard = 0.0  # the thread's clock when the store last answered
+
+    def __enter__(self) -> "Watchdog":
+        self._publish()
+        if self.rank == 0:
+            self.store.set("verdict", "")
+        dist.barrier()
+        self.clock = 0.0  # stands still while this process does: a run that is suspended as a whole loses nobody
+        for work in (self._keep_watch, self._keep_time):
+            threading.Thread(target=work, name="jepa-watchdog", daemon=True).start()
+        return self
+
+    def at(self, step: int | None, doing: str) -> None:
+        """Notes what the main thread turns to; all ranks pass the same points."""
+        self.me |= {"step": step, "doing": doing, "moves": self.me["moves"] + 1}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            dist.barrier()  # nobody leaves, and falls silent, before all are through
+        if isinstance(error, Exception) and self.world_size > 1:
+            if _is_of_a_connection(error):
+                self._wait_for_the_verdict(error)
+            self.me["failed"] = f"{type(error).__name__}: {error}"
+            self.over.set()
+            self._publish()
+            if self.rank == 0:  # the store ends with this process
+                self.store.set("verdict", _failed(0, self.me))
+                time.sleep(3 * self.pulse)
+        self.over.set()
+
+    def _wait_for_the_verdict(self, error: Exception) -> None:
+        """A broken connection says that a rank is gone, but not which: those still alive find out."""
+        self.me["suspects"] = True
+        time.sleep((3 * SUSPICIOUS + 3) * self.pulse)
+        self._end(f"the connection to another rank broke, though all of them give signs of life: {error}")
+
+    def _publish(self) -> None:
+        self.me["beat"] += 1
+        self.store.set(f"alive/{self.rank}", json.dumps(self.me))
+
+    def _keep_time(self) -> None:
+        """The store's machine may be the one that is gone, and a question to it then waits for ever."""
+        before = time.monotonic()
+        while not self.over.wait(self.pulse):
+            now = time.monotonic()
+            self.clock += min(now - before, 2 * self.pulse)
+            before = now
+            if self.clock - self.heard > self.patience + 3 * self.pulse:
+                self._end(f"rank 0 has not answered for {self.patience:.0f} s")
+
+    def _keep_watch(self) -> None:
+        ranks = range(self.world_size) if self.rank == 0 else range(1)
+        last_beat, last_move = {rank: (0, 0.0) for rank in ranks}, (-1, 0.0)
+        while not self.over.wait(self.pulse):
+            try:
+                self._publish()
+                verdict, *notes = self.store.multi_get(["verdict", *(f"alive/{rank}" for rank in ranks)])
+            except dist.DistError as error:
+                self._lost_the_store(error)
+                return
+            self.heard = self.clock
+            if verdict:
+                self._end(verdict.decode())
+            alive = {rank: json.loads(note) for rank, note in zip(ranks, notes, strict=True)}
+            for rank, note in alive.items():
+                if note["beat"] != last_beat[rank][0]:
+                    last_beat[rank] = note["beat"], self.clock
+            moves = sum(note["moves"] for note in alive.values())
+            if moves != last_move[0]:
+                last_move = moves, self.clock
+            silence = {rank: self.clock - heard for rank, (_, heard) in last_beat.items()}
+            if found := self._judge(alive, silence, self.clock - last_move[1]):
+                self._pronounce(found)
+
+    def _judge(self, alive: dict[int, dict[str, Any]], silence: dict[int, float], still: float) -> str | None:
+        for rank, note in alive.items():
+            if note["failed"]:
+                return _failed(rank, note)
+        suspected = any(note["suspects"] for note in (*alive.values(), self.me))
+        limit = min(self.patience, SUSPICIOUS * self.pulse) if suspected else self.patience
+        silent = [rank for rank, seconds in silence.items() if seconds > limit]
+        if silent:
+            who = "; ".join(f"{_name(rank, alive[rank])} last seen {_place(alive[rank])}" for rank in silent)
+            return f"no sign of life for {max(silence[rank] for rank in silent):.0f} s: {who}"
+        if self.rank == 0 and still > self.patience:
+            behind = min(alive, key=lambda rank: alive[rank]["moves"])
+            where = f"{_name(behind, alive[behind])}, {_place(alive[behind])}"
+            if len({note["moves"] for note in alive.values()}) == 1:
+                return f"no rank has moved on for {still:.0f} s; all are where {where} is"
+            return f"no rank has moved on for {still:.0f} s; the furthest behind is {where}"
+        return None
+
+    def _pronounce(self, verdict: str) -> None:
+        time.sleep(self.pulse)  # a failure that all ranks share is told by each itself
+        if self.over.is_set():
+            return
+        if self.rank == 0:
+            self.store.set("verdict", verdict)
+            _say(self.rank, f"{verdict}; waiting for the others to end")
+            time.sleep(3 * self.pulse)
+        self._end(verdict)
+
+    def _lost_the_store(self, error: Exception) -> None:
+        time.sleep(SUSPICIOUS * self.pulse)  # a run that has just ended needs no verdict
+        if not self.over.is_set():
+            self._end(f"rank 0, or the launcher that keeps the ranks' notes, is gone: {error}")
+
+    def _end(self, verdict: str) -> None:
+        here = f"here: {_place(self.me)}"
+        _say(self.rank, f"{verdict}; {here}. Exit code {RANK_LOST}: --resume goes on from the last checkpoint")
+        sys.stdout.flush()
+        os._exit(RANK_LOST)
+
+
+def _is_of_a_connection(error: Exception) -> bool:
+    """gloo raises bare RuntimeErrors when a peer goes away."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and re.search(r"\bgloo/|\bNCCL|[Cc]onnection (closed|reset)", str(error)) is not None
+    )
+
+
+def _name(rank: int, note: dict[str, Any]) -> str:
+    return f"rank {rank} (process {note['process']} on {note['host']})"
+
+
+def _place(note: dict[str, Any]) -> str:
+    return note["doing"] if note["step"] is None else f"in step {note['step']}, {note['doing']}"
+
+
+def _failed(rank: int, note: dict[str, Any]) -> str:
+    return f"{_name(rank, note)} failed {_place(note)}: {note['failed']}"
+
+
+def _say(rank: int, message: str) -> None:
+    print(f"engine/train.py, rank {rank}: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,128 @@
+"""Which AdamW a run uses (`engine.optimizer`): our one-pass AdamWEMA, or a stock one with the average beside it.
+
+To the rest of the engine they are the same: `state[p]` holds `exp_avg`, `exp_avg_sq` and `ema` in fp32, `set_copies`
+names where the rounded average is written too, and `gate` says what the next step multiplies the gradient by and
+whether it may happen at all. Both are read on the device: the host waits for neither.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_kernels import AdamWEMA
+
+from .config import Config, ConfigError
+
+HOW_TO_GET = {
+    "deepspeed": "it compiles a CUDA extension: a GPU, the CUDA toolkit (CUDA_HOME) and ninja are needed",
+    "apex": "NVIDIA apex is no package of an index (the one of that name is another): "
+    "build github.com/NVIDIA/apex with its CUDA extensions",
+}
+
+
+class Gated(AdamWEMA):
+    """AdamWEMA whose `gate` outlasts the way through DeepSpeed, which calls `step()` without arguments."""
+
+    gated = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gate(None, None)
+
+    def gate(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """0-d fp32 tensors on the parameters' device: what gradients are multiplied by; not 0 where nothing moves."""
+        self._scale, self._found_inf = 1.0 if grad_scale is None else grad_scale, found_inf
+
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        return super().step(closure, grad_scale=self._scale, found_inf=self._found_inf)
+
+
+class Averaged:
+    """Put before a stock AdamW: it also keeps `state[p]["ema"]` where the group says so, by a second pass."""
+
+    gated = False
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._copies: dict[Tensor, Tensor] = {}
+
+    def set_copies(self, param: Tensor, *, ema: Tensor) -> None:
+        """From the next step on, the average is also written here, rounded."""
+        self._copies[param] = ema
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        first = {p: p.detach().clone() for p, group in moved if group["ema"] and "ema" not in self.state.get(p, {})}
+        loss = super().step(closure)  # type: ignore[misc]
+        for p, group in moved:
+            if group["ema"]:
+                average: Tensor = self.state[p].setdefault("ema", first.get(p))
+                average.lerp_(p, (1 - group["momentum"]) * self.applied())
+                if p in self._copies:
+                    self._copies[p].copy_(average)
+        return loss
+
+    def applied(self) -> Tensor | float:
+        """1 if the step that was just taken moved the weights, else 0."""
+        return 1.0
+
+
+class FusedAdamW(Averaged, torch.optim.AdamW):
+    """torch's fused AdamW, which reads `grad_scale` and `found_inf` off itself."""
+
+    gated = True
+
+    def gate(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """As `Gated.gate`. (torch divides by its scale.)"""
+        self.grad_scale = None if grad_scale is None else 1 / grad_scale
+        self.found_inf = found_inf
+
+    def applied(self) -> Tensor | float:
+        found_inf = getattr(self, "found_inf", None)
+        return 1.0 if found_inf is None else (found_inf == 0).float()
+
+
+def make_optimizer(config: Config, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of `engine.optimizer` on param groups that say `ema`; lr and decay are set before each step.
+
+    Raises ConfigError where it is not installed, and says how to get it.
+    """
+    name, settings = config.engine.optimizer, config.optimization
+    options: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0}
+    if name == "adamw_ema":
+        return Gated(groups, **options, capturable=True)
+    stock = [group | {"momentum": 0.0} for group in groups]
+    if name == "torch":
+        return FusedAdamW(stock, **options, fused=True)
+    return foreign(name, device)(stock, **options)
+
+
+def foreign(name: str, device: torch.device) -> type:
+    """DeepSpeed's or apex's FusedAdam, with the average. Raises ConfigError where it cannot be had."""
+    module = {"deepspeed": "deepspeed.ops.adam", "apex": "apex.optimizers"}[name]
+    if device.type != "cuda" or not find_spec(name) or not find_spec(module):
+        problem = f"engine.optimizer = {name!r}: cannot be used here, on {device.type}; {HOW_TO_GET[name]}"
+        raise ConfigError([f"{problem}. adamw_ema and torch need neither"])
+    stock = import_module(module).FusedAdam
+
+    class FusedAdam(Averaged, stock):  # type: ignore[misc, valid-type]
+        def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+            for group in self.param_groups:
+                for p in group["params"]:  # a checkpoint has a tensor for what these count as a number
+                    if "step" in self.state.get(p, {}):
+                        self.state[p]["step"] = group["step"] = int(self.state[p]["step"])
+            loss = super().step(closure)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p in self.state:
+                        self.state[p].setdefault("step", group.get("step", 0))
+            return loss
+
+    return FusedAdam

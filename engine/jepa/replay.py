@@ -1,0 +1,142 @@
+"""Steps whose loss or gradient is not finite: what made them so, told when they are skipped and by a replay alone.
+
+A step is a pure function of its number and the weights, so one that went wrong can be looked at later: `--replay-step`
+takes the weights of a checkpoint, and the images, crops and masks of the step, and changes nothing.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checkpoint import CheckpointError, Reader, candidates, find_whole, read_state, refuse_change, shapes_of
+from .config import Config
+from .data import Loader
+from .distributed import Ranks
+from .masks import Masks, sample_masks
+from .objective import JepaModel, Losses
+from .tokens import tokens
+from .vit import build_encoder
+
+
+def poison(loss: Tensor) -> Tensor:
+    """The loss, bit for bit, with a gradient that is NaN wherever the loss itself is not finite."""
+    return loss * (1 + 0 * loss.detach())
+
+
+def masks_of(config: Config, ranks: Ranks, step: int, micro: int) -> Masks:
+    """The masks of this rank's `micro`-th micro-batch of a step."""
+    batch, _, whole = config.batch(ranks.world_size)
+    first = (micro * ranks.world_size + ranks.rank) * batch
+    cut = (0, whole) if config.cut == "global" else None
+    return sample_masks(config.mask_spec, seed=config.engine.seed, step=step, first=first, batch=batch, cut=cut)
+
+
+def blame(losses: list[Losses], files: list[str]) -> dict[str, Any]:
+    """For the log of a skipped step: the ranks whose losses are not finite, and the files of their images.
+
+    Where all losses are, the gradient alone is not, and the files are those of all ranks. Every rank calls it.
+    """
+    mine = all(math.isfinite(value) for micro in losses for value in torch.stack(micro).tolist())
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (mine, files))
+    bad = [rank for rank, (fine, _) in enumerate(everyone) if not fine]
+    whose = bad or range(len(everyone))
+    return {"skipped": True, "bad_ranks": bad, "files": [name for rank in whose for name in everyone[rank][1]]}
+
+
+def replay(config: Config, ranks: Ranks, loader: Loader, step: int, which: str | None = None) -> None:
+    """Runs `step` forwards and backwards with the weights of a checkpoint, prints what it finds, and saves nothing.
+
+    `which`: a checkpoint; by default the newest whole one that is not of a later step. Every rank calls it, and holds
+    the whole model: nothing is sharded. Raises CheckpointError as `Saver.resume` does.
+    """
+    path, state = _checkpoint(config, step, which)
+    refuse_change(path, state, config)
+    low = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    model, teacher = JepaModel(config), build_encoder(config)
+    if shapes_of(model) != state["shapes"]:
+        raise CheckpointError(f"{path} holds another model than the config describes")
+    reader, average = Reader(path, state), "ema" if state["applied"] else "weight"
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(reader.tensor("weight", name, list(weight.shape)))
+        for name, weight in teacher.named_parameters():
+            weight.copy_(reader.tensor(average, f"encoder.{name}", list(weight.shape)))
+    model.to(ranks.device)
+    for weight in model.parameters():  # as DeepSpeed does, which leaves buffers as they are
+        weight.data = weight.data.to(low)
+    teacher.to(ranks.device, low)
+
+    found: dict[str, list[str]] = {"losses": [], "target features of": [], "predictions for": [], "gradients of": []}
+    losses = []
+    for micro in range(loader.accumulation):
+        images, files = loader.batch(step, micro)
+        masks = masks_of(config, ranks, step, micro)
+        rows = tokens(masks, config, ranks.device)
+        with torch.no_grad():
+            features = teacher(images, rows=rows.teacher)
+        output = model(images, rows.context, rows.target_MBK, features, rows.places_MBK)
+        poison(output.losses.total / loader.accumulation).backward()
+        losses.append(torch.stack(output.losses).detach().double())
+        predicted = output.predicted_RD.view(-1, len(files), output.predicted_RD.shape[-1]).transpose(0, 1)
+        for label, rows in (("target features of", features), ("predictions for", predicted)):
+            found[label] += [name for name, row in zip(files, rows, strict=True) if not row.isfinite().all()]
+    terms = dict(zip(Losses._fields, torch.stack(losses).mean(0).tolist(), strict=True))
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found["losses"] = [name for name, value in terms.items() if not math.isfinite(value)]
+    found["gradients of"] = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    _tell(f"step {step} with the weights that {path} holds, of step {state['step']}", terms, found, gradients)
+
+
+def _checkpoint(config: Config, step: int, which: str | None) -> tuple[Path, dict[str, Any]]:
+    if which:
+        paths = [Path(which)]
+    else:
+        folder = Path(config.logging.folder)
+        paths = [path for path in candidates(folder, config.logging.write_tag) if _steps(path) <= step]
+        if not paths:
+            raise CheckpointError(f"--replay-step: no checkpoint of step {step} or before in {folder}")
+    path, state, damage = find_whole(paths)
+    if damage and dist.get_rank() == 0:
+        print("skipped: " + "; ".join(damage), flush=True)
+    return path, state
+
+
+def _steps(path: Path) -> int:
+    try:
+        return read_state(path)["step"]
+    except CheckpointError:
+        return 0  # it is said to be damaged
+
+
+def _tell(head: str, terms: dict[str, float], found: dict[str, list[str]], gradients: dict[str, Tensor]) -> None:
+    """Prints it on the first rank."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (terms, found))
+    norms = {name: float(norm) for name, norm in _norms(gradients)}
+    if dist.get_rank() != 0:
+        return
+    print(head)
+    for rank, (terms, _) in enumerate(everyone):
+        print(f"rank {rank}: " + "  ".join(f"{name} {value:.8g}" for name, value in terms.items()))
+    whole = math.sqrt(sum(norm**2 for norm in norms.values()))
+    print(f"gradient norm {whole:.6g}: " + "  ".join(f"{name} {norm:.6g}" for name, norm in norms.items()))
+    lines = [f"rank {r}, {k} {', '.join(v)}" for r, (_, found) in enumerate(everyone) for k, v in found.items() if v]
+    print("\n".join(["not finite:", *lines]) if lines else "everything is finite", flush=True)
+
+
+def _norms(gradients: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """By top-level module, the norm of the gradient's mean over the ranks."""
+    for module in dict.fromkeys(name.partition(".")[0] for name in gradients):
+        squares = []
+        for name, gradient in gradients.items():
+            if name.partition(".")[0] == module:
+                mean = gradient.float()
+                dist.all_reduce(mean)
+                squares.append((mean / dist.get_world_size()).square().sum())
+        yield module, torch.stack(squares).sum().sqrt()

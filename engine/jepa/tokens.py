@@ -1,0 +1,130 @@
+"""What a micro-batch's masks mean for the model: which rows of which matrix. Made on the CPU, moved without waiting.
+
+Legend: B images, N patches, M target blocks of Kt patches, U rows of an image in its targets, T rows of all contexts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import Sequences, to_device
+from .config import Config
+from .masks import Masks
+
+ROUNDING = 128  # packed rows are made a multiple of 1/128 of all patches of the batch
+
+
+class Ragged(NamedTuple):
+    """The contexts of B images end to end, as many patches of each as there are; nothing is cut and nothing repeated.
+
+    On a GPU one more image is made of padding, so that T comes in few sizes and memory is found again: it costs at most
+    1/128 of the batch's patches (and one more image's targets in the predictor), where padding to a fixed bound, the
+    largest context that the masks can leave, would cost as much as the contexts themselves. Padding attends to itself
+    alone and reaches no loss, so that it has no gradient. S is B, or B + 1 with the padding.
+    """
+
+    patch_T: Tensor
+    """int64, the number of each row's patch among those of all images: image * N + patch."""
+    contexts: Sequences
+    """S sequences of context rows."""
+    joined: Sequences
+    """M * S sequences [context, target block], block-major."""
+    targets: Sequences
+    """M * S sequences of Kt mask tokens."""
+    order_R: Tensor
+    """int64 [T + S * Kt]: where each row of a block's joined sequences lies in [all contexts, all targets]."""
+    back_R: Tensor
+    """int64, the inverse of it."""
+
+    def to(self, device: torch.device) -> "Ragged":
+        patch, order, back = (to_device(x, device) for x in (self.patch_T, self.order_R, self.back_R))
+        contexts, joined, targets = (x.to(device) for x in (self.contexts, self.joined, self.targets))
+        return Ragged(patch, contexts, joined, targets, order, back)
+
+
+class Tokens(NamedTuple):
+    """The rows of a micro-batch, on the device."""
+
+    context: Tensor | list[Ragged]
+    """int64 [E, B, Kc], or of each context mask its packed rows."""
+    target_MBK: Tensor
+    """The patches of the targets, int64 [M, B, Kt]."""
+    teacher: tuple[Tensor, ...]
+    """What the target encoder's last block is to compute, in groups; () is every patch."""
+    places_MBK: Tensor
+    """Where the targets lie in those rows."""
+    mean_context: int
+    """Patches in a context, on average."""
+
+
+def tokens(masks: Masks, config: Config, device: torch.device, *, whole: bool = False) -> Tokens:
+    """`whole`: the features of all patches are wanted beside those of the targets, as the health of a run needs them.
+
+    The targets' rows are then computed as a group of their own, so that asking changes no bit of the training.
+    """
+    target, N = masks.target, config.grid**2
+    context: Tensor | list[Ragged]
+    if masks.lengths is None:
+        context = to_device(masks.context, device)
+    else:
+        pad = device.type == "cuda"
+        parts = masks.context.split(masks.lengths.sum(1).tolist())
+        ragged = [pack(part, n, target, N, pad=pad) for part, n in zip(parts, masks.lengths, strict=True)]
+        context = [one.to(device) for one in ragged]
+    mean = masks.context.numel() // (config.mask.num_enc_masks * target.shape[1])
+    on_device = to_device(target, device)
+    if config.engine.dead_compute or config.needs_all_targets:
+        return Tokens(context, on_device, (), on_device, mean)
+    order, places, used = target_rows(target, N)
+    groups = (order[:, :used], order[:, used:]) if whole else (order[:, :used],)
+    return Tokens(
+        context,
+        on_device,
+        tuple(to_device(rows, device) for rows in groups if rows.numel()),
+        to_device(places, device),
+        mean,
+    )
+
+
+def target_rows(target_MBK: Tensor, N: int) -> tuple[Tensor, Tensor, int]:
+    """Which rows the targets need: a permutation [B, N] of each image's patches that begins with those in its targets;
+    where the targets lie in it, [M, B, Kt]; and U, the most that an image needs. Images that need fewer are filled up
+    with other patches of theirs, so that no row is computed twice."""
+    M, B, Kt = target_MBK.shape
+    flat = target_MBK.transpose(0, 1).reshape(B, M * Kt)
+    needed = torch.zeros(B, N, dtype=torch.int64).scatter_(1, flat, 1)
+    count = needed.sum(1, keepdim=True)
+    place = torch.where(needed.bool(), needed.cumsum(1) - 1, count + (1 - needed).cumsum(1) - 1)
+    order = torch.empty_like(place).scatter_(1, place, torch.arange(N).expand(B, N))
+    return order, place.gather(1, flat).view(B, M, Kt).transpose(0, 1).contiguous(), int(count.max())
+
+
+def pack(context_T: Tensor, lengths_B: Tensor, target_MBK: Tensor, N: int, *, pad: bool) -> Ragged:
+    """One context mask of the sampler's packed masks: int64 patches end to end, and the number of each image's."""
+    M, B, Kt = target_MBK.shape
+    patch = context_T + N * torch.arange(B).repeat_interleave(lengths_B)
+    lengths = lengths_B
+    if pad:
+        unit = -(-B * N // ROUNDING)
+        missing = unit - len(patch) % unit
+        patch, lengths = F.pad(patch, (0, missing)), F.pad(lengths, (0, 1), value=missing)
+    S, T = len(lengths), len(patch)
+    image = torch.arange(S)
+    at_context = torch.arange(T) + Kt * image.repeat_interleave(lengths)
+    at_target = (lengths.cumsum(0) + Kt * image)[:, None] + torch.arange(Kt)
+    back = torch.cat([at_context, at_target.flatten()])
+    order = torch.empty_like(back).scatter_(0, back, torch.arange(len(back)))
+    return Ragged(
+        patch,
+        _sequences(lengths),
+        _sequences((lengths + Kt).repeat(M)),
+        _sequences(torch.full((M * S,), Kt)),
+        order,
+        back,
+    )
+
+
+def _sequences(lengths: Tensor) -> Sequences:
+    return Sequences(F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()))

@@ -1,0 +1,268 @@
+"""`make soak`: breaks real runs of engine/train.py on purpose and counts what was lost, which must be nothing.
+
+killed     a run on two ranks is killed (-9, all ranks or one of them) at random moments and resumed until it is
+           done; its weights, moments and average are compared with those of a run that nobody disturbed
+damaged    its newest checkpoints get flipped bits, cuts, deletions; the newest whole one must be found
+moved      a checkpoint of every (ranks, ZeRO stage) is resumed on every other, in fp32 and bf16; ten losses compared
+
+python tests/soak.py [--kills 30] [--damage 200] [--seed N]
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from jepa import zero
+from jepa.checkpoint import KINDS, CheckpointError, Reader, Saver, candidates, read_state, verify
+from jepa.config import load_config
+from jepa.objective import JepaModel
+from processes import Run, rows, start, write_config, write_images
+from small import run_ranks, whole_weights
+
+CLOCKS = ("images_per_second", "step_ms", "data_wait_ms")
+Place = tuple[int, int]
+PLACES: tuple[Place, ...] = tuple(itertools.product((1, 2), (0, 1, 2, 3)))  # ranks, ZeRO stage
+FIRST, LOSSES = 4, 10  # steps before the move, and compared after it
+# How far a loss after a move may lie from the undisturbed one's, relative to it: fp32, eight roundings (2^-24 each) of
+# every gradient of ten steps; bf16, whose gradients are rounded before the ranks sum them, one rounding of the loss.
+BOUND = {"fp32": 1e-5, "bf16": 2**-8}
+
+
+def say(message: str) -> None:
+    print(message, flush=True)
+
+
+def whole_checkpoints(folder: Path) -> list[int]:
+    """The steps of the whole checkpoints in a folder, newest first."""
+    steps = []
+    for path in candidates(folder, "jepa"):
+        try:
+            state = read_state(path)
+            verify(path, state["files"])
+            steps.append(state["step"])
+        except (CheckpointError, OSError):
+            pass
+    return steps
+
+
+def bytes_that_differ(one: Path, other: Path) -> int:
+    """Of the fp32 weights, moments and averages of two checkpoints."""
+    states = [read_state(path) for path in (one, other)]
+    readers = [Reader(path, state) for path, state in zip((one, other), states, strict=True)]
+    assert states[0]["shapes"] == states[1]["shapes"]
+    wrong = 0
+    for name, shape in states[0]["shapes"].items():
+        for kind in KINDS:
+            if kind != "ema" or name.startswith("encoder."):
+                a, b = (reader.tensor(kind, name, shape).view(torch.uint8) for reader in readers)
+                wrong += int((a != b).sum())
+    return wrong
+
+
+def kill(run: Run, said: re.Pattern[str], rng: random.Random) -> str:
+    """At a random moment: while it starts, or within a second after it has saved; all ranks, or one.
+
+    All while it starts: ranks that have not met have no watchdog, and wait for one another for minutes.
+    """
+    victim = rng.choice(["all", 0, 1])
+    if rng.random() < 0.2:
+        victim = "all"
+        time.sleep(rng.uniform(0, 3))
+    else:
+        run.wait_for(said.pattern)
+        time.sleep(rng.uniform(0, 1))
+    with contextlib.suppress(ProcessLookupError):  # it had ended already
+        run.signal(signal.SIGKILL, *(() if victim == "all" else (victim,)))
+    run.wait(seconds=60)  # those left alone notice it themselves
+    return f"rank {victim}" if victim != "all" else "all ranks"
+
+
+def killed(folder: Path, config: Path, kills: int, steps: int, rng: random.Random) -> dict[str, int]:
+    words = ("--config", config, f"engine.max_steps={steps}", "engine.timeout_minutes=1")
+    undisturbed = start(2, folder / "undisturbed", *words, f"logging.save_every={steps}")
+    assert undisturbed.wait(seconds=600) == [0, 0], undisturbed.text()
+    said, lost, done, latest = re.compile(r"saved \S+-step0*(\d+)"), 0, 0, 0
+    while True:
+        run = start(2, folder / "killed", *words, "logging.save_every=1", "--resume", "auto")
+        if done < kills:
+            who = kill(run, said, rng)
+            done += 1
+        else:
+            assert run.wait(seconds=600) == [0, 0], run.text()
+            who = ""
+        resumed = re.search(r"resuming from \S+ at step (\d+)", run.text())
+        if resumed:
+            lost += max(0, latest - int(resumed[1]))
+        latest = max([latest, *(int(step) for step in said.findall(run.text()))])
+        if not who:
+            break
+        found = (whole_checkpoints(folder / "killed") or [0])[0]
+        lost += max(0, latest - found)  # what was said to be saved is there
+        latest = max(latest, found)
+        say(f"kill {done} of {kills}: {who}; last whole checkpoint {found} of {steps} steps")
+    names = ("undisturbed", "killed")
+    left = [path.name for path in (folder / "killed").iterdir() if path.suffix in (".partial", ".old", ".deleted")]
+    assert not left, left
+    jsonl, csv = zip(*(log_of(folder / name) for name in names), strict=True)
+    return {
+        "interruptions tried": done,
+        "steps lost": lost,
+        "bytes wrong": bytes_that_differ(*(folder / name / "jepa-latest" for name in names)),
+        "log rows wrong": sum(a != b for a, b in (*itertools.zip_longest(*jsonl), *itertools.zip_longest(*csv))),
+    }
+
+
+def log_of(folder: Path) -> tuple[list[dict], list[str]]:
+    """The rows of a run's JSONL and CSV, without the times."""
+    jsonl = [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows(folder)]
+    return jsonl, [line.rpartition(",")[0] for line in (folder / "jepa_r0.csv").read_text().splitlines()]
+
+
+def damage(path: Path, rng: random.Random) -> None:
+    """Something that disks, kills and people do to a checkpoint."""
+    file = rng.choice(sorted(path.iterdir()))
+    data = bytearray(file.read_bytes())
+    place = rng.randrange(len(data))
+    what = rng.choice(["bit", "bit", "cut", "zeros", "gone", "empty", "folder", "grown", "all gone"])
+    if what == "bit":
+        data[place] ^= 1 << rng.randrange(8)
+    elif what == "cut":
+        del data[place:]
+    elif what == "zeros":
+        data[place : place + 4096] = bytes(len(data[place : place + 4096]))
+        data[0] ^= 1  # there may have been zeros
+    elif what == "empty":
+        data.clear()
+    elif what == "grown":
+        data += rng.randbytes(rng.randint(1, 100))
+    elif what == "all gone":
+        shutil.rmtree(path)
+        return
+    file.unlink()
+    if what == "folder":
+        file.mkdir()
+    elif what != "gone":
+        file.write_bytes(data)
+
+
+def resume_damaged(folder: Path, config: Path, number: int, seed: int) -> dict[str, int]:
+    """On one rank: damages copies of the checkpoints that `killed` left, and resumes."""
+    rng, copy = random.Random(seed), folder / "copy"
+    counts = dict.fromkeys(("bad files tried", "wrong checkpoints chosen", "bytes wrong"), 0)
+    settings = load_config(config, [f"logging.folder={copy}", "data.batch_size=8"])
+    engine = zero.start(JepaModel(settings), settings)
+    wanted = []  # of the whole checkpoints, newest first: folder, step, weights
+    for path in candidates(folder / "killed", "jepa"):
+        state = read_state(path)
+        reader = Reader(path, state)
+        wanted.append(
+            (path.name, state["step"], {n: reader.tensor("weight", n, s) for n, s in state["shapes"].items()})
+        )
+    while counts["bad files tried"] < number:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder / "killed", copy, symlinks=True)
+        bad = rng.choice([1, 1, 2])
+        for name, _, _ in wanted[:bad]:
+            damage(copy / name, rng)
+        if link_too := rng.random() < 0.3:
+            (copy / "jepa-latest").unlink()
+        counts["bad files tried"] += bad + link_too
+        with contextlib.redirect_stdout(io.StringIO()):
+            progress = Saver(settings, engine, 5).resume("latest")
+        _, step, weights = wanted[bad]
+        counts["wrong checkpoints chosen"] += progress.step != step
+        found = whole_weights(engine)
+        for name, values in weights.items():
+            counts["bytes wrong"] += int((found[name].view(torch.uint8) != values.flatten().view(torch.uint8)).sum())
+    return counts
+
+
+def place_words(place: Place, precision: str) -> tuple[str, ...]:
+    ranks, stage = place
+    return (
+        f"engine.zero_stage={stage}", f"data.batch_size={8 // ranks}", f"meta.use_bfloat16={precision == 'bf16'}",
+        f"engine.max_steps={FIRST + LOSSES}", f"logging.save_every={FIRST}", "logging.keep_last=99",
+    )  # fmt: skip
+
+
+def moved(
+    folder: Path,
+    config: Path,
+    precision: str,
+    sources: tuple[tuple[int, int], ...],
+    targets: tuple[tuple[int, int], ...],
+) -> dict[str, float]:
+    """Resumes a checkpoint of each source place on each target place and compares the next ten losses."""
+    counts = {"pairs": 0, "beyond": 0, "inexact": 0, "worst": 0.0}
+    for source in sources:
+        whole = folder / f"{precision}-{source[0]}-{source[1]}"
+        run = start(source[0], whole, "--config", config, *place_words(source, precision))
+        assert set(run.wait(seconds=300)) == {0}, run.text()
+        wanted = [row["loss"] for row in rows(whole)][FIRST:]
+        for target in targets:
+            here, checkpoint = folder / "moved", whole / f"jepa-step{FIRST:08d}"
+            run = start(target[0], here, "--config", config, *place_words(target, precision), "--resume", checkpoint)
+            assert set(run.wait(seconds=300)) == {0}, run.text()
+            found = [row["loss"] for row in rows(here)]
+            error = max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
+            counts["pairs"] += 1
+            counts["worst"] = max(counts["worst"], error)
+            counts["beyond"] += error > BOUND[precision]
+            counts["inexact"] += source == target and found != wanted
+            shutil.rmtree(here)
+        say(f"{precision}, from {source[0]} rank(s), ZeRO-{source[1]}: a loss off by at most {counts['worst']:.1e}")
+    return counts
+
+
+def soak_config(folder: Path) -> Path:
+    """The small run of the tests, four hundred epochs long, whose masks do not depend on the ranks."""
+    config = write_config(folder / "config.yaml", write_images(folder / "images"))
+    mapping = yaml.safe_load(config.read_text())
+    mapping["optimization"]["epochs"], mapping["mask"]["cut"] = 400, "global"
+    mapping["logging"]["checkpoint_freq"] = 400
+    config.write_text(yaml.safe_dump(mapping))
+    return config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--damage", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
+    args = parser.parse_args()
+    rng, began = random.Random(args.seed), time.monotonic()
+    say(f"seed {args.seed}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = soak_config(folder)
+        counts = killed(folder, config, args.kills, 15 * args.kills, rng)
+        found = run_ranks(1, resume_damaged, folder, config, args.damage, rng.getrandbits(32))[0]
+        say(f"damaged: {found}")
+        counts["bytes wrong"] += found.pop("bytes wrong")
+        moves = {precision: moved(folder, config, precision, PLACES, PLACES) for precision in BOUND}
+    zeros = {key: value for key, value in (counts | found).items() if not key.endswith("tried")}
+    zeros["topology pairs beyond the bound"] = int(sum(m["beyond"] for m in moves.values()))
+    zeros["same topology, other losses"] = int(sum(m["inexact"] for m in moves.values()))
+    table: dict[str, object] = {key: value for key, value in (counts | found).items() if key.endswith("tried")}
+    table |= {"topology pairs tried": sum(m["pairs"] for m in moves.values())} | zeros
+    table |= {f"a loss after a move, {p}: off by at most": f"{m['worst']:.1e}" for p, m in moves.items()}
+    say(f"\n{time.monotonic() - began:.0f} s")
+    for key, value in table.items():
+        say(f"{key:<42}{value}")
+    return int(any(zeros.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Killed, damaged and moved runs: the quick form of tests/soak.py; and disks that do not take what is written."""
+
+import random
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from jepa.checkpoint import candidates, read_state, tidy, verify
+from processes import start
+from small import run_ranks
+from soak import killed, moved, resume_damaged, soak_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return soak_config(tmp_path_factory.mktemp("crash"))
+
+
+def seed() -> int:
+    return int(torch.randint(2**31, ()))
+
+
+def test_a_run_that_is_killed_and_whose_files_are_damaged_ends_as_if_nothing_had_been(
+    config: Path, tmp_path: Path
+) -> None:
+    counts = killed(tmp_path, config, kills=3, steps=40, rng=random.Random(seed()))
+    assert counts == {"interruptions tried": 3, "steps lost": 0, "bytes wrong": 0, "log rows wrong": 0}
+    counts = run_ranks(1, resume_damaged, tmp_path, config, 25, seed())[0]
+    assert counts.pop("bad files tried") >= 25 and set(counts.values()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "precision"),
+    [((2, 1), (1, 3), "fp32"), ((1, 3), (2, 0), "fp32"), ((2, 2), (1, 1), "bf16")],
+)
+def test_the_next_ten_losses_do_not_depend_on_the_ranks(
+    source: tuple[int, int], target: tuple[int, int], precision: str, config: Path, tmp_path: Path
+) -> None:
+    counts = moved(tmp_path, config, precision, (source,), (target,))
+    assert counts["pairs"] == 1 and counts["beyond"] == 0, counts
+
+
+def files_stay_small(rank: int) -> None:
+    """The second rank's disk takes no file of more than 30 kB: a real error of a real write."""
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_disk_that_is_full_on_one_rank_stops_all_and_harms_nothing(config: Path, tmp_path: Path) -> None:
+    words = ("--config", config, "logging.save_every=2")
+    assert start(2, tmp_path / "run", *words, "engine.max_steps=4").wait() == [0, 0]
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    run = start(2, tmp_path / "run", *words, "engine.max_steps=8", "--resume", fault=files_stay_small)
+    assert run.wait() == [1, 1]
+    for rank in (0, 1):
+        assert re.search(r"CheckpointError: .*step00000006 could not be written \(rank 1: .*\)", run.text(rank))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    run = start(2, tmp_path / "run", *words, "engine.max_steps=8", "--resume")
+    assert run.wait() == [0, 0] and "at step 4\n" in run.text()
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = start(2, tmp_path / "unused", "--config", config, f"logging.folder={tmp_path / 'file' / 'run'}")
+    assert run.wait() == [1, 1]
+    assert all(re.search(r"CheckpointError: logging.folder \S+ cannot be written", run.text(r)) for r in (0, 1))
+
+
+def make_checkpoint(path: Path, content: str) -> None:
+    path.mkdir()
+    (path / "content").write_text(content)
+
+
+def test_what_a_kill_leaves_is_cleared_up(tmp_path: Path) -> None:
+    """Between the two renames of a replacement the folder has no checkpoint of that name, but its old one."""
+    make_checkpoint(tmp_path / ".jepa-step00000007.old", "the old one")
+    make_checkpoint(tmp_path / ".jepa-step00000007.partial", "the new one")
+    make_checkpoint(tmp_path / ".jepa-ep3.old", "replaced")
+    make_checkpoint(tmp_path / "jepa-ep3", "whole")
+    make_checkpoint(tmp_path / ".jepa-step00000002.deleted", "half deleted")
+    make_checkpoint(tmp_path / ".jepa-big-step00000002.partial", "another run's")
+    (tmp_path / ".jepa-latest.partial").symlink_to("nowhere")
+    tidy(tmp_path, "jepa")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".jepa-big-step00000002.partial", "jepa-ep3", "jepa-step00000007",
+    ]  # fmt: skip
+    assert (tmp_path / "jepa-step00000007/content").read_text() == "the old one"
+    assert (tmp_path / "jepa-ep3/content").read_text() == "whole"
+
+
+def test_steps_taken_again_are_not_mixed_with_those_given_up(config: Path, tmp_path: Path) -> None:
+    """Resumed from an older checkpoint, a run keeps its own newest ones; the later ones are put aside, whole."""
+    folder, words = tmp_path / "run", ("--config", config, "logging.save_every=1", "logging.keep_last=2")
+    assert start(2, folder, *words, "engine.max_steps=6", "logging.keep_last=9").wait() == [0, 0]
+    run = start(2, folder, *words, "engine.max_steps=3", "--resume", folder / "jepa-step00000002")
+    assert run.wait() == [0, 0]
+    assert [path.name for path in candidates(folder, "jepa")] == ["jepa-step00000003", "jepa-step00000002"]
+    for step in (3, 4, 5, 6):
+        aside = folder / f"jepa-step0000000{step}.aside"
+        state = read_state(aside)
+        verify(aside, state["files"])
+        assert state["step"] == step

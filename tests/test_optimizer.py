@@ -1,0 +1,86 @@
+"""Every optimizer that can be had here is AdamWEMA: weights, moments and averages, at every ZeRO stage.
+
+Real DeepSpeed engines on two processes, with clipping and a step whose gradient is not finite.
+"""
+
+import copy
+import itertools
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from jepa import zero
+from jepa.config import ConfigError
+from jepa.masks import sample_masks
+from jepa.objective import JepaModel
+from jepa.optimizer import make_optimizer
+from jepa.teacher import Teacher
+from small import run_ranks, small_config, whole_weights
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+STEPS, BAD_STEP = 5, 3
+FOREIGN = [name for name in ("deepspeed", "apex") if find_spec(name) and torch.cuda.is_available()]
+
+
+def train(optimizer: str, stage: int, seed: int) -> tuple[dict[str, torch.Tensor], list[float], list[bool]]:
+    """What a few steps leave of each kind of state, by kind and parameter; the gradients' norms; which steps moved."""
+    config = small_config(f"engine.optimizer={optimizer}", f"engine.zero_stage={stage}", "loss.objective=ijepa")
+    torch.manual_seed(seed)
+    model = JepaModel(config)
+    encoder = copy.deepcopy(model.encoder)
+    engine = zero.start(model, config)
+    teacher, norms, moved = Teacher(encoder, engine), [], []
+    for step in range(STEPS):
+        zero.schedule(engine, lr=1e-3 * (step + 1), weight_decay=0.1, momentum=0.9 - 0.1 * step)
+        torch.manual_seed(seed + 10 * step + dist.get_rank())
+        images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+        masks = sample_masks(config.mask_spec, seed=1, step=step, first=4 * dist.get_rank(), batch=4, cut=(0, 8))
+        features = teacher(images) * (float("nan") if step == BAD_STEP else 1)
+        output = engine(images, masks.context, masks.target, features)
+        engine.backward(output.losses.total)
+        applied, norm = zero.step(engine, clip_grad=0.05)
+        if applied:
+            teacher.follow()
+        norms.append(norm)
+        moved.append(applied)
+    found = {f"{kind} of {n}": v for kind in KINDS for n, v in whole_weights(engine, kind).items()}
+    found |= {f"teacher's {n}": p.flatten().clone() for n, p in teacher.encoder.named_parameters()}
+    return found, norms, moved
+
+
+def differences(names: tuple[str, ...], seed: int) -> list[str]:
+    wrong = []
+    for stage, name in itertools.product(range(4), names):
+        (ours, our_norms, our_moves), (theirs, norms, moves) = (train(n, stage, seed) for n in ("adamw_ema", name))
+        case = f"{name}, ZeRO-{stage}"
+        if moves != our_moves or moves != [step != BAD_STEP for step in range(STEPS)]:
+            wrong.append(f"{case}: moved {moves}, ours {our_moves}")
+        pairs = [(a, b) for a, b, moved in zip(norms, our_norms, moves, strict=True) if moved]
+        if not all(a == pytest.approx(b, rel=1e-4) for a, b in pairs):
+            wrong.append(f"{case}: norms {pairs}")
+        if ours.keys() != theirs.keys():
+            wrong.append(f"{case}: states differ: {sorted(ours.keys() ^ theirs.keys())[:3]}")
+            continue
+        for key, value in ours.items():
+            # Rounding differs in the last bits; a difference of rule (decay, bias, momentum, clipping) is percents.
+            error = (theirs[key] - value).norm() / value.norm().clamp_min(1e-12)
+            if not error <= 2e-4:
+                wrong.append(f"{case}: {key} differs by {error:.1e}")
+    return wrong
+
+
+def test_stock_optimizers_do_the_same() -> None:
+    seed = int(torch.randint(2**20, ()))
+    for wrong in run_ranks(2, differences, ("torch", *FOREIGN), seed):
+        assert not wrong, (seed, wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error of a machine that lacks them")
+@pytest.mark.parametrize("name", ["deepspeed", "apex"])
+def test_asking_for_what_is_missing_says_how_to_get_it(name: str) -> None:
+    config = small_config(f"engine.optimizer={name}")
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "ema": True, "decays": True}]
+    with pytest.raises(ConfigError, match=rf"engine\.optimizer = '{name}'.*CUDA"):
+        make_optimizer(config, groups, torch.device("cpu"))

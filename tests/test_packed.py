@@ -1,0 +1,160 @@
+"""Packed contexts against the papers' text in float64, one image at a time; and two ranks against one."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jepa.masks import Masks, sample_masks
+from jepa.objective import JepaModel, Losses
+from jepa.tokens import Ragged, pack, target_rows, tokens
+from plain import MEAN, STD, criterion, embedded, encoded, predicted
+from small import run_ranks, small_config
+
+PACKED = ("mask.mode=packed", f"data.mean={list(MEAN)}", f"data.std={list(STD)}", "loss.beta_vicreg=1.0")
+CPU = torch.device("cpu")
+
+
+def general_model(*overrides: str) -> JepaModel:
+    """A model away from its initialisation, where biases are zero and features nearly constant."""
+    model = JepaModel(small_config(*PACKED, *overrides))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def draw(images: int, *overrides: str) -> tuple[Tensor, Masks, Tensor]:
+    """Random images, masks, and target features."""
+    spec = small_config(*PACKED, *overrides).mask_spec
+    masks = sample_masks(spec, seed=random.randrange(2**32), step=random.randrange(100), first=0, batch=images)
+    return torch.randint(0, 256, (images, 32, 32, 3), dtype=torch.uint8), masks, torch.randn(images, 64, 24) * 3 + 1
+
+
+def layout(masks: Masks, pad: bool) -> list[Ragged]:
+    assert masks.lengths is not None
+    parts = masks.context.split(masks.lengths.sum(1).tolist())
+    return [pack(part, n, masks.target, 64, pad=pad) for part, n in zip(parts, masks.lengths, strict=True)]
+
+
+def wanted_losses(model: JepaModel, pixels: Tensor, masks: Masks, h: Tensor) -> Losses:
+    assert masks.lengths is not None
+    w, v = ({name: x.double() for name, x in part.state_dict(keep_vars=True).items()}
+            for part in (model.encoder, model.predictor))  # fmt: skip
+    M, B, _ = masks.target.shape
+    contexts, per_context = iter(masks.context.split(masks.lengths.flatten().tolist())), []
+    for _ in masks.lengths:
+        seen = [next(contexts) for _ in range(B)]
+        z = [encoded(embedded(pixels[b : b + 1], w, 4)[:, seen[b]], w, 2, 2)[0] for b in range(B)]
+        p = [
+            torch.stack([predicted(z[b], seen[b], masks.target[m, b], v, 8, 2, 2) for b in range(B)]) for m in range(M)
+        ]
+        pooled = torch.stack([rows.mean(0) for rows in z])
+        per_context.append(criterion(model, pooled, torch.stack(p), masks.target, h))
+    return Losses(*(torch.stack(terms).mean() for terms in zip(*per_context, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("loss.objective=ijepa",),
+        ("loss.objective=ijepa", "mask.num_enc_masks=2", "engine.activation_checkpointing=true"),
+        (),
+        ("mask.num_enc_masks=2", "mask.num_pred_masks=3", "engine.dead_compute=true"),
+        ("loss.vicreg_on=context",),
+        ("loss.regularizer=cosine",),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("pad", [False, True])
+def test_packed_losses_and_gradients(overrides: tuple[str, ...], pad: bool) -> None:
+    model = general_model(*overrides)
+    pixels, masks, h = draw(5, *overrides)
+    got = model(pixels, layout(masks, pad), masks.target, h).losses
+    wanted = wanted_losses(model, pixels, masks, h)
+    for name, a, b in zip(Losses._fields, got, wanted, strict=True):
+        assert a.item() == pytest.approx(b.item(), rel=1e-5, abs=1e-6), name
+    parameters = dict(model.named_parameters())
+    grads, wanted_grads = (
+        torch.autograd.grad(x, list(parameters.values()), allow_unused=True) for x in (got.total, wanted.total)
+    )
+    scale = torch.cat([g.flatten() for g in wanted_grads if g is not None]).norm()
+    for name, a, b in zip(parameters, grads, wanted_grads, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None and b is not None:
+            assert float((a - b).norm()) < 1e-5 * scale, name
+
+
+def test_images_in_either_layout() -> None:
+    model, (pixels, masks, _) = general_model(), draw(3)
+    (ragged,) = layout(masks, pad=True)
+    assert torch.equal(model.encoder(pixels, ragged), model.encoder(pixels.permute(0, 3, 1, 2), ragged))
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_every_patch_is_in_the_layout_once(pad: bool) -> None:
+    for _ in range(20):
+        B = random.randint(1, 9)
+        _, masks, _ = draw(B)
+        (ragged,) = layout(masks, pad)
+        assert masks.lengths is not None
+        begin = ragged.contexts.offsets.tolist()
+        own = masks.context.split(masks.lengths[0].tolist())
+        assert len(begin) == B + 1 + pad and begin[-1] == len(ragged.patch_T)
+        assert max(b - a for a, b in pairwise(begin)) == ragged.contexts.longest
+        for b in range(B):
+            assert torch.equal(ragged.patch_T[begin[b] : begin[b + 1]], own[b] + 64 * b)
+        if pad:  # never without a row, never more than a 128th of the batch's patches
+            assert 1 <= begin[-1] - begin[-2] <= -(-64 * B // 128) and begin[-1] % -(-64 * B // 128) == 0
+        source = torch.arange(len(ragged.order_R))
+        assert torch.equal(source[ragged.order_R][ragged.back_R], source)
+
+
+def test_rows_of_the_targets() -> None:
+    """The most that any image needs; all distinct; the targets found where they are said to be."""
+    for _ in range(20):
+        M, B, Kt, N = (random.randint(1, 9) for _ in range(4))
+        target = torch.rand(M, B, N).argsort(-1)[..., :Kt]
+        order, places, used = target_rows(target, N)
+        assert torch.equal(order.sort(1).values, torch.arange(N).expand(B, N))
+        assert used == max(len(set(target[:, b].flatten().tolist())) for b in range(B))
+        assert int(places.max()) < used
+        for b in range(B):
+            assert torch.equal(order[b][places[:, b]], target[:, b])
+
+
+def losses_and_gradient(state: dict[str, Tensor], pixels: Tensor, h: Tensor, seed: int) -> tuple:
+    """One rank's share of the batch, its masks drawn by itself: losses, and the gradient averaged over the ranks."""
+    config = small_config(*PACKED)
+    model = JepaModel(config)
+    model.load_state_dict(state)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = len(pixels) // world
+    mine = slice(rank * share, (rank + 1) * share)
+    masks = sample_masks(config.mask_spec, seed=seed, step=1, first=rank * share, batch=share)
+    rows = tokens(masks, config, CPU)
+    order, _, used = target_rows(masks.target, 64)
+    features = h[mine].gather(1, order[:, :used, None].expand(-1, -1, h.shape[2]))
+    output = model(pixels[mine], rows.context, rows.target_MBK, features, rows.places_MBK)
+    output.losses.total.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for grad in grads.values():
+        dist.all_reduce(grad)
+        grad /= world
+    return [t.detach() for t in output.losses], grads
+
+
+def test_two_ranks_with_half_the_batch_are_one_rank_with_all_of_it() -> None:
+    model, (pixels, _, h), seed = general_model(), draw(8), random.randrange(2**32)
+    masks = sample_masks(small_config(*PACKED).mask_spec, seed=seed, step=1, first=0, batch=8)
+    wanted = wanted_losses(model, pixels, masks, h)
+    names = [name for name, _ in model.named_parameters()]
+    gradient = dict(zip(names, torch.autograd.grad(wanted.total, list(model.parameters())), strict=True))
+    scale = torch.cat([g.flatten() for g in gradient.values()]).norm()
+    ranks = run_ranks(2, losses_and_gradient, model.state_dict(), pixels, h, seed)
+    for i, name in enumerate(Losses._fields):
+        assert sum(losses[i].item() for losses, _ in ranks) / 2 == pytest.approx(wanted[i].item(), rel=1e-5), name
+    for _, grads in ranks:
+        assert torch.cat([(grads[n] - gradient[n]).flatten() for n in gradient]).norm() < 1e-5 * scale
