@@ -41,9 +41,10 @@ class AdamWEMA(torch.optim.Optimizer):
         Take one step before the capture, which makes the state.
 
     `state[p]` holds `step` (float32, 0-d) and, float32 in the layout of p, `exp_avg`, `exp_avg_sq` and `ema`. An
-    `ema` that is put there before the first step is kept: a teacher's own weight, which then is the average. A
-    parameter without a gradient is left out of the step, and so is its average. Weights in 16 bits are refused:
-    AdamW's updates vanish in them. Keep float32 ones here and let `set_copies` write the others.
+    `ema` that is put there before the first step is kept: a teacher's own weight, which then is the average
+    (load_state_dict, as it does, puts other tensors in its place). A parameter without a gradient is left out of the
+    step, and so is its average. Weights in 16 bits are refused: AdamW's updates vanish in them. Keep float32 ones here
+    and let `set_copies` write the others.
     """
 
     def __init__(
