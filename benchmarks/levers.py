@@ -11,13 +11,7 @@ import torch
 from jepa import masks
 from jepa.config import Config, parse_config
 
-REFERENCES = {
-    "patchify": ["patchify"],
-    "gather": ["gather", "gather_backward"],
-    "predictor_tokens": ["predictor_tokens", "predictor_tokens_backward"],
-    "prediction_loss": ["prediction_loss", "prediction_loss_backward"],
-    "vicreg": ["vicreg_moments", "vicreg_products", "vicreg_backward"],
-}
+OPS = ("patchify", "gather", "predictor_tokens", "prediction_loss", "vicreg")
 
 
 @dataclass(frozen=True)
@@ -36,10 +30,13 @@ def references(device: torch.device) -> Iterator[None]:
     library = torch.library.Library("jepa_kernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is overridden
-        for module, names in REFERENCES.items():
-            for name in names:
-                reference = getattr(importlib.import_module(f"jepa_kernels.{module}"), f"{name}_ref")
-                library.impl(name, reference, device.type.upper())
+        for module in (importlib.import_module(f"jepa_kernels.{op}") for op in OPS):
+            for definition in (name for name in vars(module) if name.endswith("_ref")):
+                # x_ref defines the op x, or x_ where it works in place
+                names = (definition.removesuffix("ref"), definition.removesuffix("_ref"))
+                op = next((name for name in names if hasattr(torch.ops.jepa_kernels, name)), None)
+                if op is not None:
+                    library.impl(op, getattr(module, definition), device.type.upper())
     try:
         yield
     finally:

@@ -55,7 +55,8 @@ def images(B: int = 5) -> Tensor:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 PLAIN = "engine.dead_compute=true"

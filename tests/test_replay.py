@@ -45,9 +45,9 @@ def one_image_is_poison(rank: int) -> None:
         at[0] = step, micro
         return of(config, ranks, step, micro)
 
-    def bad_forward(self: object, images: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
-        features = forward(self, images, *index)
-        if not index and at[0] == (BAD_STEP, 1):
+    def bad_forward(self: object, images: torch.Tensor, *context: object, **more: object) -> torch.Tensor:
+        features = forward(self, images, *context, **more)
+        if not context and at[0] == (BAD_STEP, 1):
             features = features.clone()
             features[BAD_IMAGE] = float("nan")
         return features
@@ -83,11 +83,18 @@ def test_a_poisoned_step_is_skipped_told_of_and_replayed(config: Path, tmp_path:
     assert not re.search(r"rank 0, (target|pred)", alone.text())
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_replay_is_the_step(bf16: bool, config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bf16", "mode"), [(False, "packed"), (True, "reference")])
+def test_a_replay_is_the_step(bf16: bool, mode: str, config: Path, tmp_path: Path) -> None:
     """Loss and gradient norm are those that the run logged; by default from the checkpoint up to the step."""
     folder = tmp_path / "run"
-    words = ("--config", config, f"meta.use_bfloat16={bf16}", "logging.save_every=3", "engine.zero_stage=2")
+    words = (
+        "--config",
+        config,
+        f"meta.use_bfloat16={bf16}",
+        f"mask.mode={mode}",
+        "logging.save_every=3",
+        "engine.zero_stage=2",
+    )
     assert start(2, folder, *words, "engine.max_steps=5").wait() == [0, 0]
     run = start(2, folder, *words, "--replay-step", 3)
     assert run.wait() == [0, 0], run.text()

@@ -84,8 +84,10 @@ def replay(config: Config, ranks: Ranks, loader: Loader, step: int, which: str |
         poison(output.losses.total / loader.accumulation).backward()
         losses.append(torch.stack(output.losses).detach().double())
         predicted = output.predicted_RD.view(-1, len(files), output.predicted_RD.shape[-1]).transpose(0, 1)
-        for label, rows in (("target features of", features), ("predictions for", predicted)):
-            found[label] += [name for name, row in zip(files, rows, strict=True) if not row.isfinite().all()]
+        if not features.isfinite().all():  # those of whole images, one a file, whatever the step looks at
+            with torch.no_grad():
+                found["target features of"] += _not_finite(files, teacher(images))
+        found["predictions for"] += _not_finite(files, predicted)
     terms = dict(zip(Losses._fields, torch.stack(losses).mean(0).tolist(), strict=True))
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     found["losses"] = [name for name, value in terms.items() if not math.isfinite(value)]
@@ -105,6 +107,10 @@ def _checkpoint(config: Config, step: int, which: str | None) -> tuple[Path, dic
     if damage and dist.get_rank() == 0:
         print("skipped: " + "; ".join(damage), flush=True)
     return path, state
+
+
+def _not_finite(files: list[str], rows: Tensor) -> list[str]:
+    return [name for name, row in zip(files, rows, strict=True) if not row.isfinite().all()]
 
 
 def _steps(path: Path) -> int:
