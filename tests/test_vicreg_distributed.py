@@ -87,11 +87,14 @@ def test_ranks_equal_one_process_with_all_rows(cases, ranks, case):
     layer.load_state_dict({"weight": weight})
     terms, grad, weight_grad = step(z, layer, None)
     close = {"rtol": 1e-5, "atol": 1e-5} if z.dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    # The layer's gradient adds up products that cancel: its rounding is that of their magnitudes.
+    magnitude = grad.abs().sum((0, 1)).max().item() * z.abs().max().item()
+    close_weight = close if z.dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5 + 1e-6 * magnitude}
     for rank in range(RANKS):
         terms_, _, weight_grad_, _, again = ranks[rank][case]
         torch.testing.assert_close(terms_, terms, **close)
         torch.testing.assert_close(again, terms, **close)
-        torch.testing.assert_close(weight_grad_, weight_grad, **close)
+        torch.testing.assert_close(weight_grad_, weight_grad, **close_weight)
     torch.testing.assert_close(torch.cat([ranks[r][case][1] for r in range(RANKS)]), grad, **close)
     leaf = z.clone().requires_grad_()
     (vicreg(leaf)[2] * sum(rank + 0.5 for rank in range(RANKS))).backward()

@@ -81,6 +81,8 @@ def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool
         torch.backends.cudnn.benchmark = False
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     local, gpus = int(environment["LOCAL_RANK"]), torch.cuda.device_count()
+    if gpus == 1 and "SLURM_PROCID" in os.environ:
+        local = 0  # Slurm shows each task its own GPU alone (--gpus-per-task)
     if device == "cuda" or (device == "auto" and gpus > 0):
         if local >= gpus:
             raise ValueError(
@@ -98,7 +100,10 @@ def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool
         store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
         backend = "nccl" if place.type == "cuda" else "gloo"
         training = dist.PrefixStore("training", store)
-        dist.init_process_group(backend, store=training, rank=rank, world_size=world_size, timeout=limit)
+        bound = place if place.type == "cuda" else None
+        dist.init_process_group(
+            backend, store=training, rank=rank, world_size=world_size, timeout=limit, device_id=bound
+        )
     except dist.DistError as error:
         where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         raise ValueError(f"the {environment['WORLD_SIZE']} ranks did not meet at {where}: {error}") from error

@@ -4,6 +4,8 @@ Files in `logging.folder`: `{tag}.jsonl`, one object a logged step; `{tag}_r0.cs
 code's columns. TensorBoard and Weights & Biases get the same numbers when asked for.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -104,7 +106,8 @@ class RunLog:
             header = ",".join(CSV_COLUMNS) + "\n"
             self.jsonl = _continue_file(folder / f"{tag}.jsonl", lambda line: json.loads(line)["step"], first_step)
             self.csv = _continue_file(folder / f"{tag}_r0.csv", self._step_of, first_step, header)
-            self.writers = _optional_writers(config, folder, first_step)
+            self.closing = contextlib.ExitStack()
+            self.writers = _optional_writers(config, folder, first_step, self.closing)
         quiet = not (self.writes and sys.stderr.isatty())
         self.bar = tqdm(initial=first_step, total=last_step, unit="step", disable=quiet, dynamic_ncols=True)
         self.restart_clock()
@@ -180,6 +183,7 @@ class RunLog:
         if self.writes:
             self.jsonl.close()
             self.csv.close()
+            self.closing.close()
 
 
 def _continue_file(path: Path, step_of: Callable[[str], int], first_step: int, header: str = "") -> TextIO:
@@ -201,12 +205,15 @@ def _continue_file(path: Path, step_of: Callable[[str], int], first_step: int, h
     return path.open("a")
 
 
-def _optional_writers(config: Config, folder: Path, first_step: int) -> list[Callable[[dict[str, Any]], None]]:
+def _optional_writers(
+    config: Config, folder: Path, first_step: int, closing: contextlib.ExitStack
+) -> list[Callable[[dict[str, Any]], None]]:
     writers: list[Callable[[dict[str, Any]], None]] = []
     if config.logging.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        closing.callback(board.close)
 
         def to_board(row: dict[str, Any]) -> None:
             for key, value in row.items():
@@ -222,7 +229,9 @@ def _optional_writers(config: Config, folder: Path, first_step: int) -> list[Cal
             name=config.logging.write_tag,
             dir=str(folder),
             config=config.model_dump(mode="json"),
-            resume="allow",
+            id=hashlib.sha256(str(folder.resolve() / config.logging.write_tag).encode()).hexdigest()[:16],
+            resume="allow",  # the run of this folder and tag goes on
         )
+        closing.callback(run.finish)
         writers.append(lambda row: run.log(row, step=row["step"]))
     return writers
