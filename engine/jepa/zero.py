@@ -35,6 +35,9 @@ def start(model: JepaModel, config: Config) -> Any:
     """The DeepSpeed engine around the model, with the optimizer of `engine.optimizer`. Raises ConfigError."""
     import deepspeed
 
+    # It would compile what only inference on CPUs uses, under a lock that a killed process leaves behind and on which
+    # every later one waits.
+    deepspeed.comm.torch.build_shm_op = lambda: None
     deepspeed.utils.logger.setLevel(logging.ERROR)  # what it warns of, a foreign optimizer and skipped steps, is meant
     # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing; it is forgotten here.
     optimizer: Any = make_optimizer(config, param_groups(model), next(model.parameters()).device)
