@@ -9,13 +9,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 setup: .venv/installed
 
-# DeepSpeed compiles its CPU communication once; doing it here keeps it out of the first run.
 .venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch triton setuptools
 	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[engine,test]"
-	$(BIN)/python -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as b; b().load(verbose=False)"
 	touch $@
 
 demo: setup

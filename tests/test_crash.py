@@ -1,8 +1,10 @@
 """Killed, damaged and moved runs: the quick form of tests/soak.py; and disks that do not take what is written."""
 
+import os
 import random
 import re
 import resource
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,18 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(config: P
     run = start(2, tmp_path / "unused", "--config", config, f"logging.folder={tmp_path / 'file' / 'run'}")
     assert run.wait() == [1, 1]
     assert all(re.search(r"CheckpointError: logging.folder \S+ cannot be written", run.text(r)) for r in (0, 1))
+
+
+def a_killed_compiler_left_its_lock(rank: int) -> None:
+    folder = Path(tempfile.mkdtemp()) / "deepspeed_shm_comm"
+    folder.mkdir()
+    (folder / "lock").touch()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder.parent)
+
+
+def test_a_lock_of_a_killed_process_holds_up_no_run(config: Path, tmp_path: Path) -> None:
+    run = start(1, tmp_path / "run", "--config", config, "engine.max_steps=1", fault=a_killed_compiler_left_its_lock)
+    assert run.wait(seconds=60) == [0]
 
 
 def make_checkpoint(path: Path, content: str) -> None:
