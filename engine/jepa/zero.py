@@ -7,6 +7,7 @@ know nothing else of DeepSpeed's optimizers.
 """
 
 import contextlib
+import importlib
 import logging
 import math
 import sys
@@ -36,8 +37,8 @@ def start(model: JepaModel, config: Config) -> Any:
     import deepspeed
 
     # It would compile what only inference on CPUs uses, under a lock that a killed process leaves behind and on which
-    # every later one waits.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # every later one waits. (As an attribute, `deepspeed.comm.torch` is PyTorch.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.utils.logger.setLevel(logging.ERROR)  # what it warns of, a foreign optimizer and skipped steps, is meant
     # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing; it is forgotten here.
     optimizer: Any = make_optimizer(config, param_groups(model), next(model.parameters()).device)
