@@ -111,7 +111,7 @@ def peak(config: Config) -> int:
         for _ in range(config.batch(dist.get_world_size()).accumulation):
             masks = sample_masks(config.mask_spec, seed=0, step=step, first=0, batch=config.data.batch_size)
             images = torch.randint(0, 256, (config.data.batch_size, 32, 32, 3), dtype=torch.uint8)
-            zero.schedule(engine, lr=1e-3, weight_decay=0.1, momentum=0.9)
+            zero.schedule(engine, torch.tensor([1e-3, 0.1, 0.9], dtype=torch.float64))
             loss = engine(images, masks.context, masks.target, teacher(images)).losses.total
             if step:
                 look()

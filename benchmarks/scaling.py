@@ -153,7 +153,7 @@ def step_bytes(config: Config, ranks: distributed.Ranks, seen: Counter[str]) -> 
     images = Synthetic(config, ranks.device, config.batch(ranks.world_size).accumulation)
     for step in range(3):
         seen.clear()
-        zero.schedule(engine, 1e-4, 0.04, 0.99)
+        zero.schedule(engine, torch.tensor([1e-4, 0.04, 0.99], dtype=torch.float64))
         take_step(config, ranks, engine, teacher, images.batches(step), step)
     found = dict(seen)
     engine.destroy()

@@ -103,6 +103,7 @@ class Engine:
         self.config = without(config, levers)
         self.contexts = [lever.without for lever in levers if lever.without]
         self.engine, self.teacher = start_model(self.config, ranks.device)
+        self.numbers = torch.tensor(NUMBERS, dtype=torch.float64, device=zero.pacemaker(self.engine, ranks.device))
 
     def run(self, step: int, batches: Batches) -> tuple[Any, Any, float]:
         """Marks before and after the step, and its loss if anyone asks: `float` of the third waits for it."""
@@ -110,7 +111,7 @@ class Engine:
             for context in self.contexts:
                 stack.enter_context(context(self.ranks.device))
             start = self.clock.mark()
-            zero.schedule(self.engine, *NUMBERS)
+            zero.schedule(self.engine, self.numbers)
             done = take_step(self.config, self.ranks, self.engine, self.teacher, batches, step)
             return start, self.clock.mark(), done.losses[-1].total.detach()
 

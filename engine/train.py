@@ -25,7 +25,7 @@ from jepa.metrics import RunLog, collapse_warning, health
 from jepa.objective import JepaModel, Losses
 from jepa.probe import OnlineProbe
 from jepa.replay import blame, masks_of, poison, replay
-from jepa.schedules import Schedules
+from jepa.schedules import Pace, Schedules
 from jepa.teacher import Teacher
 from jepa.tokens import tokens
 from jepa.vit import compile_blocks
@@ -85,50 +85,48 @@ def train(
     if progress.applied:
         teacher.refresh()
 
-    log = RunLog(config, progress.step, last_step, loader.steps_per_epoch, global_batch)
+    log = RunLog(config, progress.step, last_step, loader.steps_per_epoch, global_batch, ranks.device)
     log.say(
         f"{config.meta.model_name} ({config.loss.objective}), {len(loader.source)} images, {global_batch} a step on "
         f"{ranks.world_size} x {ranks.device.type}; steps {progress.step} to {last_step} of {all_steps}; "
         f"kill {os.getpid()} stops it with everything saved"
     )
-    skipped_in_a_row = 0
+    pace = Pace(schedules, progress.applied, last_step - progress.step, zero.pacemaker(engine, ranks.device))
+    unread = Unread(progress, global_batch)
     batches = loader.batches(progress.step, last_step)
     for step in range(progress.step, last_step):
         stop.ask()
         waited_before = loader.wait_seconds
-        lr = schedules.lr(progress.applied)
-        weight_decay = schedules.weight_decay(progress.applied)
-        momentum = schedules.momentum(progress.applied)
-        zero.schedule(engine, lr, weight_decay, momentum)
-
+        numbers = pace.next()
+        zero.schedule(engine, numbers)
         done = take_step(config, ranks, engine, teacher, batches, step, watchdog.at)
-        progress.count(done.applied, global_batch)
+        pace.count(done.applied)
         log.step(step, done.losses, *done.kept, loader.wait_seconds - waited_before)
-        found: dict[str, Any] = {}
-        if done.applied:
-            skipped_in_a_row = 0
-        else:
-            skipped_in_a_row += 1
-            found |= blame(done.losses, done.files)
-            what = f"the loss of rank(s) {found['bad_ranks']}" if found["bad_ranks"] else "its gradient"
-            log.say(f"step {step} skipped: {what} is not finite; --replay-step {step} looks at it alone")
+        unread.add(step, done)
 
-        if done.applied and progress.step % config.logging.health_freq == 0:
+        taken, stopping = step + 1, stop.agreed()
+        finished = taken == last_step
+        saving = saver.due(taken) or finished or stopping
+        examining, probing = due(taken, config.logging.health_freq), due(taken, config.eval.every)
+        if not (saving or examining or probing or due(taken, config.logging.log_freq)):
+            continue  # without waiting for the device: its queue never runs dry
+
+        skipped, applied = unread.settle(log.say)
+        found: dict[str, Any] = {}
+        if examining and applied:
             found |= health(done.target_BND, done.predicted_RD) | {"teacher_distance": teacher.distance()}
             if warning := collapse_warning(found):
                 log.say(f"step {step}: {warning}")
-        if probe and progress.step % config.eval.every == 0:
+        if probe and probing:
             watchdog.at(step, "evaluating")
             found |= (accuracy := probe(teacher.encoder))
             log.say(f"step {step}: k-NN of the target encoder {100 * accuracy['knn']:.1f} %")
-
-        finished, stopping = progress.step == last_step, stop.agreed()
-        saving = saver.due(progress.step) or finished or stopping
-        if found or saving or progress.step % config.logging.log_freq == 0:
-            log.flush(lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=done.grad_norm, **found)
-        if skipped_in_a_row >= config.engine.max_skipped:
+        lr, weight_decay, momentum = numbers.tolist()
+        grad_norm = None if done.grad_norm is None else float(done.grad_norm)
+        log.flush(skipped, lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=grad_norm, **found)
+        if unread.longest >= config.engine.max_skipped:
             raise TrainingError(
-                f"{skipped_in_a_row} steps in a row had a gradient that is not finite; stopped at step {step}. "
+                f"{unread.longest} steps in a row had a gradient that is not finite; stopped at step {step}. "
                 "The last checkpoint is whole: lower optimization.lr or set optimization.clip_grad and --resume"
             )
         if saving:
@@ -144,6 +142,11 @@ def train(
     return 0 if progress.step >= last_step else interrupt.STOPPED
 
 
+def due(taken: int, every: int) -> bool:
+    """Whether what happens every so many steps (0: never) happens after so many."""
+    return every > 0 and taken % every == 0
+
+
 def start_model(config: Config, device: torch.device) -> tuple[Any, Teacher]:
     """The model, freshly initialised, under DeepSpeed, and its teacher."""
     torch.manual_seed(config.engine.seed)
@@ -157,15 +160,45 @@ def start_model(config: Config, device: torch.device) -> tuple[Any, Teacher]:
 
 
 class Step(NamedTuple):
-    """What became of a step; of the features and masks only the last micro-batch's."""
+    """What became of a step, unread: a number on the device is waited for when it is read."""
 
-    applied: bool
-    grad_norm: float | None
+    applied: Tensor  # bool, 0-d: whether it moved the weights
+    grad_norm: Tensor | None
     losses: list[Losses]  # one a micro-batch
     kept: tuple[int, int]  # tokens of a context, of a target
-    target_BND: Tensor
+    target_BND: Tensor  # features and predictions of the last micro-batch
     predicted_RD: Tensor
     files: list[str]  # of all micro-batches
+
+
+class Unread:
+    """The steps that were taken and of which the host does not know yet whether they moved the weights."""
+
+    def __init__(self, progress: checkpoint.Progress, global_batch: int) -> None:
+        self.progress, self.global_batch = progress, global_batch
+        self.steps: list[tuple[int, Tensor, list[Losses], list[str]]] = []
+        self.in_a_row = self.longest = 0  # skipped up to now; the most at any time
+
+    def add(self, step: int, done: Step) -> None:
+        self.steps.append((step, done.applied, done.losses, done.files))
+
+    def settle(self, say: Callable[[str], None]) -> tuple[dict[int, dict[str, Any]], bool]:
+        """Waits for the device and brings the progress up to date. Every rank calls it.
+
+        Returns what is known of the skipped steps, by their numbers, and whether the last step was applied.
+        """
+        skipped: dict[int, dict[str, Any]] = {}
+        outcomes = torch.stack([applied for _, applied, _, _ in self.steps]).tolist()
+        for (step, _, losses, files), applied in zip(self.steps, outcomes, strict=True):
+            self.progress.count(applied, self.global_batch)
+            self.in_a_row = 0 if applied else self.in_a_row + 1
+            self.longest = max(self.longest, self.in_a_row)
+            if not applied:
+                found = skipped[step] = blame(losses, files)
+                what = f"the loss of rank(s) {found['bad_ranks']}" if found["bad_ranks"] else "its gradient"
+                say(f"step {step} skipped: {what} is not finite; --replay-step {step} looks at it alone")
+        self.steps = []
+        return skipped, outcomes[-1]
 
 
 def take_step(
@@ -191,13 +224,13 @@ def take_step(
         features = teacher(batch.images, rows.teacher)
         output = engine(batch.images, rows.context, rows.target_MBK, features, rows.places_MBK)
         engine.backward(poison(output.losses.total))
-        losses.append(output.losses)
+        losses.append(Losses(*(term.detach() for term in output.losses)))
         files += batch.files
-        applied, grad_norm = zero.step(engine, config.optimization.clip_grad)
-    if applied:
-        teacher.follow()
+        outcome = zero.step(engine, config.optimization.clip_grad)
+    assert outcome is not None  # the last micro-batch ended the step
+    teacher.follow()
     kept = (rows.mean_context, rows.target_MBK.shape[-1])
-    return Step(applied, grad_norm, losses, kept, features, output.predicted_RD, files)
+    return Step(*outcome, losses, kept, features, output.predicted_RD, files)
 
 
 def arguments() -> argparse.Namespace:

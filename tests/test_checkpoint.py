@@ -38,10 +38,10 @@ def one_step(engine: object, step: int) -> None:
     images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
     features = torch.randn(8, 64, 24, generator=torch.Generator().manual_seed(step))
     masks = sample_masks(small_config().mask_spec, seed=0, step=step, first=0, batch=8)
-    zero.schedule(engine, lr=0.01, weight_decay=0.1, momentum=0.9)
+    zero.schedule(engine, torch.tensor([0.01, 0.1, 0.9], dtype=torch.float64))
     output = engine(images[mine], masks.context[:, mine], masks.target[:, mine], features[mine])
     engine.backward(output.losses.total)
-    assert zero.step(engine)[0]
+    assert zero.step(engine).applied
 
 
 def everything(engine: object) -> dict[str, dict[str, Tensor]]:

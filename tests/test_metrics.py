@@ -52,7 +52,7 @@ TORN = ('{"step": 1', "2,1,0.3", "\n", "[3]\n", "1", "")
 
 def log_steps(folder: Path, first: int, last: int, torn: str) -> None:
     """Logs steps, five an epoch; then the files end as those of a run that is killed as it writes."""
-    log = RunLog(small_config(f"logging.folder={folder}"), first, 20, 5, 8)
+    log = RunLog(small_config(f"logging.folder={folder}"), first, 20, 5, 8, torch.device("cpu"))
     for step in range(first, last):
         log.step(step, [Losses(*torch.full((5,), step + 100.0 * first))], 10, 5, 0.0)
         log.flush(lr=float("nan") if step == 3 else 0.1)

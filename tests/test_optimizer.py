@@ -33,18 +33,17 @@ def train(optimizer: str, stage: int, seed: int) -> tuple[dict[str, torch.Tensor
     engine = zero.start(model, config)
     teacher, norms, moved = Teacher(encoder, engine), [], []
     for step in range(STEPS):
-        zero.schedule(engine, lr=1e-3 * (step + 1), weight_decay=0.1, momentum=0.9 - 0.1 * step)
+        zero.schedule(engine, torch.tensor([1e-3 * (step + 1), 0.1, 0.9 - 0.1 * step], dtype=torch.float64))
         torch.manual_seed(seed + 10 * step + dist.get_rank())
         images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
         masks = sample_masks(config.mask_spec, seed=1, step=step, first=4 * dist.get_rank(), batch=4, cut=(0, 8))
         features = teacher(images) * (float("nan") if step == BAD_STEP else 1)
         output = engine(images, masks.context, masks.target, features)
         engine.backward(output.losses.total)
-        applied, norm = zero.step(engine, clip_grad=0.05)
-        if applied:
-            teacher.follow()
-        norms.append(norm)
-        moved.append(applied)
+        outcome = zero.step(engine, clip_grad=0.05)
+        teacher.follow()
+        norms.append(float(outcome.grad_norm))
+        moved.append(bool(outcome.applied))
     found = {f"{kind} of {n}": v for kind in KINDS for n, v in whole_weights(engine, kind).items()}
     found |= {f"teacher's {n}": p.flatten().clone() for n, p in teacher.encoder.named_parameters()}
     return found, norms, moved

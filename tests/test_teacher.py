@@ -63,7 +63,7 @@ def follow(stage: int, precision: str) -> list[str]:
             wrong.append(f"the map of fp32 weights misplaces {name}")
     average = {n: w.double() for n, w in weights.items() if n.startswith("encoder.")}
     for step, momentum in enumerate(MOMENTA):
-        zero.schedule(engine, lr=0.01 * (step + 1), weight_decay=0.1, momentum=momentum)
+        zero.schedule(engine, torch.tensor([0.01 * (step + 1), 0.1, momentum], dtype=torch.float64))
         torch.manual_seed(100 * step + rank)
         for micro in range(2):
             images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
@@ -75,13 +75,14 @@ def follow(stage: int, precision: str) -> list[str]:
                 features = features * float("nan")
             output = engine(images, masks.context, masks.target, features)
             engine.backward(output.losses.total)
-            applied, norm = zero.step(engine, config.optimization.clip_grad)
+            outcome = zero.step(engine, config.optimization.clip_grad)
+        applied, norm = bool(outcome.applied), outcome.grad_norm
         before, weights = weights, whole_weights(engine)
         moved = any(not torch.equal(weights[n], before[n]) for n in weights)
         if (applied, moved) != (step != BAD_STEP,) * 2:
             wrong.append(f"step {step}: applied {applied}, moved {moved}, gradient norm {norm}")
+        teacher.follow()
         if applied:
-            teacher.follow()
             for name in average:
                 average[name] = momentum * average[name] + (1 - momentum) * weights[name].double()
         wrong += deviations(engine, teacher, average, roundings=len(MOMENTA), where=f"step {step}: ")
@@ -172,19 +173,20 @@ def follow_any(stage: int, case: dict[str, Any]) -> list[str]:
     weights = whole_weights(engine)
     average = {n: w.double() for n, w in weights.items() if n.startswith("encoder.")}
     for step, momentum in enumerate(case["momenta"]):
-        zero.schedule(engine, lr=0.1 * (step + 1), weight_decay=0.1, momentum=momentum)
+        zero.schedule(engine, torch.tensor([0.1 * (step + 1), 0.1, momentum], dtype=torch.float64))
         for micro in range(case["accumulation"]):
             x = torch.tensor(1.0 + step + 0.1 * micro + 0.01 * rank)
             if step == case["bad_step"] and micro == rank % case["accumulation"] and rank == world - 1:
                 x = x * float("inf")
             engine.backward(engine(x))
-            applied, _ = zero.step(engine, config.optimization.clip_grad)
+            outcome = zero.step(engine, config.optimization.clip_grad)
+        applied = bool(outcome.applied)
         before, weights = weights, whole_weights(engine)
         moved = any(not torch.equal(weights[n], before[n]) for n in weights)
         if (applied, moved) != (step != case["bad_step"],) * 2:
             wrong.append(f"step {step}: applied {applied}, moved {moved}")
+        teacher.follow()
         if applied:
-            teacher.refresh()
             for name in average:
                 average[name] = momentum * average[name] + (1 - momentum) * weights[name].double()
             wrong += deviations(engine, teacher, average, roundings=len(case["momenta"]), where=f"step {step}: ")

@@ -86,7 +86,7 @@ def counted_flops(given: dict[str, Any]) -> float:
     ranks = distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), dist.group.WORLD)
     images = throughput.Synthetic(config, ranks.device, 1)
     engine, teacher = throughput.start_model(config, ranks.device)
-    zero.schedule(engine, 1e-4, 0.0, 0.99)
+    zero.schedule(engine, torch.tensor([1e-4, 0.0, 0.99], dtype=torch.float64))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for step in range(WARMUP, WARMUP + STEPS):
             throughput.take_step(config, ranks, engine, teacher, images.batches(step), step)

@@ -11,7 +11,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -89,15 +90,22 @@ def collapse_warning(found: dict[str, float]) -> str | None:
 class RunLog:
     """Every rank feeds it each step; the first rank writes.
 
-    The losses stay on the device until `flush`, so a step waits for nothing. `first_step`: where the run begins; rows
-    of later steps, written before an interruption, are taken out of the files.
+    Losses and times stay on the device until `flush`, so a step waits for nothing. `first_step`: where the run begins;
+    rows of later steps, written before an interruption, are taken out of the files.
     """
 
     def __init__(
-        self, config: Config, first_step: int, last_step: int, steps_per_epoch: int, global_batch: int
+        self,
+        config: Config,
+        first_step: int,
+        last_step: int,
+        steps_per_epoch: int,
+        global_batch: int,
+        device: torch.device,
     ) -> None:
         self.steps_per_epoch, self.global_batch, self.last_step = steps_per_epoch, global_batch, last_step
-        self.pending: list[tuple[int, Tensor, int, int, float, float]] = []
+        self.on_gpu = device.type == "cuda"
+        self.pending: list[tuple[int, Tensor, int, int, Any, float]] = []
         self.writes = dist.get_rank() == 0
         self.last_line = 0.0
         if self.writes:
@@ -120,43 +128,56 @@ class RunLog:
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step (a checkpoint, an evaluation) out of the images per second."""
-        self.clock = time.perf_counter()
+        self.last_mark = self._mark()
 
     def step(self, step: int, losses: list[Losses], context_tokens: int, target_tokens: int, data_wait: float) -> None:
         """Notes a step: its micro-batches' losses on the device, the kept tokens, the seconds of waiting for images."""
-        now = time.perf_counter()
         terms = torch.stack([torch.stack(micro).detach() for micro in losses]).mean(0)
-        self.pending.append((step, terms, context_tokens, target_tokens, now - self.clock, data_wait))
-        self.clock = now
+        self.pending.append((step, terms, context_tokens, target_tokens, self._mark(), data_wait))
         self.bar.update()
 
-    def flush(self, **more: Any) -> None:
-        """Reads the noted losses, their mean over the ranks, and writes them; `more` goes with the last step's."""
+    def flush(self, skipped: Mapping[int, dict[str, Any]] | None = None, **more: Any) -> None:
+        """Reads the noted losses, their mean over the ranks, and writes them: a row in the CSV for each step, one for
+        the last step in the JSONL, with `more`, and one for each step of `skipped`, with what is known of it."""
         if not self.pending:
             return
-        steps, terms, contexts, targets, seconds, waits = zip(*self.pending, strict=True)
-        self.pending = []
+        steps, terms, contexts, targets, marks, waits = zip(*self.pending, strict=True)
+        self.pending, skipped = [], skipped or {}
         table = torch.stack(terms)
         dist.all_reduce(table)
         values = (table / dist.get_world_size()).tolist()
+        seconds = [self._seconds(*span) for span in pairwise((self.last_mark, *marks))]
+        self.last_mark = marks[-1]
         if not self.writes:
             return
+        rows = {}
         for step, value, context, target, second in zip(steps, values, contexts, targets, seconds, strict=True):
             epoch, iteration = divmod(step, self.steps_per_epoch)
             self.csv.write(f"{epoch + 1},{iteration},{value[0]:.5f},{context},{target},{1000 * second:.0f}\n")
+            terms_of = dict(zip(("loss", "jepa", "sim", "std", "cov"), value, strict=True))
+            rows[step] = {"step": step, "epoch": step / self.steps_per_epoch, **terms_of, **skipped.get(step, {})}
         self.csv.flush()
-        self._write(
-            {
-                "step": steps[-1],
-                "epoch": steps[-1] / self.steps_per_epoch,
-                **dict(zip(("loss", "jepa", "sim", "std", "cov"), values[-1], strict=True)),
-                "images_per_second": self.global_batch * len(steps) / sum(seconds),
-                "step_ms": 1000 * sum(seconds) / len(steps),
-                "data_wait_ms": 1000 * sum(waits) / len(steps),
-                "context_tokens": contexts[-1],
-                **{key: value for key, value in more.items() if value is not None},
-            }
-        )
+        rows[steps[-1]] |= {
+            "images_per_second": self.global_batch * len(steps) / sum(seconds),
+            "step_ms": 1000 * sum(seconds) / len(steps),
+            "data_wait_ms": 1000 * sum(waits) / len(steps),
+            "context_tokens": contexts[-1],
+            **{key: value for key, value in more.items() if value is not None},
+        }
+        for step in steps:
+            if step in skipped or step == steps[-1]:
+                self._write(rows[step])
+
+    def _mark(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        """Both have passed."""
+        return start.elapsed_time(end) / 1000 if self.on_gpu else end - start
 
     def _write(self, row: dict[str, Any]) -> None:
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -1,8 +1,9 @@
 """Which AdamW a run uses (`engine.optimizer`): our one-pass AdamWEMA, or a stock one with the average beside it.
 
 To the rest of the engine they are the same: `state[p]` holds `exp_avg`, `exp_avg_sq` and `ema` in fp32, `set_copies`
-names where the rounded average is written too, and `gate` says what the next step multiplies the gradient by and
-whether it may happen at all. Both are read on the device: the host waits for neither.
+names where the rounded average is written too, and `gate`, where there is one (`gated`), says what the next step
+multiplies the gradient by and whether it may happen at all. Both are read on the device: the host waits for neither.
+`reads_tensors`: learning rate, weight decay and momentum may be tensors, which are read there as well.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ HOW_TO_GET = {
 class Gated(AdamWEMA):
     """AdamWEMA whose `gate` outlasts the way through DeepSpeed, which calls `step()` without arguments."""
 
-    gated = True
+    gated = reads_tensors = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,7 +45,7 @@ class Gated(AdamWEMA):
 class Averaged:
     """Put before a stock AdamW: it also keeps `state[p]["ema"]` where the group says so, by a second pass."""
 
-    gated = False
+    gated = reads_tensors = False
     param_groups: list[dict[str, Any]]
     state: Any
 

@@ -6,6 +6,9 @@ curves of learning rate and weight decay, but the first of the momentum's.
 
 import math
 
+import torch
+from torch import Tensor
+
 from .config import Config
 
 
@@ -38,6 +41,32 @@ class Schedules:
         """Linear from ema[0] to ema[1]."""
         first, last = self._given.ema
         return first + (last - first) * min(1.0, step / self._length)
+
+
+class Pace:
+    """The numbers of a run's steps, one after the other: (learning rate, weight decay, momentum).
+
+    They depend on how many steps were applied, and where the optimizer skips a step by itself only its device knows
+    that in time. So the curves lie there as a table, and the device counts and looks up by itself: nobody waits.
+
+    `applied`: how many were when the run began; `steps`: at most so many are still to be taken.
+    """
+
+    def __init__(self, schedules: Schedules, applied: int, steps: int, device: torch.device) -> None:
+        rows = [
+            (schedules.lr(step), schedules.weight_decay(step), schedules.momentum(step))
+            for step in range(applied, applied + max(1, steps))
+        ]
+        self.table_S3 = torch.tensor(rows, dtype=torch.float64, device=device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def next(self) -> Tensor:
+        """The three numbers of the step that is to be taken now, float64 [3] on the device."""
+        return self.table_S3.index_select(0, self.place)[0]
+
+    def count(self, applied: Tensor) -> None:
+        """One step was taken; `applied`, bool and 0-d, says whether it moved the weights."""
+        self.place += applied.to(self.place.device)
 
 
 def _cosine(first: float, last: float, step: int, length: int) -> float:

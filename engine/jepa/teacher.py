@@ -62,9 +62,11 @@ class Teacher:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Takes over what the optimizer has written. Every rank calls it, after a step that was applied."""
+        """Takes over what the optimizer has written. Every rank calls it, after every step: one that was skipped wrote
+        nothing, and the same weights come again."""
         for flat, part in self.unwritten:
-            part.copy_(self.average(flat))
+            if flat.weight in self.optimizer.state:  # not yet, where the first step was skipped
+                part.copy_(self.average(flat))
         if dist.get_world_size() == 1:
             return  # the part is the whole
         for (buffer, _), part in zip(self.gathered, self.parts, strict=self.sharded):

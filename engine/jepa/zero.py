@@ -9,10 +9,9 @@ know nothing else of DeepSpeed's optimizers.
 import contextlib
 import importlib
 import logging
-import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,32 +57,47 @@ def start(model: JepaModel, config: Config) -> Any:
     return engine
 
 
-def schedule(engine: Any, lr: float, weight_decay: float, momentum: float) -> None:
-    """Sets the three scheduled numbers of the next step."""
-    for group in engine.basic_optimizer.param_groups:
+class Outcome(NamedTuple):
+    """What became of a step. Where the device decides, both lie there, and reading them waits for it."""
+
+    applied: Tensor
+    """Whether the weights moved, bool, 0-d."""
+    grad_norm: Tensor | None
+    """The gradient's norm before it was clipped, 0-d; None where DeepSpeed does not tell."""
+
+
+def pacemaker(engine: Any, device: torch.device) -> torch.device:
+    """Where the scheduled numbers are looked up: on the device, where the step is gated there and its optimizer reads
+    them there, else on the CPU."""
+    optimizer = engine.basic_optimizer
+    gated = _is_gated_here(optimizer, engine.zero_optimization_stage(), engine.bfloat16_enabled())
+    return device if gated and optimizer.reads_tensors else torch.device("cpu")
+
+
+def schedule(engine: Any, numbers: Tensor) -> None:
+    """Sets the numbers of the next step: learning rate, weight decay and momentum, float64 [3]."""
+    optimizer = engine.basic_optimizer
+    lr, weight_decay, momentum = numbers.unbind() if optimizer.reads_tensors else numbers.tolist()
+    for group in optimizer.param_groups:
         group |= {"lr": lr, "momentum": momentum, "weight_decay": weight_decay if group["decays"] else 0.0}
 
 
-def step(engine: Any, clip_grad: float | None = None) -> tuple[bool, float | None]:
-    """Ends a micro-batch; at the end of an accumulation, updates the weights unless the gradient is not finite.
-
-    Returns whether the weights moved, and the gradient's norm before clipping to `clip_grad` (None where DeepSpeed does
-    not tell).
-    """
+def step(engine: Any, clip_grad: float | None = None) -> Outcome | None:
+    """Ends a micro-batch. At the end of an accumulation it updates the weights unless the gradient is not finite, after
+    clipping it to the norm `clip_grad`, and returns what became of that; before, None."""
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
-        return False, None
+        return None
     if not _is_gated_here(engine.basic_optimizer, engine.zero_optimization_stage(), engine.bfloat16_enabled()):
         engine.step()
         norm = engine.get_global_grad_norm()
-        norm = None if norm is None else float(norm)
-        return engine.was_step_applied() and (norm is None or math.isfinite(norm)), norm
-    total = _gradient_norm(engine)
-    scale = (clip_grad / (total + 1e-6)).clamp(max=1.0) if clip_grad else None
-    engine.basic_optimizer.gate(scale, (~total.isfinite()).float())
+        norm = None if norm is None else torch.as_tensor(float(norm))
+        return Outcome(torch.as_tensor(engine.was_step_applied() and (norm is None or bool(norm.isfinite()))), norm)
+    norm = _gradient_norm(engine)
+    scale = (clip_grad / (norm + 1e-6)).clamp(max=1.0) if clip_grad else None
+    engine.basic_optimizer.gate(scale, (~norm.isfinite()).float())
     engine.step()
-    norm = float(total)
-    return math.isfinite(norm), norm
+    return Outcome(norm.isfinite(), norm)
 
 
 def _is_gated_here(optimizer: Any, stage: int, bf16: bool) -> bool:
