@@ -10,6 +10,7 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ def train(
         found: dict[str, Any] = {}
         if examining and applied:
             found |= health(done.target_BND, done.predicted_RD) | {"teacher_distance": teacher.distance()}
-            if warning := collapse_warning(found):
+            if ranks.is_first and (warning := collapse_warning(found)):
                 log.say(f"step {step}: {warning}")
         if probe and probing:
             watchdog.at(step, "evaluating")
@@ -135,7 +136,7 @@ def train(
         if stopping and not finished:
             log.say(f"stopped on request after step {step}: --resume goes on. Exit code {interrupt.STOPPED}")
             break
-        if found or saving:
+        if probing or saving:
             log.restart_clock()
 
     log.close()
@@ -221,7 +222,9 @@ def take_step(
         at(step, "computing")
         masks = masks_of(config, ranks, step, micro)
         rows = tokens(masks, config, ranks.device, whole=(step + 1) % config.logging.health_freq == 0)
-        features = teacher(batch.images, rows.teacher)
+        features: Any = partial(teacher, batch.images, rows.teacher)
+        if ranks.world_size == 1:  # else it waits for its weights, which travel behind the context encoder
+            features = features()
         output = engine(batch.images, rows.context, rows.target_MBK, features, rows.places_MBK)
         engine.backward(poison(output.losses.total))
         losses.append(Losses(*(term.detach() for term in output.losses)))
@@ -230,7 +233,7 @@ def take_step(
     assert outcome is not None  # the last micro-batch ended the step
     teacher.follow()
     kept = (rows.mean_context, rows.target_MBK.shape[-1])
-    return Step(*outcome, losses, kept, features, output.predicted_RD, files)
+    return Step(*outcome, losses, kept, output.h_BUD, output.predicted_RD, files)
 
 
 def arguments() -> argparse.Namespace:

@@ -29,7 +29,7 @@ ANYWHERE = [
     case("sdpa", "cuda", torch.bfloat16),
     case("flash_attn", "cuda", torch.bfloat16, FLASH),
 ]
-OF_ONE_LENGTH = [*ANYWHERE, case("xformers", "cuda", torch.bfloat16, ("xformers",))]
+OF_ONE_LENGTH = [*ANYWHERE, case("xformers", "cuda", torch.bfloat16, ("xformers.ops",))]
 END_TO_END = [*ANYWHERE, case("sdpa", "cuda", torch.float32)]
 
 
@@ -66,6 +66,7 @@ def inputs_of(Kq: int, K: int, H: int, C: int, device: str, dtype: torch.dtype, 
 
 @pytest.mark.parametrize(("backend", "device", "dtype", "tolerance"), OF_ONE_LENGTH)
 def test_sequences_of_one_length(backend: str, device: str, dtype: torch.dtype, tolerance: float) -> None:
+    require(backend)
     for C in HEAD_DIMS:
         q, dy, k, v = inputs_of(random.randint(1, 9), random.randint(1, 19), 3, C, device, dtype, lead=(2,))
         fast = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -76,6 +77,7 @@ def test_sequences_of_one_length(backend: str, device: str, dtype: torch.dtype, 
 
 @pytest.mark.parametrize(("backend", "device", "dtype", "tolerance"), END_TO_END)
 def test_sequences_end_to_end(backend: str, device: str, dtype: torch.dtype, tolerance: float) -> None:
+    require(backend)
     for C in HEAD_DIMS:
         S = random.randint(1, 5)
         asking, asked = ([random.randint(1, n) for _ in range(S)] for n in (7, 40))
@@ -97,7 +99,7 @@ def test_means_of_sequences() -> None:
     torch.testing.assert_close(torch.autograd.grad(got, x, dy)[0], torch.autograd.grad(wanted, x, dy)[0])
 
 
-@pytest.mark.parametrize(("backend", "package"), [("flash_attn", FLASH), ("xformers", ("xformers",))])
+@pytest.mark.parametrize(("backend", "package"), [("flash_attn", FLASH), ("xformers", ("xformers.ops",))])
 def test_a_backend_that_is_missing_is_asked_for(backend: str, package: tuple[str, ...]) -> None:
     if any(map(_installed, package)):
         require(backend)

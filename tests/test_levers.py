@@ -2,23 +2,30 @@
 
 import copy
 import random
+import traceback
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train
+from jepa import distributed, zero
 from jepa.config import ConfigError
+from jepa.data import Batch
 from jepa.masks import sample_masks
 from jepa.objective import JepaModel
+from jepa.schedules import Pace, Schedules
 from jepa.tokens import tokens
 from jepa.vit import Block, VisionTransformer, compile_blocks
-from small import small_config
+from small import run_ranks, small_config
 
+CPU = torch.device("cpu")
 MODES = ("mask.mode=unbiased", "mask.mode=packed")
 DEPTHS = ("meta.pred_depth=3", "loss.beta_vicreg=1.0")
 Step = tuple[Tensor, Tensor]
@@ -208,6 +215,43 @@ def test_nothing_in_a_step_asks_for_a_value(mode: str, where: str) -> None:
             features = teacher(pixels, rows=groups)
         model(pixels, contexts, target, features, places).losses.total.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+class Reads(TorchDispatchMode):
+    """Notes every tensor whose value the host asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append("".join(traceback.format_stack(limit=6)))
+        return op(*args, **(kwargs or {}))
+
+
+def whole_steps(stage: int, bf16: bool, clip: str) -> list[str]:
+    """Where the host reads a value in a step of the run itself: data apart, from the masks to the teacher."""
+    config = small_config(f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}", f"optimization.clip_grad={clip}")
+    ranks = distributed.Ranks(dist.get_rank(), dist.get_world_size(), CPU, dist.HashStore(), dist.group.WORLD)
+    engine, teacher = train.start_model(config, CPU)
+    pace = Pace(Schedules(config, 10), 0, 9, zero.pacemaker(engine, CPU))
+    made = {step: tokens(train.masks_of(config, ranks, step, 0), config, CPU) for step in range(3)}
+    train.masks_of, train.tokens = (lambda config, ranks, step, micro: step), (lambda step, *_, **__: made[step])
+    with Reads() as reads:
+        for step in range(3):
+            zero.schedule(engine, pace.next())
+            batches = iter([(step, 0, Batch(images(4), []))])
+            pace.count(train.take_step(config, ranks, engine, teacher, batches, step).applied)
+    return [where for where in reads.found if "in check_index" not in where]  # which on a GPU does not read
+
+
+@pytest.mark.parametrize("clip", ["null", "0.5"])
+@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (1, True), (2, True)])
+def test_no_step_waits_for_the_device(stage: int, bf16: bool, clip: str) -> None:
+    """Two ranks. The masks are made on the CPU, and read there."""
+    for found in run_ranks(2, whole_steps, stage, bf16, clip):
+        assert not found, found[0]
 
 
 class Casts(TorchDispatchMode):

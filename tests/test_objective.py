@@ -75,6 +75,17 @@ def test_losses_are_the_paper_s(overrides: tuple[str, ...]) -> None:
             assert float((a - b).norm()) < 1e-5 * scale, name
 
 
+def test_features_may_be_made_when_they_are_needed() -> None:
+    """That is after the predictions; with two context masks, once. No bit of the loss depends on it."""
+    overrides = ("mask.num_enc_masks=2",)
+    model, (pixels, context, target, h) = general_model(*overrides), batch(4, *overrides)
+    happened = []
+    model.predictor.register_forward_hook(lambda *_: happened.append("predicted"))
+    later = model(pixels, context, target, lambda: happened.append("features") or h)
+    assert happened == ["predicted", "predicted", "features"] and later.h_BUD is h
+    assert [x.item() for x in later.losses] == [x.item() for x in model(pixels, context, target, h).losses]
+
+
 def test_cosine_of_equal_and_opposite_blocks() -> None:
     row = torch.randn(5, 1, 7)
     assert float(mean_pairwise_cosine(row.expand(-1, 4, -1))) == pytest.approx(1, abs=1e-6)

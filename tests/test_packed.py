@@ -8,9 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jepa.masks import Masks, sample_masks
+from jepa.config import ConfigError
+from jepa.distributed import Ranks
+from jepa.masks import Masks, sample_masks, thin
 from jepa.objective import JepaModel, Losses
-from jepa.tokens import Ragged, pack, target_rows, tokens
+from jepa.replay import masks_of
+from jepa.tokens import ROUNDING, Ragged, pack, target_rows, tokens
 from plain import MEAN, STD, criterion, embedded, encoded, predicted
 from small import run_ranks, small_config
 
@@ -36,7 +39,8 @@ def draw(images: int, *overrides: str) -> tuple[Tensor, Masks, Tensor]:
 def layout(masks: Masks, pad: bool) -> list[Ragged]:
     assert masks.lengths is not None
     parts = masks.context.split(masks.lengths.sum(1).tolist())
-    return [pack(part, n, masks.target, 64, pad=pad) for part, n in zip(parts, masks.lengths, strict=True)]
+    unit = -(-64 * masks.target.shape[1] // ROUNDING) if pad else 0
+    return [pack(part, n, masks.target, 64, unit) for part, n in zip(parts, masks.lengths, strict=True)]
 
 
 def wanted_losses(model: JepaModel, pixels: Tensor, masks: Masks, h: Tensor) -> Losses:
@@ -110,6 +114,62 @@ def test_every_patch_is_in_the_layout_once(pad: bool) -> None:
             assert 1 <= begin[-1] - begin[-2] <= -(-64 * B // 128) and begin[-1] % -(-64 * B // 128) == 0
         source = torch.arange(len(ragged.order_R))
         assert torch.equal(source[ragged.order_R][ragged.back_R], source)
+
+
+def test_a_budget_is_always_filled_and_never_exceeded() -> None:
+    """Contexts of one size are made, and thinned where they were larger: at random, and only as far as needed."""
+    sizes = set()
+    for share in (0.25, 0.4, 0.9):
+        config = small_config(*PACKED, f"mask.token_budget={share}", "data.batch_size=6", "mask.num_enc_masks=2")
+        assert config.token_budget == round(share * 6 * 64)
+        for step in range(20):
+            whole, ranks = sample_masks(config.mask_spec, seed=0, step=step, first=0, batch=6), alone()
+            masks = masks_of(config, ranks, step, 0)
+            assert torch.equal(masks.context, masks_of(config, ranks, step, 0).context)
+            pairs = zip(by_image(whole), by_image(masks), strict=True)
+            assert all(
+                set(kept) <= set(drawn) and kept == sorted(kept) and kept[0] == drawn[0] for drawn, kept in pairs
+            )
+            assert masks.lengths is not None and whole.lengths is not None
+            for drawn, kept in zip(whole.lengths.sum(1).tolist(), masks.lengths.sum(1).tolist(), strict=True):
+                assert kept == min(drawn, config.token_budget - 1)
+                sizes.add("cut" if kept < drawn else "whole")
+            rows = tokens(masks, config, CPU)
+            assert isinstance(rows.context, list)
+            assert {len(one.patch_T) for one in rows.context} == {config.token_budget}
+    assert sizes == {"cut", "whole"}
+
+
+def test_patches_are_thinned_evenly() -> None:
+    """Whatever image they are of and wherever they lie in it, but for an image's first."""
+    lengths, most, draws = torch.tensor([[9, 4, 12]]), 15, 3000
+    masks = Masks(torch.cat([torch.arange(n) for n in lengths[0].tolist()]), torch.zeros(1, 3, 1), lengths)
+    left = torch.zeros(25)
+    for step in range(draws):
+        thinned = thin(masks, most, seed=int(torch.randint(2**40, ())), step=step, first=0)
+        assert thinned.lengths is not None and len(thinned.context) == most
+        owner = torch.arange(3).repeat_interleave(thinned.lengths[0])
+        left[torch.tensor([0, 9, 13])[owner] + thinned.context] += 1
+    always, others = torch.tensor([0, 9, 13]), torch.ones(25, dtype=torch.bool)
+    others[always] = False
+    p = (most - 3) / 22
+    assert left[always].tolist() == [draws] * 3
+    assert float((left[others] - draws * p).abs().max()) < 5 * (draws * p * (1 - p)) ** 0.5
+
+
+def test_a_budget_that_cannot_be_kept_is_refused() -> None:
+    for words in (("mask.mode=packed", "mask.token_budget=0.01"), ("mask.token_budget=0.5",)):
+        with pytest.raises(ConfigError, match=r"mask\.token_budget"):
+            small_config(*words)
+
+
+def alone() -> Ranks:
+    return Ranks(0, 1, CPU, dist.HashStore(), None)  # type: ignore[arg-type]
+
+
+def by_image(masks: Masks) -> list[list[int]]:
+    assert masks.lengths is not None
+    return [part.tolist() for part in masks.context.split(masks.lengths.flatten().tolist())]
 
 
 def test_rows_of_the_targets() -> None:

@@ -5,9 +5,10 @@ import math
 import random
 
 import pytest
+import torch
 
 from jepa.config import Config, parse_config
-from jepa.schedules import Schedules
+from jepa.schedules import Pace, Schedules
 
 
 def config(**optimization: object) -> Config:
@@ -98,3 +99,15 @@ def test_stopping_early_does_not_change_the_curves() -> None:
 def test_an_epoch_without_a_step_is_refused() -> None:
     with pytest.raises(ValueError, match="steps_per_epoch is 0"):
         Schedules(config(epochs=1, warmup=0), 0)
+
+
+def test_the_pace_follows_the_steps_that_were_applied() -> None:
+    schedules = Schedules(config(epochs=4, warmup=1.5, lr=1e-3, start_lr=1e-4), 10)
+    applied, steps = random.randrange(10), 25
+    pace = Pace(schedules, applied, steps, torch.device("cpu"))
+    for _ in range(steps):
+        wanted = [schedules.lr(applied), schedules.weight_decay(applied), schedules.momentum(applied)]
+        assert pace.next().tolist() == wanted
+        moved = random.random() < 0.7
+        applied += moved
+        pace.count(torch.tensor(moved))

@@ -9,7 +9,6 @@ Legend: B sequences of K tokens (Kq of them queries); S sequences end to end, T 
 
 import importlib
 import importlib.util
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +21,14 @@ from jepa_kernels import gather_tokens
 from .config import ConfigError
 
 FLASH = ("flash_attn.cute", "flash_attn_interface", "flash_attn")  # FlashAttention 4, 3, 2
+FROM_HOPPER_ON = FLASH[:2]
 HOW_TO_GET = {
     "flash_attn": "pip install flash-attn-4 (from Hopper on), or build flash-attn 2 or 3 from its sources",
     "xformers": "pip install xformers",
 }
+_modules: dict[
+    str, Any
+] = {}  # of the backends in use, by name: an import inside a compiled block would break its graph
 
 
 class Sequences(NamedTuple):
@@ -47,16 +50,18 @@ class Sequences(NamedTuple):
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory, so that nobody waits for a GPU's copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """From pinned memory, so that nobody waits for a GPU's copy. (One with gaps would be copied out of it first.)"""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
     """softmax(q k / sqrt(C)) v of every head; q [B, Kq, H, C], k and v [B, K, H, C] -> [B, Kq, H, C]."""
     if backend == "flash_attn":
-        return _output(_flash().flash_attn_func(q, k, v))
+        return _output(_modules["flash_attn"].flash_attn_func(q, k, v))
     if backend == "xformers":
-        return _xformers().memory_efficient_attention(q, k, v)
+        return _modules["xformers"].memory_efficient_attention(q, k, v)
     return _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, backend).transpose(1, 2)
 
 
@@ -69,7 +74,7 @@ def attend_packed(
     """
     if backend == "flash_attn":
         return _output(
-            _flash().flash_attn_varlen_func(
+            _modules["flash_attn"].flash_attn_varlen_func(
                 q,
                 k,
                 v,
@@ -115,10 +120,15 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Se
 
 
 def require(backend: str) -> None:
-    """Raises ConfigError, which says how to get it, where a backend is not installed."""
-    names = {"flash_attn": FLASH, "xformers": ("xformers",)}.get(backend, ())
-    if names and not any(_installed(name) for name in names):
-        raise ConfigError([f"engine.attention = {backend!r}: not installed; {HOW_TO_GET[backend]}, or give sdpa"])
+    """Makes a backend ready. Raises ConfigError, which says how to get it, where it is not installed."""
+    names = {"flash_attn": FLASH, "xformers": ("xformers.ops",)}.get(backend, ())
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        names = tuple(name for name in names if name not in FROM_HOPPER_ON)
+    if names and backend not in _modules:
+        here = next((name for name in names if _installed(name)), None)
+        if here is None:
+            raise ConfigError([f"engine.attention = {backend!r}: not installed; {HOW_TO_GET[backend]}, or give sdpa"])
+        _modules[backend] = importlib.import_module(here)
 
 
 def _installed(name: str) -> bool:
@@ -126,16 +136,6 @@ def _installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # of the package that it would be in
         return False
-
-
-@cache
-def _flash() -> Any:
-    return importlib.import_module(next(name for name in FLASH if _installed(name)))
-
-
-@cache
-def _xformers() -> Any:
-    return importlib.import_module("xformers.ops")
 
 
 def _output(result: Any) -> Tensor:

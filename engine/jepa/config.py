@@ -165,6 +165,8 @@ class Mask(_Section):
     mode: Literal["reference", "unbiased", "packed"] = "reference"
     cut: Literal["rank", "global"] | None = None  # contexts as long as the shortest of the rank's micro-batch, or of
     # the step's global batch: then no number of ranks changes them. null: rank in mode reference, else global
+    token_budget: Annotated[Share, Field(gt=0)] | None = None  # packed: every micro-batch's contexts take up this
+    # share of its patches, filled up with padding, and thinned at random where they are larger; null: as they come
     num_enc_masks: Natural = 1
     num_pred_masks: Natural = 4
     enc_mask_scale: ScaleRange = (0.85, 1.0)  # area of a context block, as a share of the image
@@ -219,6 +221,7 @@ class Engine(_Section):
     max_skipped: Natural = 10  # steps skipped in a row (a gradient that is not finite) before the run stops
     timeout_minutes: Positive = 30.0  # without a sign of life of a rank, or a move of any, before the others stop
     attention: Literal["sdpa", "math", "flash_attn", "xformers"] = "sdpa"
+    overlap_comm: bool = False  # ZeRO 1 and 2: gradients are reduced beside the backward, for one host wait a step
     compile: bool | None = None  # the blocks, by torch.compile; null: on a GPU, where ZeRO's stage is below 3
     activation_checkpointing: bool = False  # blocks are computed again in the backward instead of kept
     dead_compute: bool = False  # compute what no loss reads as well; no result changes
@@ -294,12 +297,18 @@ class Config(_Section):
 
     @property
     def mask_spec(self) -> MaskSpec:
-        return MaskSpec(self.grid, self.grid, **self.mask.model_dump(exclude={"patch_size", "cut"}))
+        return MaskSpec(self.grid, self.grid, **self.mask.model_dump(exclude={"patch_size", "cut", "token_budget"}))
 
     @property
     def cut(self) -> Literal["rank", "global"]:
         """Whose shortest context all are cut to; see `Mask.cut`."""
         return self.mask.cut or ("rank" if self.mask.mode == "reference" else "global")
+
+    @property
+    def token_budget(self) -> int | None:
+        """Rows of a micro-batch's packed contexts; see `Mask.token_budget`."""
+        share = self.mask.token_budget
+        return None if share is None else round(share * self.data.batch_size * self.grid**2)
 
     @property
     def precision(self) -> Literal["bf16", "fp32"]:
@@ -341,7 +350,7 @@ class Config(_Section):
         """
         micro, accumulation, total = self.batch(world_size)
         law: dict[str, int | str] = {"engine.seed": self.engine.seed, "global batch": total, "mask.cut": self.cut}
-        if self.cut == "rank":
+        if self.cut == "rank" or self.token_budget:
             law["data.batch_size"] = micro
         if self.has_projector:
             law["accumulation"] = accumulation
@@ -568,6 +577,10 @@ def _conflicts(c: Config) -> Iterator[tuple[str, str]]:
         yield "engine.global_batch_size", f"must be a multiple of data.batch_size x accumulation = {unit}"
     if c.loss.objective == "cjepa" and c.loss.vicreg_on == "predictions" and c.mask.num_pred_masks < 2:
         yield "mask.num_pred_masks", "must be at least 2: C-JEPA compares an image's blocks"
+    if c.token_budget is not None and c.mask.mode != "packed":
+        yield "mask.token_budget", "must be null: only mask.mode packed has contexts of unequal length"
+    elif c.token_budget is not None and c.token_budget <= c.data.batch_size:
+        yield "mask.token_budget", f"leaves {c.token_budget} rows for the contexts of {c.data.batch_size} images"
     if c.engine.compile and c.engine.zero_stage == 3:
         yield "engine.compile", "does not go with engine.zero_stage 3, which swaps weights in and out of a block"
     if c.engine.attention == "flash_attn" and (c.precision == "fp32" or c.engine.device == "cpu"):
@@ -615,6 +628,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.engine.zero_stage}
     if config.engine.zero_stage:
         zero |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+        zero |= {"overlap_comm": config.engine.overlap_comm} if config.engine.zero_stage < 3 else {}
     if config.engine.zero_stage == 3:
         zero |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE}
     return {

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ MODES = ("reference", "unbiased", "packed")
 TRIES = 20  # places tried for a context before one more target may overlap it
 MAX_SIDE = MAX_BLOCKS = 1024
 MAX_IMAGES = 2**32  # the image's index is one word of the counter
-SIZES, PLACES, CUTS = range(3)  # streams of random words
+SIZES, PLACES, CUTS, THIN = range(4)  # streams of random words
 
 Size = tuple[int, int]
 
@@ -120,6 +121,28 @@ def sample_masks_ref(
 ) -> Masks:
     """`sample_masks` by its specification, in plain Python: the same bits, hundreds of times slower."""
     return _sample(_sample_ref, spec, seed, step, first, batch, cut)
+
+
+def thin(masks: Masks, most: int, *, seed: int, step: int, first: int) -> Masks:
+    """Packed masks whose contexts have at most `most` patches in all, for each of the E context masks.
+
+    What is too much is left out at random among the patches of all images, but never an image's first. A function of
+    (seed, step, first) and the masks. Raises ValueError where `most` is less than a patch an image.
+    """
+    assert masks.lengths is not None
+    if most < masks.lengths.shape[1]:
+        raise ValueError(f"most is {most}; it must be at least {masks.lengths.shape[1]}, a patch for each image")
+    parts, lengths = masks.context.split(masks.lengths.sum(1).tolist()), masks.lengths.clone()
+    contexts = []
+    for e, part in enumerate(parts):
+        owner = torch.arange(lengths.shape[1]).repeat_interleave(lengths[e])
+        words = np.random.Philox(key=[seed, step], counter=[0, first, e, THIN]).random_raw(len(part)) >> 1
+        places = torch.from_numpy(words.astype(np.int64))
+        places[lengths[e].cumsum(0) - lengths[e]] = -1
+        kept = places.argsort(stable=True)[:most].sort().values
+        contexts.append(part[kept])
+        lengths[e] = owner[kept].bincount(minlength=lengths.shape[1])
+    return Masks(torch.cat(contexts), masks.target, lengths)
 
 
 def block_sizes(spec: MaskSpec, *, seed: int, step: int) -> tuple[Size, Size]:

@@ -35,7 +35,9 @@ def effective_rank(x_RD: Tensor) -> float:
 
     Between 1 (all rows on a line) and min(R - 1, D). Centred: the mean of a network's features would hide the rest.
     """
-    values = torch.linalg.svdvals(x_RD.double() - x_RD.double().mean(0))
+    x = x_RD.double() - x_RD.double().mean(0)
+    products = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T  # their eigenvalues are the squares, at a tenth the work
+    values = torch.linalg.eigvalsh(products).clamp_min(0).sqrt()
     share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return float(torch.exp(-torch.special.xlogy(share, share).sum()))
 
@@ -62,18 +64,22 @@ def feature_health(x_RD: Tensor) -> dict[str, float]:
 
 
 def all_rows(x_RD: Tensor) -> Tensor:
-    """The rows of all ranks, at most 4096 of them, fp32 on the CPU."""
+    """The rows of all ranks, at most 4096 of them, fp32 on the device."""
     rows = x_RD.detach().float()[: max(2, MAX_ROWS // dist.get_world_size())].contiguous()
     gathered = torch.empty(dist.get_world_size() * len(rows), rows.shape[1], device=rows.device)
     dist.all_gather_into_tensor(gathered, rows)
-    return gathered.cpu()
+    return gathered
 
 
 def health(target_BND: Tensor, predicted_RD: Tensor) -> dict[str, float]:
-    """`feature_health` of the images' mean target features and of the predicted blocks, over all ranks' images."""
+    """`feature_health` of the images' mean target features and of the predicted blocks, over all ranks' images.
+
+    Every rank calls it; the first one works it out, and the others get nothing.
+    """
     found: dict[str, float] = {}
     for name, rows in (("target", all_rows(target_BND.mean(1))), ("pred", all_rows(predicted_RD))):
-        found |= {f"{name}_{key}": value for key, value in feature_health(rows).items()}
+        if dist.get_rank() == 0:
+            found |= {f"{name}_{key}": value for key, value in feature_health(rows).items()}
     return found
 
 

@@ -8,7 +8,7 @@ through a projector, and VICReg's terms are taken over all pairs of blocks, with
 Legend: B images, M target blocks, Kc/Kt kept patches of the context and of a target, N patches, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,8 @@ class Output(NamedTuple):
     losses: Losses
     predicted_RD: Tensor
     """The predicted blocks' means over their patches, one row a block and image, detached."""
+    h_BUD: Tensor
+    """The target features that were given."""
 
 
 def world_group() -> dist.ProcessGroup | None:
@@ -129,30 +131,31 @@ class JepaModel(nn.Module):
         images: Tensor,
         contexts: Tensor | Sequence[Ragged],
         target_MBK: Tensor,
-        h_BUD: Tensor,
+        features: Tensor | Callable[[], Tensor],
         places_MBK: Tensor | None = None,
     ) -> Output:
-        """uint8 images, int64 indices of E context and M target blocks, and the target encoder's output for the images.
+        """uint8 images, int64 indices of E context and M target blocks, and the target encoder's output h [B, U, D] for
+        the images, or what makes it: that is called when the predictions are made, and h is needed.
 
-        Contexts are [E, B, Kc], or E packed ones. `places_MBK`: where the targets' rows lie in `h_BUD`, if that does
-        not hold all N in order. With several context masks the loss is the mean over them.
+        Contexts are [E, B, Kc], or E packed ones. `places_MBK`: where the targets' rows lie in h, if that does not hold
+        all N in order. With several context masks the loss is the mean over them.
         """
         places = target_MBK if places_MBK is None else places_MBK
-        parts = [self._one_context(images, context, target_MBK, h_BUD, places) for context in contexts]
-        losses = Losses(*(torch.stack(terms).mean(0) for terms in zip(*(p.losses for p in parts), strict=True)))
-        return Output(losses, torch.cat([p.predicted_RD for p in parts]))
+        seen = [self.encoder(images, context) for context in contexts]
+        predicted = [self.predictor(z, context, target_MBK) for z, context in zip(seen, contexts, strict=True)]
+        h_BUD = features() if callable(features) else features
+        every = zip(contexts, seen, predicted, strict=True)
+        each = [self._losses(context, z, p_RKD, h_BUD, places) for context, z, p_RKD in every]
+        losses = Losses(*(torch.stack(terms).mean(0) for terms in zip(*each, strict=True)))
+        return Output(losses, torch.cat([p_RKD.detach().mean(1) for p_RKD in predicted]), h_BUD)
 
-    def _one_context(
-        self, images: Tensor, context: Tensor | Ragged, target_MBK: Tensor, h_BUD: Tensor, places_MBK: Tensor
-    ) -> Output:
-        M, B, _ = target_MBK.shape
-        z = self.encoder(images, context)
-        p_RKD = self.predictor(z, context, target_MBK)
+    def _losses(self, context: Tensor | Ragged, z: Tensor, p_RKD: Tensor, h_BUD: Tensor, places_MBK: Tensor) -> Losses:
+        """Of one context mask: its encoded patches z, its predictions."""
+        M, B, _ = places_MBK.shape
         jepa = prediction_loss(p_RKD, h_BUD, places_MBK)
-        pooled_RD = p_RKD.mean(1)
         total, (sim, std, cov) = jepa, (jepa.new_zeros(()) for _ in range(3))
         if self.loss.objective == "cjepa":
-            pooled_BMD = pooled_RD.view(M, B, -1).transpose(0, 1)
+            pooled_BMD = p_RKD.mean(1).view(M, B, -1).transpose(0, 1)
             if self.projector is None:
                 sim = mean_pairwise_cosine(pooled_BMD)
                 total = jepa - self.loss.beta_vicreg * sim
@@ -164,8 +167,7 @@ class JepaModel(nn.Module):
                     sim, std, cov = self._vicreg(pooled_BMD)
                 weighted = self.loss.beta_sim * sim + self.loss.beta_std * std + self.loss.beta_cov * cov
                 total = jepa + self.loss.beta_vicreg * weighted
-        terms = (term.detach() for term in (jepa, sim, std, cov))
-        return Output(Losses(total, *terms), pooled_RD.detach())
+        return Losses(total, *(term.detach() for term in (jepa, sim, std, cov)))
 
     def _vicreg(self, views_BMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Algorithm 1: the views are the predicted blocks."""

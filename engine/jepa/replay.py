@@ -17,7 +17,7 @@ from .checkpoint import CheckpointError, Reader, candidates, find_whole, read_st
 from .config import Config
 from .data import Loader
 from .distributed import Ranks
-from .masks import Masks, sample_masks
+from .masks import Masks, sample_masks, thin
 from .objective import JepaModel, Losses
 from .tokens import tokens
 from .vit import build_encoder
@@ -32,8 +32,10 @@ def masks_of(config: Config, ranks: Ranks, step: int, micro: int) -> Masks:
     """The masks of this rank's `micro`-th micro-batch of a step."""
     batch, _, whole = config.batch(ranks.world_size)
     first = (micro * ranks.world_size + ranks.rank) * batch
-    cut = (0, whole) if config.cut == "global" else None
-    return sample_masks(config.mask_spec, seed=config.engine.seed, step=step, first=first, batch=batch, cut=cut)
+    cut, seed = (0, whole) if config.cut == "global" else None, config.engine.seed
+    masks = sample_masks(config.mask_spec, seed=seed, step=step, first=first, batch=batch, cut=cut)
+    budget = config.token_budget  # of which a row is padding, if only one
+    return masks if budget is None else thin(masks, budget - 1, seed=seed, step=step, first=first)
 
 
 def blame(losses: list[Losses], files: list[str]) -> dict[str, Any]:

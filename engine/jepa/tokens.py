@@ -20,9 +20,9 @@ class Ragged(NamedTuple):
     """The contexts of B images end to end, as many patches of each as there are; nothing is cut and nothing repeated.
 
     On a GPU one more image is made of padding, so that T comes in few sizes and memory is found again: it costs at most
-    1/128 of the batch's patches (and one more image's targets in the predictor), where padding to a fixed bound, the
-    largest context that the masks can leave, would cost as much as the contexts themselves. Padding attends to itself
-    alone and reaches no loss, so that it has no gradient. S is B, or B + 1 with the padding.
+    1/128 of the batch's patches (and one more image's targets in the predictor). With `mask.token_budget` it fills up
+    to the budget, and T is one number. Padding attends to itself alone and reaches no loss, so that it has no gradient.
+    S is B, or B + 1 with the padding.
     """
 
     patch_T: Tensor
@@ -69,9 +69,9 @@ def tokens(masks: Masks, config: Config, device: torch.device, *, whole: bool = 
     if masks.lengths is None:
         context = to_device(masks.context, device)
     else:
-        pad = device.type == "cuda"
-        parts = masks.context.split(masks.lengths.sum(1).tolist())
-        ragged = [pack(part, n, target, N, pad=pad) for part, n in zip(parts, masks.lengths, strict=True)]
+        parts, budget = masks.context.split(masks.lengths.sum(1).tolist()), config.token_budget
+        unit = budget or (-(-target.shape[1] * N // ROUNDING) if device.type == "cuda" else 0)
+        ragged = [pack(part, n, target, N, unit) for part, n in zip(parts, masks.lengths, strict=True)]
         context = [one.to(device) for one in ragged]
     mean = masks.context.numel() // (config.mask.num_enc_masks * target.shape[1])
     on_device = to_device(target, device)
@@ -101,13 +101,15 @@ def target_rows(target_MBK: Tensor, N: int) -> tuple[Tensor, Tensor, int]:
     return order, place.gather(1, flat).view(B, M, Kt).transpose(0, 1).contiguous(), int(count.max())
 
 
-def pack(context_T: Tensor, lengths_B: Tensor, target_MBK: Tensor, N: int, *, pad: bool) -> Ragged:
-    """One context mask of the sampler's packed masks: int64 patches end to end, and the number of each image's."""
+def pack(context_T: Tensor, lengths_B: Tensor, target_MBK: Tensor, N: int, unit: int = 0) -> Ragged:
+    """One context mask of the sampler's packed masks: int64 patches end to end, and the number of each image's.
+
+    `unit`: at least one row of padding, to a multiple of so many rows; 0: none.
+    """
     M, B, Kt = target_MBK.shape
     patch = context_T + N * torch.arange(B).repeat_interleave(lengths_B)
     lengths = lengths_B
-    if pad:
-        unit = -(-B * N // ROUNDING)
+    if unit:
         missing = unit - len(patch) % unit
         patch, lengths = F.pad(patch, (0, missing)), F.pad(lengths, (0, 1), value=missing)
     S, T = len(lengths), len(patch)
