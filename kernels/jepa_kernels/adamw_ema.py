@@ -166,7 +166,10 @@ class AdamWEMA(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         copies = [self._copies.get(p, (None, None)) for p in params]
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float().reshape(()))
+        if found_inf is None:
+            torch._foreach_add_(steps, 1.0)
+        else:
+            torch._foreach_add_(steps, [(found_inf == 0).float().reshape(())] * len(steps))
         weight_copies = [weight for weight, _ in copies if weight is not None]
         ema_copies = [ema for _, ema in copies if ema is not None]
         emas = [state["ema"] for state in states] if group["ema"] else []
