@@ -8,20 +8,37 @@ from dataclasses import dataclass
 
 import torch
 
-from jepa import masks
-from jepa.config import Config, parse_config
+from jepa import masks, vit
+from jepa.attention import require
+from jepa.config import Config, ConfigError, parse_config
+from jepa.distributed import Ranks
+from jepa.optimizer import foreign
 
 OPS = ("patchify", "gather", "predictor_tokens", "prediction_loss", "vicreg")
 
 
+@contextlib.contextmanager
+def apart(_device: torch.device) -> Iterator[None]:
+    """The predictor's first block on whole sequences, each with a context of its own."""
+    vit.Predictor.shares_context = False
+    try:
+        yield
+    finally:
+        vit.Predictor.shares_context = True
+
+
 @dataclass(frozen=True)
 class Lever:
-    """`overrides` of the config take it away, or `without`, a context in which a step runs without it."""
+    """`overrides` of the config move it, or `context`, in which a step then runs.
+
+    `mode`: which of throughput.py's modes it shows in. `same`: whether losses stay what they were.
+    """
 
     what: str
     overrides: tuple[str, ...] = ()
-    without: Callable[[torch.device], contextlib.AbstractContextManager[None]] | None = None
+    context: Callable[[torch.device], contextlib.AbstractContextManager[None]] | None = None
     mode: str = "model"
+    same: bool = True
 
 
 @contextlib.contextmanager
@@ -56,29 +73,62 @@ def specification(_device: torch.device) -> Iterator[None]:
         library._destroy()
 
 
+# What the engine does, to be taken away.
 LEVERS = {
     "optimizer": Lever(
         "AdamW, average and teacher's weights in one pass; without: torch's fused AdamW, then the average",
         ("engine.optimizer=torch",),
     ),
-    "kernels": Lever("the ops of jepa_kernels; without: their definitions in plain PyTorch", without=references),
-    "sampler": Lever("masks drawn by C++; without: by their specification in Python", without=specification),
+    "kernels": Lever("the ops of jepa_kernels; without: their definitions in plain PyTorch", context=references),
+    "sampler": Lever("masks drawn by C++; without: by their specification in Python", context=specification),
     "prefetch": Lever("batches made ready ahead; without: when they are asked for", mode="train"),
     "compile": Lever("torch.compile; without: eager", ("engine.compile=false",)),
     "attention": Lever("attention that is not materialised; without: plain products", ("engine.attention=math",)),
     "dead_compute": Lever("rows that no loss reads are left out; without: computed", ("engine.dead_compute=true",)),
+    "shared_context": Lever(
+        "keys and values of a context made once for all blocks; without: once for each", context=apart
+    ),
+}
+# What it can do as well, to be added.
+EXTRAS = {
+    "checkpointing": Lever("blocks computed again in the backward", ("engine.activation_checkpointing=true",)),
+    "overlap_comm": Lever("gradients reduced beside the backward", ("engine.overlap_comm=true",)),
+    "global_cut": Lever("contexts of one length on all ranks", ("mask.cut=global",), same=False),
+    "packed": Lever("contexts of unequal length, nothing cut", ("mask.mode=packed",), same=False),
+    "flash_attn": Lever("FlashAttention 4, 3 or 2", ("engine.attention=flash_attn",)),
+    "xformers": Lever("xformers' attention", ("engine.attention=xformers",)),
+    "deepspeed_adam": Lever("DeepSpeed's FusedAdam, then the average", ("engine.optimizer=deepspeed",)),
+    "apex_adam": Lever("apex's FusedAdam, then the average", ("engine.optimizer=apex",)),
 }
 
 
-def switchable(config: Config, mode: str, device_type: str) -> dict[str, Lever]:
+def switchable(config: Config, mode: str, ranks: Ranks) -> dict[str, Lever]:
     """The levers that this config has on, on this kind of device, and `mode` exercises."""
-    off = {"compile": not config.compiles(device_type)}
+    off = {"compile": not config.compiles(ranks.device.type)}
     return {
         name: lever
         for name, lever in LEVERS.items()
-        if lever.mode == mode and not off.get(name, bool(lever.overrides) and without(config, [lever]) == config)
+        if lever.mode == mode and not off.get(name, bool(lever.overrides) and changed(config, [lever]) == config)
     }
 
 
-def without(config: Config, levers: list[Lever]) -> Config:
+def addable(config: Config, ranks: Ranks) -> dict[str, Lever]:
+    """The extras that this config does not have on, that make a difference here, and whose packages are installed."""
+    idle = {"overlap_comm"} if ranks.world_size == 1 or config.engine.zero_stage not in (1, 2) else set()
+    idle |= {"global_cut"} if ranks.world_size == 1 or config.cut == "global" else set()
+    return {name: lever for name, lever in EXTRAS.items() if name not in idle and _is_new_here(config, lever, ranks)}
+
+
+def _is_new_here(config: Config, lever: Lever, ranks: Ranks) -> bool:
+    try:
+        moved = changed(config, [lever])
+        require(moved.engine.attention)
+        if moved.engine.optimizer in ("deepspeed", "apex"):
+            foreign(moved.engine.optimizer, ranks.device)
+    except ConfigError:
+        return False
+    return moved != config and (moved.engine.attention == config.engine.attention or ranks.device.type == "cuda")
+
+
+def changed(config: Config, levers: list[Lever]) -> Config:
     return parse_config(config.model_dump(), [override for lever in levers for override in lever.overrides])

@@ -6,78 +6,133 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import jepa_kernels
 from jepa import distributed, masks, zero
 from jepa.budget import memory_per_rank
-from jepa.config import parse_config
-from small import MAPPING, run_ranks
+from jepa.config import ConfigError, parse_config
+from processes import write_config, write_images
+from small import run_ranks, small_config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import levers
 import machine
+import runners
 import scaling
 import throughput
 
 WARMUP, STEPS, BATCH = 2, 4, 3
+CHECKOUT = os.environ.get("IJEPA_CHECKOUT")  # of facebookresearch/ijepa: its step is then a contender too
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("throughput")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(MAPPING))
-    words = ["--config", folder / "tiny.yaml", "--device", "cpu", "--steps", STEPS, "--warmup", WARMUP]
-    words += ["--without", "all", "--out", folder / "out", f"data.batch_size={BATCH}"]
+    config = write_config(folder / "tiny.yaml", write_images(folder / "images"))
+    words = ["--config", config, "--device", "cpu", "--steps", STEPS, "--warmup", WARMUP, "--out", folder / "out"]
+    words += ["--without", "all", "--with", "all", *(w for mode in throughput.MODES for w in ("--mode", mode))]
+    words += [f"data.batch_size={BATCH}"]
+    if CHECKOUT:
+        words += ["--against", f"reference={CHECKOUT}", "loss.objective=ijepa"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET"):
         environment.pop(name, None)
     command = [sys.executable, ROOT / "benchmarks/throughput.py", *words]
     done = subprocess.run([str(w) for w in command], env=environment, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (folder / "out.png").stat().st_size and "recompilations after the warm-up: 0" in done.stdout
+    assert (folder / "out.png").stat().st_size and "recompilations of the engine after the warm-up: 0" in done.stdout
     return json.loads((folder / "out.json").read_text())
 
 
 def test_figures_are_those_of_the_times(result: dict[str, Any]) -> None:
-    (row,) = result["model"]["rows"]
-    seconds = row["seconds"]
-    assert len(seconds) == STEPS
-    assert row["images_per_second"] * row["step_ms"] / 1e3 == pytest.approx(BATCH)
-    assert row["step_ms"] == pytest.approx(1e3 * sum(seconds) / STEPS)
-    assert 1e3 * min(seconds) <= row["p50_ms"] <= row["p95_ms"] <= 1e3 * max(seconds) * (1 + 1e-9)
-    work = 1e9 * row["gflop_per_image"] * BATCH * STEPS
-    assert row["of_measured"] * sum(seconds) * result["model"]["matmul_flops"] == pytest.approx(work)
-    assert 0 < row["of_measured"] < 1
-    assert 0 < row["parts_ms"]["optimizer and average"] < row["parts_ms"]["whole end of step"]
+    base, *others = result["model"]["rows"]
+    assert len(base["seconds"]) == STEPS * (1 + len(others))  # in turns with each of the others
+    for row in (base, *others, *result["train"]["rows"]):
+        seconds = row["seconds"]
+        assert row is base or len(seconds) == STEPS
+        assert row["images_per_second"] * row["step_ms"] / 1e3 == pytest.approx(BATCH)
+        assert row["step_ms"] == pytest.approx(1e3 * sum(seconds) / len(seconds))
+        assert row["p50_ms"] == pytest.approx(1e3 * np.median(seconds))
+        assert row["p95_ms"] == pytest.approx(1e3 * np.quantile(seconds, 0.95))
+    work = 1e9 * base["gflop_per_image"] * BATCH * len(base["seconds"])
+    assert base["of_measured"] * sum(base["seconds"]) * result["model"]["matmul_flops"] == pytest.approx(work)
+    assert 0 < base["of_measured"] < 1 and base["recompiled"] == result["train"]["recompilations"] == 0
+    assert 0 < base["parts_ms"]["optimizer and average"] < base["parts_ms"]["whole end of step"]
+    assert result["data"]["images_per_second"] > 0 and result["train"]["rows"][0]["data_wait_ms"] >= 0
 
 
 def test_memory_holds_the_state_and_the_activations(result: dict[str, Any]) -> None:
-    (row,) = result["model"]["rows"]
+    row = result["model"]["rows"][0]
     memory = memory_per_rank(parse_config(result["config"]), 1)
     state = memory.weights + memory.moments + memory.ema + memory.teacher
     assert state < row["peak_bytes"] < 20 * state  # a tiny model's activations weigh more than its weights
 
 
-def test_every_lever_is_switched_and_changes_no_loss(result: dict[str, Any]) -> None:
-    expected = throughput.switchable(parse_config(result["config"]), "model", "cpu")
-    assert (
-        {"optimizer", "kernels", "sampler", "attention", "dead_compute"}
-        <= result["model"]["levers"].keys()
-        == expected.keys()
-    )
-    assert result["model"]["loss_errors"]["every lever off"] <= throughput.TOLERANCE
-    for lever in result["model"]["levers"].values():
-        assert len(lever["seconds"]) == STEPS and lever["times_longer_without"] > 0
+def test_every_lever_is_moved_beside_the_engine(result: dict[str, Any]) -> None:
+    off = ("optimizer", "kernels", "sampler", "attention", "dead_compute", "shared_context")
+    names = [*(f"without {name}" for name in off), *(f"with {name}" for name in ("checkpointing", "packed"))]
+    model = result["model"]
+    published = ["published code"] if CHECKOUT else []
+    assert [row["contender"] for row in model["rows"]] == ["engine", *published, *names]
+    base = model["rows"][0]["seconds"]
+    for i, row in enumerate(model["rows"][1:], 1):
+        pairs = zip(row["seconds"], base[i * STEPS : (i + 1) * STEPS], strict=True)
+        assert model["times_longer"][row["contender"]] == pytest.approx(np.median([a / b for a, b in pairs]))
+    assert {"every lever off", *published, "with checkpointing"} == model[
+        "loss_errors"
+    ].keys()  # packed is another loss
+    assert [row["contender"] for row in result["train"]["rows"]] == ["train", "without prefetch"]
+
+
+def one_is_wrong() -> str:
+    """What is said of a contender whose losses are a little off."""
+    config = small_config("loss.objective=ijepa")
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), dist.group.WORLD)
+
+    def make(off: float) -> throughput.Make:
+        def engine(c: throughput.Config) -> throughput.Engine:
+            made = throughput.Engine("engine", c, ranks, [])
+            run = made.run
+
+            def a_little_off(*args: Any) -> tuple[Any, Any, Any]:
+                start, end, loss = run(*args)
+                return start, end, loss * (1 + off)
+
+            made.run = a_little_off
+            return made
+
+        return engine
+
+    throughput.check(make(0), make(1e-6), {"others": make(-1e-6)}, config, ranks)
+    with pytest.raises(throughput.BenchmarkError) as raised:
+        throughput.check(make(0), make(0), {"others": make(3e-5)}, config, ranks)
+    return str(raised.value)
+
+
+def test_nothing_is_timed_where_losses_differ() -> None:
+    (said,) = run_ranks(1, one_is_wrong)
+    assert "'others': '3.0e-05'" in said and "not timed" in said
+
+
+def test_a_lever_that_would_not_show_is_refused() -> None:
+    config = small_config()
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), None)
+    on, extras = levers.switchable(config, "model", ranks), levers.addable(config, ranks)
+    for given, here, known in ((["prefetch"], on, levers.LEVERS), (["global_cut"], extras, levers.EXTRAS)):
+        with pytest.raises(ConfigError, match=given[0]):
+            throughput.chosen(given, here, known, ["model"])
+    assert throughput.chosen(["prefetch"], on, levers.LEVERS, ["model", "train"]) == {}
 
 
 def counted_flops(given: dict[str, Any]) -> float:
@@ -85,17 +140,17 @@ def counted_flops(given: dict[str, Any]) -> float:
     config = parse_config(given)
     ranks = distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), dist.group.WORLD)
     images = throughput.Synthetic(config, ranks.device, 1)
-    engine, teacher = throughput.start_model(config, ranks.device)
+    engine, teacher = runners.start_model(config, ranks.device)
     zero.schedule(engine, torch.tensor([1e-4, 0.0, 0.99], dtype=torch.float64))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for step in range(WARMUP, WARMUP + STEPS):
-            throughput.take_step(config, ranks, engine, teacher, images.batches(step), step)
+            runners.take_step(config, ranks, engine, teacher, images.batches(step), step)
     return counter.get_total_flops() / (STEPS * BATCH)
 
 
 def test_flops_are_those_that_torch_counts(result: dict[str, Any]) -> None:
     (counted,) = run_ranks(1, counted_flops, result["config"])
-    (row,) = result["model"]["rows"]
+    row = result["model"]["rows"][0]
     # Not counted by the formula: the products of VICReg and batch norm's are no matrix products of the network.
     assert 1e9 * row["gflop_per_image"] == pytest.approx(counted, rel=0.03)
 
@@ -149,11 +204,17 @@ def test_a_recompilation_is_seen() -> None:
         return 2 * x
 
     twice(torch.ones(3))
-    before = throughput.recompilations()
-    twice(torch.ones(3))
-    assert throughput.recompilations() == before
-    twice(torch.ones(4))
-    assert throughput.recompilations() == before + 1
+    config = small_config()
+    contender = SimpleNamespace(
+        ranks=distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), None),
+        times=runners.Times(),
+        clock=machine.Clock(torch.device("cpu")),
+        config=config,
+    )
+    for size, wanted in ((3, 0), (4, 1), (4, 1)):
+        with runners.counting(contender):
+            twice(torch.ones(size))
+        assert contender.times.recompiled == wanted
 
 
 def test_bytes_sent_are_those_of_the_model() -> None:

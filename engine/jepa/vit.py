@@ -268,6 +268,8 @@ class Predictor(nn.Module):
     or packed contexts, [T, D] and their layout, in place of the first two.
     """
 
+    shares_context = True  # the first block makes a context's keys and values once, not once a target block
+
     def __init__(
         self,
         side: int,
@@ -312,7 +314,8 @@ class Predictor(nn.Module):
             elif i == len(self.predictor_blocks) - 1:
                 x = run(block, self.checkpointing, x, targets(x), None, asking, joined)
             else:
-                x = run(block, self.checkpointing, x, None, shared if i == 0 else None, joined, joined)
+                first = shared if i == 0 and self.shares_context else None
+                x = run(block, self.checkpointing, x, None, first, joined, joined)
         if self.dead_compute:
             x = targets(x)
         if ragged:  # without the image of padding, if there is one

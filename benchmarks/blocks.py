@@ -1,0 +1,277 @@
+"""What lies between our kernels in a transformer block: who does it best here?
+
+    python benchmarks/blocks.py [--device cuda|cpu] [--model vit_huge_14] [--batch 128] [--seconds 1] [--out FOLDER]
+
+Three tables. Attention, forward and with backward, at each length and head dim of the model's encoder, target encoder
+and predictor, by each backend that runs here: `engine.attention` chooses among sdpa, flash_attn, xformers and math, the
+rest says what sdpa leaves lying. The predictor's weight gradients, narrow outputs over many rows, as one matrix product
+and split along the rows. Residual + layer norm, and bias + GELU, eager and as Inductor fuses them, against the bytes
+they must move. Every contender's result is first held against float64: at most twice the error of the plain formula in
+the same dtype. TFLOP/s and GB/s count what is needed, the limits are measured in the same run.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("kernels", "engine")]
+
+import torch
+import torch.nn.functional as F
+from contenders import SIZES, M, Size
+from kernels import ceilings, milliseconds
+from machine import ROOT, matmul_flops, provenance
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from jepa.attention import attend, require
+from jepa.config import SIZES as MODELS
+from jepa.config import ConfigError
+
+SPLITS = (4, 16)
+CHECKED = 2  # sequences that are compared with float64
+NARROW = {"qkv": (3, 1), "proj": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}  # outputs and inputs of a layer, in widths
+Contender = Callable[..., Tensor]
+
+
+class Wrong(RuntimeError):
+    """A contender whose result is not good enough to be timed."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention of `batch` sequences: Kq queries, K keys, H heads of C channels."""
+
+    name: str
+    batch: int
+    Kq: int
+    K: int
+    H: int
+    C: int
+
+    @property
+    def flops(self) -> float:
+        """Of a forward; a backward is 2.5 times as much, since it makes the scores again."""
+        return 4 * self.batch * self.H * self.Kq * self.K * self.C
+
+
+def shapes(size: Size, heads: int) -> list[Shape]:
+    C, c, both = size.D // heads, size.Dp // heads, size.Kc + size.Kt
+    return [
+        Shape("target encoder", size.B, size.N, size.N, heads, C),
+        Shape("context encoder", size.B, size.Kc, size.Kc, heads, C),
+        Shape("predictor", M * size.B, both, both, heads, c),
+        Shape("predictor, last block", M * size.B, size.Kt, both, heads, c),
+    ]
+
+
+def backends() -> dict[str, Contender]:
+    """attend(q, k, v) of every backend that is installed; whether it takes a shape is seen when it is called."""
+    found = {"sdpa": partial(attend, backend="sdpa"), "math": partial(attend, backend="math")}
+    for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
+        found[f"sdpa: {name.split('_')[0].lower()}"] = partial(_only, getattr(SDPBackend, name))
+    found["sdpa, heads of 64 or 128"] = _wider
+    for name in ("flash_attn", "xformers"):
+        try:
+            require(name)
+            found[name] = partial(attend, backend=name)
+        except ConfigError:
+            continue
+    return found
+
+
+def _only(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return attend(q, k, v)
+
+
+def _wider(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads filled up with zeros to the widths that kernels are made for."""
+    C = q.shape[-1]
+    more = (64 if C <= 64 else 128) - C
+    wide = (F.pad(x, (0, more)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*wide, scale=C**-0.5).transpose(1, 2)[..., :C]
+
+
+def with_gradients(function: Contender, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+def check(name: str, function: Contender, plain: Contender, inputs: list[Tensor], dy: Tensor) -> None:
+    """Raises Wrong where output or a gradient is further from float64 than twice `plain` is, and 1e-6."""
+    exact = with_gradients(plain, [x.double() for x in inputs], dy.double())
+    got, reference = (with_gradients(f, inputs, dy) for f in (function, plain))
+    for what, a, b, e in zip(("output", *("gradient",) * len(inputs)), got, reference, exact, strict=True):
+        error, allowed = ((x.double() - e).norm() / e.norm() for x in (a, b))
+        if not error <= 2 * allowed + 1e-6:
+            raise Wrong(f"{name}: {what} is off by {error:.1e}, the plain formula by {allowed:.1e}")
+
+
+def race(
+    functions: dict[str, Contender], plain: Contender, inputs: list[Tensor], dy: Tensor, args: Any, few: Any
+) -> dict[str, dict[str, float | str]]:
+    """Milliseconds of each forward, and of forward and backward; or why there are none. `few`: the part to check."""
+    forward, both, found = {}, {}, dict[str, dict[str, float | str]]()
+    for name, function in functions.items():
+        try:
+            check(name, function, plain, *few)
+            with torch.no_grad():
+                function(*inputs)
+        except (RuntimeError, NotImplementedError, ValueError) as error:  # no kernel for this shape, or Wrong
+            found[name] = {"why": str(error).strip().splitlines()[0][:100]}
+            continue
+        forward[name] = partial(_without_graph, function, inputs)
+        both[name] = partial(with_gradients, function, inputs, dy)
+    times = [milliseconds(calls, args.device, args.seconds) for calls in (forward, both)]
+    return found | {name: {"forward": times[0][name], "both": times[1][name]} for name in forward}
+
+
+@torch.no_grad()
+def _without_graph(function: Contender, inputs: list[Tensor]) -> Tensor:
+    return function(*inputs)
+
+
+def attention(size: Size, heads: int, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for shape in shapes(size, heads):
+        q, dy = (torch.randn(shape.batch, shape.Kq, shape.H, shape.C, device=args.device).to(dtype) for _ in range(2))
+        k, v = torch.randn(shape.batch, shape.K, 2, shape.H, shape.C, device=args.device).to(dtype).unbind(2)
+        few = [x[:CHECKED] for x in (q, k, v)], dy[:CHECKED]
+        times = race(backends(), partial(attend, backend="math"), [q, k, v], dy, args, few)
+        rows.append({"shape": vars(shape), "flops": shape.flops, "times": times})
+    return rows
+
+
+def weight_gradients(size: Size, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows_all = M * size.B * (size.Kc + size.Kt) // max(SPLITS) * max(SPLITS)
+    found = []
+    for name, (out, inner) in NARROW.items():
+        dy, x = (torch.randn(rows_all, w * size.Dp, device=args.device).to(dtype) for w in (out, inner))
+        functions: dict[str, Contender] = {"one product": lambda dy, x: dy.T @ x}
+        functions |= {f"split in {n}": partial(_split, n) for n in SPLITS}
+        exact = dy.double().T @ x.double()
+        wrong = {n: float((f(dy, x).double() - exact).norm() / exact.norm()) for n, f in functions.items()}
+        if bad := {n: e for n, e in wrong.items() if not e <= 2 * wrong["one product"] + 1e-6}:
+            raise Wrong(f"weight gradient of {name}: {bad}, one product {wrong['one product']:.1e}")
+        calls = {n: partial(f, dy, x) for n, f in functions.items()}
+        shape = f"{name} [{out * size.Dp}, {inner * size.Dp}] over {rows_all} rows"
+        flops = 2 * rows_all * out * inner * size.Dp**2
+        found.append({"shape": shape, "flops": flops, "times": milliseconds(calls, args.device, args.seconds)})
+    return found
+
+
+def _split(parts: int, dy: Tensor, x: Tensor) -> Tensor:
+    """Parts of the rows apart, so that a small output fills a GPU; their sum in float32."""
+    products = torch.bmm(dy.view(parts, -1, dy.shape[1]).transpose(1, 2), x.view(parts, -1, x.shape[1]))
+    return products.sum(0, dtype=torch.float32).to(dy.dtype)
+
+
+def _residual_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    both = x + y
+    return F.layer_norm(both, both.shape[-1:], weight, bias, 1e-6) + both
+
+
+def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias)
+
+
+def between(size: Size, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The sum of a residual and its norm are both written (here added, so that a contender has one output)."""
+    rows, found = size.B * size.N, []
+    for plain, width, passes in ((_residual_norm, size.D, (3, 7)), (_bias_gelu, 4 * size.D, (2, 5))):
+        x, dy = (torch.randn(rows, width, device=args.device).to(dtype) for _ in range(2))
+        vectors = [torch.randn(width, device=args.device).to(dtype) for _ in range(2 if plain is _residual_norm else 1)]
+        inputs = [x, torch.randn_like(x), *vectors] if plain is _residual_norm else [x, *vectors]
+        few = [t[:256] if t.ndim > 1 else t for t in inputs], dy[:256]
+        times = race({"eager": plain, "compiled": torch.compile(plain, dynamic=False)}, plain, inputs, dy, args, few)
+        name = plain.__name__.strip("_").replace("_", " + ")
+        bytes_ = {what: n * x.numel() * x.element_size() for what, n in zip(("forward", "both"), passes, strict=True)}
+        found.append({"shape": f"{name} [{rows}, {width}]", "bytes": bytes_, "times": times})
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['hardware']}; torch {result['versions']['torch']}, commit {result['commit']}; {result['model']}, "
+    ]
+    lines[0] += f"{result['batch']} images, {result['dtype']}"
+    lines += [f"`{result['command']}`", ""]
+    lines += [f"limits: memory {result['memory'] / 1e9:.1f} GB/s, matrix product {result['matmul'] / 1e12:.3f} TFLOP/s"]
+    lines += [
+        "",
+        "| attention | by | forward, ms | TFLOP/s | and backward, ms | TFLOP/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["attention"]:
+        s, best = row["shape"], _best(row["times"])
+        name = f"{s['name']}: {s['batch']} x {s['H']} heads of {s['C']}, {s['Kq']} queries, {s['K']} keys"
+        for by, t in row["times"].items():
+            if "why" in t:
+                cells = [f"not here: {t['why']}", "", "", ""]
+            else:
+                rates = (row["flops"] / t["forward"] / 1e9, 3.5 * row["flops"] / t["both"] / 1e9)
+                cells = [f"{t['forward']:.3f}", f"{rates[0]:.3f}", f"{t['both']:.3f}", f"{rates[1]:.3f}"]
+            lines.append("| " + " | ".join([name, f"**{by}**" if by == best else by, *cells]) + " |")
+            name = ""
+    lines += ["", "| weight gradient | by | ms | TFLOP/s | of the limit |", "|---|---|---|---|---|"]
+    for row in result["weight_gradients"]:
+        for by, ms in row["times"].items():
+            rate = row["flops"] / ms * 1e3
+            lines.append(f"| {row['shape']} | {by} | {ms:.3f} | {rate / 1e12:.3f} | {rate / result['matmul']:.0%} |")
+    lines += ["", "| between the products | by | forward, ms | of memory | and backward, ms | of memory |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in result["between"]:
+        for by, t in row["times"].items():
+            shares = [row["bytes"][what] / t[what] * 1e3 / result["memory"] for what in ("forward", "both")]
+            cells = [f"{t['forward']:.3f}", f"{shares[0]:.0%}", f"{t['both']:.3f}", f"{shares[1]:.0%}"]
+            lines.append("| " + " | ".join([row["shape"], by, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _best(times: dict[str, dict[str, Any]]) -> str:
+    return min((name for name, t in times.items() if "both" in t), key=lambda name: times[name]["both"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", choices=SIZES, help="default: vit_huge_14 on a GPU, vit_small_16 on a CPU")
+    parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 8 on a CPU)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, CPU: float32")
+    parser.add_argument("--seconds", type=float, default=1, help="for each figure (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="default: %(default)s")
+    args = parser.parse_args()
+    gpu = args.device == "cuda"
+    model = args.model or ("vit_huge_14" if gpu else "vit_small_16")
+    size = replace(SIZES[model], B=args.batch or (128 if gpu else 8))
+    dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
+    heads = MODELS[model.rpartition("_")[0]].num_heads
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    result = provenance(device) | {"model": model, "batch": size.B, "dtype": str(dtype)}
+    result |= {"memory": ceilings(args.device)[0], "matmul": matmul_flops(device, dtype)}
+    try:
+        result["attention"] = attention(size, heads, dtype, args)
+        result["weight_gradients"] = weight_gradients(size, dtype, args)
+        result["between"] = between(size, dtype, args)
+    except Wrong as error:
+        print(f"benchmarks/blocks.py: {error}: not timed", file=sys.stderr)
+        return 1
+    text, out = table(result), args.out / f"blocks-{args.device}-{model}"
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n")
+    Path(f"{out}.md").write_text(text + "\n")
+    print(f"written: {out}.json, .md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

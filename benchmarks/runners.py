@@ -1,0 +1,254 @@
+"""A training step as a contender: the engine's own or the published code's, on the same images and masks.
+
+What throughput.py is made of: whoever can `run` a step between two marks on the device's time line, the images it gets,
+and how it is timed and its memory counted while others take their turns.
+"""
+
+import contextlib
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from levers import Lever, changed
+from machine import Clock, peak_bytes
+from published import Published, as_floats
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile, record_function
+from tqdm import tqdm
+
+from jepa import distributed, zero
+from jepa.budget import Kept
+from jepa.config import Config
+from jepa.data import Batch
+from jepa.replay import masks_of
+from jepa.tokens import target_rows
+from train import start_model, take_step
+
+NUMBERS = (1e-4, 0.04, 0.996)  # lr, weight decay and momentum of every step
+WAITS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+    "cudaMalloc",
+    "cudaFree",
+)
+Batches = Iterator[tuple[int, int, Batch]]
+
+
+class Synthetic:
+    """Smooth random images, the same ones for every contender: micro-batch k of step s is always the same."""
+
+    def __init__(self, config: Config, device: torch.device, accumulation: int, number: int = 4) -> None:
+        S, B = config.data.crop_size, config.data.batch_size
+        generator = torch.Generator().manual_seed(config.engine.seed)
+        self.accumulation, self.pool = accumulation, []
+        for _ in range(number):
+            coarse = torch.rand(B, 3, max(2, S // 16), max(2, S // 16), generator=generator)
+            smooth = F.interpolate(coarse, [S, S], mode="bicubic").clamp(0, 1)
+            self.pool.append((255 * smooth).byte().permute(0, 2, 3, 1).contiguous().to(device))
+
+    def images(self, step: int, micro: int) -> torch.Tensor:
+        return self.pool[(step * self.accumulation + micro) % len(self.pool)]
+
+    def batches(self, step: int) -> Batches:
+        for micro in range(self.accumulation):
+            yield step, micro, Batch(self.images(step, micro), [])
+
+
+@dataclass
+class Times:
+    """Of the timed steps of one contender: seconds, the tokens kept, seconds by part; its memory between steps and at
+    the most; graphs that were compiled after the warm-up."""
+
+    resident: int = 0
+    peak: int = 0
+    recompiled: int = 0
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[Kept] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)
+    waited: float = 0.0
+
+
+class Engine:
+    """A contender: the engine as engine/train.py runs it, under a config with some levers moved."""
+
+    def __init__(self, name: str, config: Config, ranks: distributed.Ranks, levers: list[Lever]) -> None:
+        self.name, self.ranks, self.clock, self.times = name, ranks, Clock(ranks.device), Times()
+        self.config = changed(config, levers)
+        self.contexts = [lever.context for lever in levers if lever.context]
+        self.engine, self.teacher = start_model(self.config, ranks.device)
+        self.numbers = torch.tensor(NUMBERS, dtype=torch.float64, device=zero.pacemaker(self.engine, ranks.device))
+
+    def run(self, step: int, batches: Batches) -> tuple[Any, Any, Any]:
+        """Marks before and after the step, and its loss if anyone asks: `float` of the third waits for it."""
+        with contextlib.ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context(self.ranks.device))
+            start = self.clock.mark()
+            zero.schedule(self.engine, self.numbers)
+            done = take_step(self.config, self.ranks, self.engine, self.teacher, batches, step)
+            return start, self.clock.mark(), done.losses[-1].total.detach()
+
+    @contextlib.contextmanager
+    def timing_parts(self) -> Iterator[None]:
+        """Times the end of a step, and its optimizer's share, for as long as this is open; these steps do not count."""
+        spans: dict[str, list[tuple[Any, Any]]] = {"optimizer and average": [], "whole end of step": []}
+        wrapped = [(self.engine.basic_optimizer, "optimizer and average"), (self.engine, "whole end of step")]
+
+        def timed(call: Callable[..., Any], into: list[tuple[Any, Any]]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                start = self.clock.mark()
+                result = call(*args, **kwargs)
+                into.append((start, self.clock.mark()))
+                return result
+
+            return run
+
+        for owner, part in wrapped:
+            owner.step = timed(owner.step, spans[part])
+        steps = len(self.times.seconds)
+        yield
+        for owner, part in wrapped:
+            del owner.step
+            total = sum(self.clock.seconds(*span) for span in spans[part])
+            self.times.parts[part] = total / max(1, len(self.times.seconds) - steps)
+        del self.times.seconds[steps:], self.times.tokens[steps:]
+
+    def close(self) -> None:
+        self.engine.destroy()
+        del self.engine, self.teacher
+
+
+class Reference:
+    """A contender: the published code, on the same images and masks."""
+
+    def __init__(
+        self, name: str, path: Path, config: Config, ranks: distributed.Ranks, sdpa: bool, compiled: bool
+    ) -> None:
+        self.name, self.config, self.ranks, self.times = name, config, ranks, Times()
+        self.clock = Clock(ranks.device)
+        self.code = Published(path, config, ranks.device, sdpa, compiled)
+        self.ends: list[tuple[Any, Any]] = []  # of its steps: what follows the backward
+
+    def run(self, step: int, batches: Batches) -> tuple[Any, Any, Any]:
+        _, micro, batch = next(batches)
+        device, masks = self.ranks.device, masks_of(self.config, self.ranks, step, micro)
+        context, target = ([*blocks.to(device)] for blocks in (masks.context, masks.target))
+        pixels = as_floats(batch.images, self.config)
+        start = self.clock.mark()
+        loss, middle = self.code.step(pixels, context, target, NUMBERS, self.clock)
+        end = self.clock.mark()
+        self.ends.append((middle, end))
+        return start, end, loss
+
+    @contextlib.contextmanager
+    def timing_parts(self) -> Iterator[None]:
+        steps, self.ends = len(self.times.seconds), []
+        yield
+        ends = [self.clock.seconds(*span) for span in self.ends]
+        self.times.parts["optimizer and average"] = sum(ends) / max(1, len(ends))
+        del self.times.seconds[steps:], self.times.tokens[steps:]
+
+    def close(self) -> None:
+        del self.code
+
+
+Contender = Engine | Reference
+
+
+def start(make: Callable[[], Contender], images: Synthetic, warmup: int, device: torch.device) -> Contender:
+    """Makes a contender and warms it up. On a CPU its peak memory is that of the first two of these steps."""
+
+    def begin() -> Contender:
+        contender = make()
+        for step in range(2):
+            contender.run(step, images.batches(step))
+        return contender
+
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    contender, peak = peak_bytes(begin, device)
+    for step in range(2, warmup):
+        contender.run(step, images.batches(step))
+    contender.clock.drain()
+    if device.type == "cuda":
+        contender.times.resident = torch.cuda.memory_allocated() - before
+    else:
+        contender.times.peak = peak
+    return contender
+
+
+@contextlib.contextmanager
+def counting(contender: Contender) -> Iterator[None]:
+    """While it is open: what is compiled, and on a GPU the most memory that is the contender's own, go to its times."""
+    on_gpu, compiled, before = contender.ranks.device.type == "cuda", counters["stats"]["unique_graphs"], 0
+    contender.clock.drain()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() - contender.times.resident
+    yield
+    contender.clock.drain()
+    contender.times.recompiled += counters["stats"]["unique_graphs"] - compiled
+    if on_gpu:
+        contender.times.peak = max(contender.times.peak, torch.cuda.max_memory_allocated() - before)
+
+
+def measure(contenders: list[Contender], images: Synthetic, first: int, steps: int, block: int, bar: tqdm) -> None:
+    """Times `steps` steps of each, in turns of `block`, every contender on the same steps."""
+    for round_ in range(0, steps, block):
+        turn = contenders if round_ // block % 2 == 0 else contenders[::-1]
+        steps_now = range(first + round_, first + min(steps, round_ + block))
+        for contender in turn:
+            marks = []
+            with counting(contender):
+                for step in steps_now:
+                    marks.append(contender.run(step, images.batches(step))[:2])
+                    bar.update()
+            contender.times.seconds += [contender.clock.seconds(*span) for span in marks]
+            contender.times.tokens += [kept(contender.config, contender.ranks, step) for step in steps_now]
+
+
+def kept(config: Config, ranks: distributed.Ranks, step: int) -> Kept:
+    """Patches of an image in a context, in a target and in the rows that the targets need, in a step of this rank."""
+    found = []
+    for micro in range(config.batch(ranks.world_size).accumulation):
+        masks = masks_of(config, ranks, step, micro)
+        contexts = config.mask.num_enc_masks * config.data.batch_size
+        rows = target_rows(masks.target, config.grid**2)[2]
+        found.append((masks.context.numel() / contexts, masks.target.shape[-1], rows))
+    return Kept(*(statistics.mean(column) for column in zip(*found, strict=True)))
+
+
+def host_waits(contender: Contender, images: Synthetic, first: int, steps: int = 5) -> dict[str, float] | None:
+    """What makes the host wait for the GPU, a step: CUDA's calls as the profiler sees them inside the steps, and the
+    places in the code that torch's own watch over synchronisation names. None on a CPU."""
+    if contender.ranks.device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    with (
+        profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        for step in range(first, first + steps):
+            with record_function("a whole step"):
+                contender.run(step, images.batches(step))
+        torch.cuda.set_sync_debug_mode("default")
+    events = list(profiler.events())
+    spans = [event.time_range for event in events if event.name == "a whole step" and event.device_type.name == "CPU"]
+    for event in events:
+        at = event.time_range.start
+        if event.name in WAITS and any(span.start <= at <= span.end for span in spans):
+            found[event.name] = found.get(event.name, 0) + 1 / steps
+    for warning in caught:
+        if "synchroniz" in str(warning.message):
+            place = "/".join(Path(warning.filename).parts[-3:]) + f":{warning.lineno}"
+            found[place] = found.get(place, 0) + 1 / steps
+    return found
