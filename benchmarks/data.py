@@ -89,13 +89,13 @@ def main() -> int:
             for share in SHARES:
                 lines += [imperative(works, args.crop, threads, share), pipeline(works, args.crop, threads, share)]
         lines.append(through_loader(args, threads))
-    differences = check(lines, with_pillow(works[0], args.crop))
-    rows = measure(lines, args.rounds)
+    differences, right = check(lines, with_pillow(works[0], args.crop))
+    rows = measure(right, args.rounds)
     show(rows, args.model_rate)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(about(args) | {"difference": differences, "rows": rows}, indent=1) + "\n")
-    return 0
+    return 0 if len(right) == len(lines) else 1
 
 
 def model_rate(text: str) -> float:
@@ -184,18 +184,21 @@ def through_loader(args: argparse.Namespace, threads: int) -> Line:
     return Line("loader", threads, lambda: sum(len(b.images) for _, _, b in loader.batches(0, args.batches)))
 
 
-def check(lines: list[Line], expected: np.ndarray) -> dict[str, float]:
-    """The mean difference to Pillow's crops of each line, in grey levels. Nothing is timed if one is too large."""
-    differences = {}
+def check(lines: list[Line], expected: np.ndarray) -> tuple[dict[str, float], list[Line]]:
+    """The mean difference to Pillow's crops of each line, in grey levels, and the lines where it is small enough."""
+    differences, right = {}, []
     for line in lines:
+        gap = 0.0
         if line.first is not None:
-            gap = np.abs(line.first().astype(int) - expected.astype(int)).mean(axis=(1, 2, 3)).max()
-            differences[f"{line.name}, {line.threads} threads"] = float(gap)
-            if gap > LARGEST_DIFFERENCE:
-                sys.exit(f"{line.name}: an image differs from Pillow's by {gap:.2f} grey levels on average: not timed")
-    worst = max(differences.values())
-    print(f"crops equal Pillow's: no image differs by more than {worst:.2f} grey levels on average")
-    return differences
+            gap = float(np.abs(line.first().astype(int) - expected.astype(int)).mean(axis=(1, 2, 3)).max())
+            differences[f"{line.name}, {line.threads} threads"] = gap
+        if gap <= LARGEST_DIFFERENCE:
+            right.append(line)
+        else:
+            print(f"{line.name}: an image differs from Pillow's by {gap:.2f} grey levels on average: NOT TIMED")
+    worst = max(gap for gap in differences.values() if gap <= LARGEST_DIFFERENCE)
+    print(f"crops equal Pillow's: no other image differs by more than {worst:.2f} grey levels on average")
+    return differences, right
 
 
 def settle() -> None:

@@ -177,6 +177,46 @@ def test_others_compute_the_same_features(part: str, run: Any, tmp_path: Path, m
         assert (y - wanted).norm() < 2e-6 * wanted.norm()
 
 
+def normalised(x: Tensor) -> Tensor:
+    return ((x / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2)
+
+
+def in_transformers(file: Path, x: Tensor) -> Tensor:
+    """As its own image processor and model have it."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    model, report = transformers.IJepaModel.from_pretrained(file, add_pooling_layer=False, output_loading_info=True)
+    assert not any(report.values()), report
+    processor = transformers.AutoImageProcessor.from_pretrained(file)
+    pixels = processor(images=list(x.numpy()), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, normalised(x))
+    with torch.no_grad():
+        return model(pixels).last_hidden_state
+
+
+def in_timm(file: Path, x: Tensor) -> Tensor:
+    """Built as engine/export.py says."""
+    timm = pytest.importorskip("timm.models.vision_transformer", reason="needs timm")
+    size = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    kinds = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
+    model = timm.VisionTransformer(**size, **kinds).eval()
+    model.load_state_dict(safetensors.torch.load_file(file))
+    with torch.no_grad():
+        features = model.forward_features(normalised(x))
+        torch.testing.assert_close(model(normalised(x)), features.mean(1))
+        return features
+
+
+@pytest.mark.parametrize(("to", "loaded"), [("huggingface", in_transformers), ("timm", in_timm)])
+def test_their_own_libraries_compute_the_same_features(
+    to: str, loaded: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_export(monkeypatch, run[0], "--to", to, "--out", tmp_path / "out") == 0
+    x = images()
+    with torch.no_grad():
+        wanted = load_encoder(run[0])[0](x)
+    assert (loaded(tmp_path / "out", x) - wanted).norm() < 1e-5 * wanted.norm()
+
+
 class Attack:
     """Unpickled, it makes a file."""
 
