@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from machine import ROOT, provenance
-from throughput import Synthetic
+from runners import Synthetic
 
 from jepa import config as config_module
 from jepa import distributed, zero
@@ -77,6 +77,8 @@ def traffic(config: Config, ranks: int, accumulation: int, live: int = LIVE) -> 
     """What a rank of `ranks` takes part in during a step of `accumulation` micro-batches; `live`: jepa.config.LIVE."""
     count, size, stage = parameters(config), 2 if config.precision == "bf16" else 4, config.engine.zero_stage
     whole = size * count.total
+    if ranks == 1 and stage in (1, 2):
+        return []
     if stage < 3:
         # DeepSpeed all-reduces buckets at stages 1 and 2 as well (use_multi_rank_bucket_allreduce) and each rank keeps
         # its part; stage 2 does so after every micro-batch.
@@ -84,7 +86,7 @@ def traffic(config: Config, ranks: int, accumulation: int, live: int = LIVE) -> 
     else:
         sent = [Sent("gradients", "reduce_scatter", whole * accumulation)]
     if ranks == 1:
-        return sent  # the rest is not even called
+        return sent  # stages 0 and 3 reduce all the same; the rest is not even called
     if stage in (1, 2):
         sent.append(Sent("weights", "all_gather", whole))
     if stage == 3:
@@ -228,12 +230,14 @@ def model(config: Config, cluster: Cluster, ranks: int, stage: int) -> dict[str,
     images = micro * accumulation
     compute = images * flops_per_image(here).total / (cluster.peak * cluster.share)
     count = parameters(here)
-    # AdamW reads and writes 28 bytes a parameter, the average 8, the 16-bit copies of both 2 each; gradient to fp32 6.
-    optimizer = (34 * count.total + 8 * count.encoder + 2 * (count.total + count.encoder)) / cluster.memory
+    # AdamW reads 2 bytes of gradient a parameter, reads and writes 24, and writes the 16-bit weights; the average 8 and
+    # its 16-bit copy 2. Before it the gradient is copied into buckets and out, made one, and its norm taken.
+    optimizer = (28 * count.total + 10 * count.encoder) / cluster.memory / (ranks if stage else 1)
+    reduction = (14 if ranks == 1 else 26) * count.total / cluster.memory
     sent = traffic(here, ranks, accumulation)
     wire = {kind: sum(s.on_wire(ranks) for s in sent if s.what == kind) for kind in KINDS}
     links = sum(wire.values()) / cluster.bandwidth(ranks)
-    seconds = compute + optimizer / (ranks if stage else 1) + links
+    seconds = compute + optimizer + reduction + links
     return {
         "gpus": ranks, "stage": stage, "images_per_gpu": images, "micro_batch": micro, "wire_bytes": wire,
         "compute_ms": 1e3 * compute, "links_ms": 1e3 * links, "step_ms": 1e3 * seconds,

@@ -37,7 +37,7 @@ class Teacher:
         self.unwritten = []  # stage 3 shows the optimizer its tensors only during the step
         for flat, part in zip(self.averaged, self.parts, strict=True):
             if any(flat.weight is p for p in flat.group["params"]):
-                self.optimizer.set_copies(flat.weight, ema=part)
+                self.optimizer.set_copies(flat.weight, ema=part, **({} if flat.low is None else {"weight": flat.low}))
             else:
                 self.unwritten.append((flat, part))
         self.under_way: list[dist.Work] = []
