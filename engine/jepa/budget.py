@@ -67,7 +67,7 @@ class Memory:
     gathered: float  # the weights that ZeRO-3 has put together for the layers at work
     gradients: float
     activations: float  # an estimate
-    update: float  # gradients in the optimizer's step, and their fp32 copies
+    update: float  # gradients in the optimizer's step, and the copy of them that it reads
 
     @property
     def total(self) -> float:
@@ -141,7 +141,8 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
     sharded = ranks if stage else 1
     gradients = size * count.total / (ranks if stage >= 2 else 1)
     largest_group = max(count.encoder, count.total - count.encoder)
-    fp32_gradients = 4 * (largest_group if stage else count.total) / sharded
+    read_as = size if stage in (1, 2) and config.engine.optimizer == "adamw_ema" else 4  # bytes an element
+    read = read_as * (largest_group if stage else count.total) / sharded
     return Memory(
         weights=size * count.total / (ranks if stage == 3 else 1),
         master=0 if stage == 0 and size == 4 else 4 * count.total / sharded,
@@ -152,7 +153,7 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
         gathered=size * min(count.total, LIVE) if stage == 3 and ranks > 1 else 0,
         gradients=gradients * (2 if stage == 2 and config.batch(ranks).accumulation > 1 else 1),
         activations=trained + B * N * (2 * config.vit.embed_dim + 2 * _hidden(config.vit)) * size,
-        update=size * count.total / sharded + (0 if stage == 0 and size == 4 else fp32_gradients),
+        update=size * count.total / sharded + (0 if stage == 0 and size == 4 else read),
     )
 
 
