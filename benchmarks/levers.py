@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,19 @@ def apart(_device: torch.device) -> Iterator[None]:
         yield
     finally:
         vit.Predictor.shares_context = True
+
+
+@contextlib.contextmanager
+def deterministically(_device: torch.device) -> Iterator[None]:
+    """As jepa.distributed.start sets it; a GPU's cuBLAS wants CUBLAS_WORKSPACE_CONFIG=:4096:8 before it starts."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,7 @@ LEVERS = {
 # What it can do as well, to be added.
 EXTRAS = {
     "checkpointing": Lever("blocks computed again in the backward", ("engine.activation_checkpointing=true",)),
+    "deterministic": Lever("engine.deterministic: only algorithms that give the same bits", context=deterministically),
     "overlap_comm": Lever("gradients reduced beside the backward", ("engine.overlap_comm=true",)),
     "global_cut": Lever("contexts of one length on all ranks", ("mask.cut=global",), same=False),
     "packed": Lever("contexts of unequal length, nothing cut", ("mask.mode=packed",), same=False),
@@ -116,6 +131,7 @@ def addable(config: Config, ranks: Ranks) -> dict[str, Lever]:
     """The extras that this config does not have on, that make a difference here, and whose packages are installed."""
     idle = {"overlap_comm"} if ranks.world_size == 1 or config.engine.zero_stage not in (1, 2) else set()
     idle |= {"global_cut"} if ranks.world_size == 1 or config.cut == "global" else set()
+    idle |= {"deterministic"} if ranks.device.type == "cuda" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ else set()
     return {name: lever for name, lever in EXTRAS.items() if name not in idle and _is_new_here(config, lever, ranks)}
 
 
@@ -127,7 +143,9 @@ def _is_new_here(config: Config, lever: Lever, ranks: Ranks) -> bool:
             foreign(moved.engine.optimizer, ranks.device)
     except ConfigError:
         return False
-    return moved != config and (moved.engine.attention == config.engine.attention or ranks.device.type == "cuda")
+    if moved == config:
+        return lever.context is not None
+    return moved.engine.attention == config.engine.attention or ranks.device.type == "cuda"
 
 
 def changed(config: Config, levers: list[Lever]) -> Config:

@@ -83,7 +83,10 @@ def test_memory_holds_the_state_and_the_activations(result: dict[str, Any]) -> N
 
 def test_every_lever_is_moved_beside_the_engine(result: dict[str, Any]) -> None:
     off = ("optimizer", "kernels", "sampler", "attention", "dead_compute", "shared_context")
-    names = [*(f"without {name}" for name in off), *(f"with {name}" for name in ("checkpointing", "packed"))]
+    names = [
+        *(f"without {name}" for name in off),
+        *(f"with {name}" for name in ("checkpointing", "deterministic", "packed")),
+    ]
     model = result["model"]
     assert [row["contender"] for row in model["rows"]] == ["engine", *names]
     base = model["rows"][0]["seconds"]
@@ -91,7 +94,7 @@ def test_every_lever_is_moved_beside_the_engine(result: dict[str, Any]) -> None:
         pairs = zip(row["seconds"], base[i * STEPS : (i + 1) * STEPS], strict=True)
         assert model["times_longer"][row["contender"]] == pytest.approx(np.median([a / b for a, b in pairs]))
     # (Packed masks are another loss.)
-    assert {"every lever off", "with checkpointing"} == model["loss_errors"].keys()
+    assert {"every lever off", "with checkpointing", "with deterministic"} == model["loss_errors"].keys()
     assert [row["contender"] for row in result["train"]["rows"]] == ["train", "without prefetch"]
 
 
