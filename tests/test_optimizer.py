@@ -24,9 +24,10 @@ STEPS, BAD_STEP = 5, 3
 FOREIGN = [name for name in ("deepspeed", "apex") if find_spec(name) and torch.cuda.is_available()]
 
 
-def train(optimizer: str, stage: int, seed: int) -> tuple[dict[str, torch.Tensor], list[float], list[bool]]:
+def train(optimizer: str, stage: int, seed: int, *more: str) -> tuple[dict[str, torch.Tensor], list[float], list[bool]]:
     """What a few steps leave of each kind of state, by kind and parameter; the gradients' norms; which steps moved."""
-    config = small_config(f"engine.optimizer={optimizer}", f"engine.zero_stage={stage}", "loss.objective=ijepa")
+    words = (f"engine.optimizer={optimizer}", f"engine.zero_stage={stage}", "loss.objective=ijepa")
+    config = small_config(*words, *more)
     torch.manual_seed(seed)
     model = JepaModel(config)
     encoder = copy.deepcopy(model.encoder)
@@ -83,3 +84,21 @@ def test_asking_for_what_is_missing_says_how_to_get_it(name: str) -> None:
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "ema": True, "decays": True}]
     with pytest.raises(ConfigError, match=rf"engine\.optimizer = '{name}'.*CUDA"):
         make_optimizer(config, groups, torch.device("cpu"))
+
+
+def with_and_without_joined_passes(seed: int) -> list[str]:
+    """Where the step in one pass leaves other bits than DeepSpeed's own, in bf16."""
+    wrong, join = [], zero._join_passes
+    for stage in (1, 2):
+        zero._join_passes = join
+        ours = train("adamw_ema", stage, seed, "meta.use_bfloat16=true")[0]
+        zero._join_passes = lambda engine: None
+        theirs = train("adamw_ema", stage, seed, "meta.use_bfloat16=true")[0]
+        wrong += [f"ZeRO-{stage}: {name}" for name in ours if not torch.equal(ours[name], theirs[name])]
+    return wrong
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_step_in_one_pass_leaves_deepspeeds_bits(world_size: int) -> None:
+    for wrong in run_ranks(world_size, with_and_without_joined_passes, int(torch.randint(2**31, ()))):
+        assert not wrong
