@@ -366,7 +366,7 @@ def picture(part: dict[str, Any], title: str, file: Path) -> None:
     bars = right.barh(names, worth, color=["tab:orange" if x < 0 else "tab:blue" for x in worth])
     right.bar_label(bars, [f"{x:+.1f} %" for x in worth], padding=3)
     right.axvline(0, color="black", linewidth=0.8)
-    right.margins(x=0.15)
+    right.margins(x=0.25)
     right.set(xlabel="% that a step takes longer", title="what each lever is worth")
     figure.savefig(file, dpi=130)
     plt.close(figure)
