@@ -1,7 +1,10 @@
-"""What several tests of the kernels measure with, and the layouts that they try."""
+"""What several tests of the kernels measure with, the layouts that they try, and where the interpreter is kinder."""
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 
 def rms(x: Tensor) -> float:
@@ -23,3 +26,10 @@ def strided_views(x: Tensor) -> list[Tensor]:
     wide = torch.full((x.shape[0], 2 * x.shape[1], 3 * x.shape[2]), float("nan"), dtype=x.dtype)
     wide[:, ::2, ::3] = x
     return [x.transpose(0, 2).contiguous().transpose(0, 2), x.mT.contiguous().mT, wide[:, ::2, ::3]]
+
+
+def floats_as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel's floating-point arguments reach it in float32; Triton's interpreter passes them on as they are."""
+    convert = interpreter._implicit_cvt
+    rounded = lambda x: convert(float(np.float32(x)) if isinstance(x, float) else x)  # noqa: E731
+    monkeypatch.setattr(interpreter, "_implicit_cvt", rounded)
