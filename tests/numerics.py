@@ -17,8 +17,13 @@ def rounding(exact: Tensor, dtype: torch.dtype, interpreted: bool = False) -> Te
     interpreted: as Triton's interpreter does it, which cuts bfloat16 off instead.
     """
     if interpreted and dtype == torch.bfloat16:
-        return (exact.float().view(torch.int32) & ~0xFFFF).view(torch.float32).double() - exact
+        return cut_off(exact.float()).double() - exact
     return exact.to(dtype).double() - exact
+
+
+def cut_off(x: Tensor) -> Tensor:
+    """float32 values whose lower half is gone: what Triton's interpreter makes of bfloat16, where a GPU rounds."""
+    return (x.view(torch.int32) & ~0xFFFF).view(torch.float32)
 
 
 def strided_views(x: Tensor) -> list[Tensor]:

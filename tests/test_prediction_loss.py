@@ -288,9 +288,11 @@ def bad(**changes: Tensor) -> dict[str, Tensor]:
     [
         ("pred", bad(pred=torch.randn(6, 5))),
         ("pred", bad(pred=torch.ones(6, 5, 24, dtype=torch.int64))),
+        ("pred", bad(pred=torch.randn(6, 5, 24).to(torch.float8_e4m3fn))),
         ("pred", bad(pred=torch.randn(5, 5, 24))),
         ("target", bad(target=torch.randn(3, 11, 23))),
         ("target", bad(target=torch.ones(3, 11, 24, dtype=torch.int32))),
+        ("target", bad(target=torch.randn(3, 11, 24).to(torch.float8_e5m2))),
         ("target", bad(target=torch.randn(3, 11, 24, device="meta"))),
         ("target", bad(target=torch.randn(3, 11, 24, requires_grad=True))),
         ("index", bad(index=torch.zeros(2, 4, 5, dtype=torch.int64))),

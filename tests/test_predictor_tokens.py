@@ -12,6 +12,7 @@ from jepa_kernels.predictor_tokens import (
     predictor_tokens_ref,
     predictor_tokens_triton,
 )
+from numerics import strided_views
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels: on a CPU, in the interpreter
 OP = torch.ops.jepa_kernels
@@ -78,13 +79,6 @@ def within_rounding(value: Tensor, exact: Tensor, interpreted: bool) -> bool:
         bit = torch.finfo(value.dtype).eps * exact.abs() * (1 if budget > 2 else 0.5)
         return bool(((value.double() - exact).abs() <= 1.01 * bit + 2**-22).all())
     return bool((value.double() - exact).norm() <= budget * rounding.norm())
-
-
-def strided_views(x: Tensor) -> list[Tensor]:
-    """The values of x [A, R, D] behind other strides."""
-    wide = torch.full((x.shape[0], 2 * x.shape[1], 3 * x.shape[2]), float("nan"), dtype=x.dtype)
-    wide[:, ::2, ::3] = x
-    return [x.transpose(0, 2).contiguous().transpose(0, 2), x.mT.contiguous().mT, wide[:, ::2, ::3]]
 
 
 @forwards
@@ -247,6 +241,7 @@ def test_the_kernel_asserts_its_indices(monkeypatch):
     ("changed", "name"),
     [
         ({"context": torch.ones(3, 4, 8, dtype=torch.int32)}, "context"),
+        ({"context": torch.ones(3, 4, 8).to(torch.float8_e4m3fn)}, "context"),
         ({"context": torch.ones(3, 8)}, "context"),
         ({"context_index": torch.zeros(3, 5, dtype=torch.int64)}, "context_index"),
         ({"context_index": torch.zeros(3, 4)}, "context_index"),

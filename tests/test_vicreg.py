@@ -387,6 +387,9 @@ def test_compiles_as_one_graph(device, dynamic):
         ("z", torch.randn(1, 3, 5), {}),
         ("z", torch.randn(0, 3, 5), {}),
         ("z", torch.randn(4, 3, 0), {}),
+        ("z", torch.randn(4, 3, 5).to(torch.float8_e4m3fn), {}),
+        ("gamma and eps", torch.randn(4, 3, 5), {"eps": -1e-4}),
+        ("gamma and eps", torch.randn(4, 3, 5), {"gamma": float("nan")}),
         ("precision", torch.randn(4, 3, 5), {"precision": "bf16"}),
     ],
 )

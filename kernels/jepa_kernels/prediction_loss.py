@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import ASSERTING, check_index, chunk
+from .checks import ASSERTING, check_floats, check_index
+from .tiles import chunk
 
 EPS = 1e-5  # of the layer norm on the targets
 
@@ -38,8 +39,8 @@ def prediction_loss(
     where the paper's equation 1 has the squared norm); C-JEPA keeps it.
 
     Args:
-        pred: [M*B, K, D], any floating dtype, any strides; block-major rows.
-        target: [B, N, D], any floating dtype, any strides. It gets no gradient and may not require one.
+        pred: [M*B, K, D], float32, float64, bfloat16 or float16, any strides; block-major rows.
+        target: [B, N, D], one of these dtypes, any strides. It gets no gradient and may not require one.
         index: [M, B, K] int64, the target row of each prediction, 0..N-1.
         per_block: also return the loss of each block.
 
@@ -52,9 +53,8 @@ def prediction_loss(
         ValueError: wrong rank, dtype or device, sizes that differ, an index out of range (read on a CPU only;
             on a GPU the kernel asserts), a target that requires a gradient.
     """
-    for name, x, shape in (("pred", pred, "[M*B, K, D]"), ("target", target, "[B, N, D]")):
-        if x.ndim != 3 or not x.dtype.is_floating_point:
-            raise ValueError(f"prediction_loss: {name} must be floating-point {shape}; got {x.dtype} {list(x.shape)}")
+    check_floats("prediction_loss", "pred", pred, "[M*B, K, D]")
+    check_floats("prediction_loss", "target", target, "[B, N, D]")
     (rows, K, D), (B, N, _) = pred.shape, target.shape
     if target.shape[2] != D or target.device != pred.device:
         raise ValueError(
