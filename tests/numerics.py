@@ -1,5 +1,7 @@
 """What several tests of the kernels measure with, the layouts that they try, and where the interpreter is kinder."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,16 @@ def strided_views(x: Tensor) -> list[Tensor]:
     wide = torch.full((x.shape[0], 2 * x.shape[1], 3 * x.shape[2]), float("nan"), dtype=x.dtype)
     wide[:, ::2, ::3] = x
     return [x.transpose(0, 2).contiguous().transpose(0, 2), x.mT.contiguous().mT, wide[:, ::2, ::3]]
+
+
+def far_apart(x: Tensor, file: Path) -> Tensor:
+    """The 16-bit values of x [A, R, D] behind strides that 32 bits hold and whose multiples they do not.
+
+    In a file of holes: only the pages of the values themselves are ever read or written.
+    """
+    strides = 2**30, 2**30 + 2**20, 1
+    size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+    return torch.from_file(str(file), shared=True, size=size, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
 
 
 def floats_as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn import Parameter
 
 from jepa_kernels import AdamWEMA
 from jepa_kernels.adamw_ema import (
+    _adamw_ema_kernel,
     adamw_ema_coefficients_ref,
     adamw_ema_coefficients_triton,
     adamw_ema_ref,
@@ -599,6 +601,23 @@ def test_on_a_gpu_a_capture_that_cannot_be_is_refused_in_time(capturable, warm):
     ):
         optimizer.step()
     assert equal(before, everything(optimizer))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+def test_triton_addresses_beyond_32_bits():
+    """The last five of 2**31 + 1029 elements: the addresses that they would have behind the others."""
+    n = 2**31 + 1029
+    tensors = [[torch.rand(5)] for _ in range(7)]
+    same = copy.deepcopy(tensors)
+    coefficients = torch.tensor([[1e-5, 1e-2, 1.1, 0.1, 0.5, 1.0]])
+    table = torch.tensor([[n, *(t.data_ptr() - 4 * (n - 5) for (t,) in tensors)]])
+    blocks = torch.tensor([[0, (n - 5) // 1024]], dtype=torch.int32)
+    _adamw_ema_kernel[(1,)](
+        blocks, table, coefficients, 0.1, 0.01, 1e-8, tl.float32, True, tl.float32, tl.float32, BLOCK=1024
+    )
+    adamw_ema_triton(*same, coefficients, 0.9, 0.99, 1e-8)
+    for (a,), (b,) in zip(tensors, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 40 GB")

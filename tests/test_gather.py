@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from jepa_kernels import gather_tokens
 from jepa_kernels.gather import gather_backward_ref, gather_backward_triton, gather_ref, gather_triton
-from numerics import cut_off, strided_views
+from numerics import cut_off, far_apart, strided_views
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels: on a CPU, in the interpreter
 OP = torch.ops.jepa_kernels
@@ -182,6 +182,14 @@ def test_addresses_beyond_32_bits(tmp_path):
     x[0, N - 2] = torch.arange(D)
     y = OP.gather(x, torch.tensor([[N - 2, 0]]))
     assert torch.equal(y[0, 0], torch.arange(D).half()) and not y[0, 1].any()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+def test_the_triton_kernels_reach_beyond_32_bits(tmp_path):
+    x, index = torch.randn(4, 3, 7).half(), random_index(4, 3, 3)
+    far = far_apart(x, tmp_path / "x")
+    assert torch.equal(gather_triton(far, index), gather_ref(x, index))
+    assert torch.equal(gather_backward_triton(far, index, 5), gather_backward_ref(x, index, 5))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs 9 GB of a GPU's memory")

@@ -15,7 +15,7 @@ from jepa_kernels.prediction_loss import (
     prediction_loss_scale_triton,
     prediction_loss_triton,
 )
-from numerics import floats_as_compiled, rms, rounding
+from numerics import far_apart, floats_as_compiled, rms, rounding
 
 CUDA = torch.cuda.is_available()
 IN_CPP = torch._C._dispatch_has_kernel_for_dispatch_key("jepa_kernels::prediction_loss", "CPU")
@@ -224,6 +224,14 @@ def test_more_elements_than_int32_counts():
     losses, _ = OP.prediction_loss(pred.expand(1, 2**15, -1), target, index, False)
     expected = oracle(pred, target, index[:, :, :1])[0]
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+def test_the_triton_kernel_reaches_beyond_32_bits(tmp_path):
+    pred, target, index = inputs(2, 2, 3, 3, 7, torch.float16)
+    far = far_apart(pred, tmp_path / "pred"), far_apart(target, tmp_path / "target"), index
+    for a, b in zip(prediction_loss_triton(*far, True), prediction_loss_triton(pred, target, index, True), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs 13 GB of a GPU's memory")

@@ -19,7 +19,7 @@ from jepa_kernels.vicreg import (
     vicreg_products_ref,
     vicreg_products_triton,
 )
-from numerics import rms, rounding, strided_views
+from numerics import far_apart, rms, rounding, strided_views
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"  # of the Triton kernels: on a CPU, in the interpreter
@@ -396,6 +396,19 @@ def test_compiles_as_one_graph(device, dynamic):
 def test_bad_input_is_refused(argument, z, options):
     with pytest.raises(ValueError, match=f"vicreg: {argument} "):
         vicreg(z, **options)
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+@pytest.mark.parametrize("gram", [False, True])
+def test_the_triton_kernels_reach_beyond_32_bits(tmp_path, gram):
+    z, weight = embeddings(4, 3, 7, torch.bfloat16), torch.randn(3, 7)
+    results = []
+    for x in (z, far_apart(z, tmp_path / "z")):
+        mean, *others = vicreg_moments_triton(x)
+        squares, matrix = vicreg_products_triton(x, mean, 4, gram, True, "ieee")
+        arguments = x, mean, matrix, weight, *torch.ones(2), gram, 1, 3, "ieee"
+        results.append([mean, *others, squares, matrix, vicreg_backward_triton(*arguments)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(
