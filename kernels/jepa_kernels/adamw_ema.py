@@ -14,7 +14,6 @@ also counts the steps. Bytes per parameter: 28 for AdamW (p, m, v read and writt
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
-from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -90,7 +89,7 @@ class AdamWEMA(torch.optim.Optimizer):
             for option in ("momentum", "ema", "capturable"):
                 group.setdefault(option, self.defaults[option])
         for p, of_p in self.state.items():
-            for name, value in of_p.items():
+            for name, value in of_p.items() if isinstance(p, Tensor) else ():
                 if name == "step":
                     of_p[name] = torch.as_tensor(value, dtype=torch.float32)
                 elif isinstance(value, Tensor) and (value.shape, value.device) == (p.shape, p.device):
@@ -119,15 +118,17 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError("AdamWEMA.set_copies: ema given, but param's group has ema=False")
         for name, copy in (("weight", weight), ("ema", ema)):
             _check_laid_out(f"the {name} of set_copies", copy, param, _TRITON)
-        others = [t for p, both in self._copies.items() if p is not param for t in both]
-        taken = [p for g in self.param_groups for p in g["params"]] + others
-        spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (*taken, weight, ema) if t is not None and t.numel()]
-        spans.sort()
-        if any(start < end for (_, end), (start, _) in pairwise(spans)):
-            raise ValueError(
-                "AdamWEMA.set_copies: parameters and copies must not share memory, and two of them do: give weight "
-                "and ema memory of their own"
-            )
+        taken = [p for g in self.param_groups for p in g["params"]]
+        taken += [t for p, both in self._copies.items() if p is not param for t in both if t is not None]
+        for copy in (weight, ema):
+            if copy is not None:
+                start, end = copy.data_ptr(), copy.data_ptr() + copy.nbytes
+                if any(start < t.data_ptr() + t.nbytes and t.data_ptr() < end for t in taken):
+                    raise ValueError(
+                        "AdamWEMA.set_copies: a copy must not share memory with a parameter or another copy, and one "
+                        "of them does"
+                    )
+                taken.append(copy)
         self._copies[param] = (weight, ema)
 
     @torch.no_grad()
@@ -166,7 +167,7 @@ class AdamWEMA(torch.optim.Optimizer):
         batches = []
         for group in self.param_groups:
             _check_options(group)
-            numbers = [_number(x) for x in (group["lr"], group["weight_decay"], group["momentum"], grad_scale, inf)]
+            numbers = [group["lr"], group["weight_decay"], group["momentum"], grad_scale, inf]
             for kind, batch in self._batches(group).items():
                 _check_place(kind, numbers, found_inf is not None)
                 batches.append((group, numbers, batch))
@@ -191,30 +192,28 @@ class AdamWEMA(torch.optim.Optimizer):
             row = (p, g, state["step"], state["exp_avg"], state["exp_avg_sq"], e, weight, average)
             layout, layout_of_g = p.stride(), g.stride()
             if torch.compiler.is_compiling():
-                kind = _check(*row)
+                kind = _check(row)
             else:  # again only where something has changed: with hundreds of parameters it would be half of a step
                 marks: list[Any] = [x for t in row if t is not None for x in (t.data_ptr(), t.dtype)]
                 marks += p.shape, layout, g.shape, layout_of_g
                 found = self._checked.get(p)
                 if found is None or found[0] != marks:
-                    found = self._checked[p] = marks, _check(*row)
+                    found = self._checked[p] = marks, _check(row)
                 kind = found[1]
             batches[kind].append(row if layout == layout_of_g else (p, _in_layout_of(p, g), *row[2:]))
         return batches
 
-    def _update(self, group: dict[str, Any], numbers: list[Tensor], batch: list[Row]) -> None:
+    def _update(self, group: dict[str, Any], numbers: list[Number], batch: list[Row]) -> None:
         columns: list[Any] = [[] if column[0] is None else list(column) for column in zip(*batch, strict=True)]
         params, grads, steps, *others = columns
         ops = torch.ops.jepa_kernels
-        coefficients = ops.adamw_ema_coefficients_(steps, numbers, *group["betas"])
+        home = steps[0].device if torch.compiler.is_compiling() else None  # a compiler makes them where they are read
+        ready = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=home) for x in numbers]
+        coefficients = ops.adamw_ema_coefficients_(steps, ready, *group["betas"])
         ops.adamw_ema_(params, grads, *others, coefficients, *group["betas"], group["eps"])
         if not torch.compiler.is_compiling():
             written = [t for tensors in (params, *others[2:]) for t in tensors]
             torch.autograd.graph.increment_version(written)
-
-
-def _number(x: Number) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
 
 
 def _create(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -244,7 +243,7 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"AdamWEMA: betas must be two numbers in [0, 1), got {options['betas']}")
 
 
-def _check_place(kind: Kind, numbers: list[Tensor], may_skip: bool) -> None:
+def _check_place(kind: Kind, numbers: list[Number], may_skip: bool) -> None:
     device, steps_on_cpu, *_ = kind
     if steps_on_cpu and is_capturing(device):
         raise RuntimeError(f"AdamWEMA.step: a CUDA graph needs the step counters on the device. {TO_CAPTURE}")
@@ -254,24 +253,16 @@ def _check_place(kind: Kind, numbers: list[Tensor], may_skip: bool) -> None:
             "CPU: create the optimizer with capturable=True"
         )
     for number in numbers:
-        if not number.is_cpu and number.device != device:
+        if isinstance(number, Tensor) and not number.is_cpu and number.device != device:
             raise ValueError(
                 "AdamWEMA.step: lr, weight_decay, momentum, grad_scale and found_inf must be numbers, or tensors on "
                 f"{device} or the CPU, got one on {number.device}"
             )
 
 
-def _check(
-    p: Tensor,
-    g: Tensor,
-    step: Tensor,
-    m: Tensor,
-    v: Tensor,
-    e: Tensor | None,
-    weight: Tensor | None,
-    average: Tensor | None,
-) -> Kind:
+def _check(row: Row) -> Kind:
     """What tells apart the parameters that cannot share a launch, of one that is as it should be."""
+    p, g, step, m, v, e, weight, average = row
     _check_weight(p, g)
     if step.dtype != torch.float32 or step.dim() or (step.device != p.device and not step.is_cpu):
         raise ValueError(
