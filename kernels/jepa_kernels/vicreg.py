@@ -613,11 +613,12 @@ class _VICReg(torch.autograd.Function):
         N, (M, D) = ctx.N, mean.shape
         G = N * _ranks(group)
         gram = G < D
-        grad = torch.stack(grads)
         if group is not None:
-            dist.all_reduce(grad, group=group)  # every rank's losses depend on these rows
+            shared = torch.stack(grads)
+            dist.all_reduce(shared, group=group)  # every rank's losses depend on these rows
+            grads = shared.unbind()
         first = N * dist.get_rank(group) if gram and group is not None else 0
-        by_invariance, by_variance, by_covariance = grad.unbind()
+        by_invariance, by_variance, by_covariance = grads
         pull = by_invariance * (4 / (max(1, M - 1) * G * D))
         push = by_covariance * (8 / (M * D * (G - 1)))
         std = (var + eps).sqrt()
