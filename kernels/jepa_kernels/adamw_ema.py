@@ -74,7 +74,7 @@ class AdamWEMA(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         self._copies: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
-        self._checked: dict[Tensor, tuple[list[Any], Kind]] = {}
+        self._checked: dict[Tensor, tuple[tuple[Any, ...], Kind]] = {}
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(params, {**options, "ema": ema, "capturable": capturable})
 
@@ -189,13 +189,19 @@ class AdamWEMA(torch.optim.Optimizer):
                 _create(p, g, state, group)
             weight, average = self._copies.get(p, (None, None))
             e, average = (state["ema"], average) if group["ema"] else (None, None)
-            row = (p, g, state["step"], state["exp_avg"], state["exp_avg_sq"], e, weight, average)
+            step, m, v = state["step"], state["exp_avg"], state["exp_avg_sq"]
+            row = (p, g, step, m, v, e, weight, average)
             layout, layout_of_g = p.stride(), g.stride()
             if torch.compiler.is_compiling():
                 kind = _check(row)
             else:  # again only where something has changed: with hundreds of parameters it would be half of a step
-                marks: list[Any] = [x for t in row if t is not None for x in (t.data_ptr(), t.dtype)]
-                marks += p.shape, layout, g.shape, layout_of_g
+                marks = (
+                    *(p.data_ptr(), p.dtype, p.shape, layout, g.dtype, g.shape, layout_of_g),
+                    *(step.data_ptr(), step.dtype, m.data_ptr(), m.dtype, v.data_ptr(), v.dtype),
+                    e is not None and (e.data_ptr(), e.dtype),
+                    weight is not None and (weight.data_ptr(), weight.dtype),
+                    average is not None and (average.data_ptr(), average.dtype),
+                )
                 found = self._checked.get(p)
                 if found is None or found[0] != marks:
                     found = self._checked[p] = marks, _check(row)
