@@ -10,8 +10,8 @@ part of a CUDA graph of twenty, each on buffers of its own. Forward means withou
 kept, both a training step. GB/s and TFLOP/s count what the op has to do, not what a contender does; the limit is that
 of memory (the faster of a copy and a scaling in place, beyond the caches: what fits into them may exceed it) or of a
 matrix product, measured in the same run. MB is the most that a call holds at once on top of what was there: the
-allocator's count on a GPU, the profiler's of every tensor on a CPU. In the roofline a copied element counts as one
-operation.
+allocator's count on a GPU, the profiler's of every tensor on a CPU. `host ms`, of ops over many tensors, is what a call
+costs Python, measured on as many tensors of a few elements. In the roofline a copied element counts as one operation.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import OPS, SIZES, Call
+from contenders import OPS, SIZES, Call, Size
 from machine import ROOT, hardware, peak_bytes, provenance
 
 SHORT, GRAPHED = 0.1, 20  # milliseconds below which a call is timed as one of so many in a CUDA graph
@@ -93,13 +93,19 @@ def graphed(calls: list[Call]) -> Call:
     return lambda: (graph.replay(), kept)[1]
 
 
-def ceilings(device: str) -> tuple[float, float]:
+def host_milliseconds(op: str, size: Size, device: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
+    """Of each contender but the compiled one, which would be compiled again."""
+    calls = OPS[op](replace(size, D=1, patch=1), device, dtype).calls["step"]
+    return milliseconds({name: call for name, call in calls.items() if name != "compiled"}, "cpu", seconds)
+
+
+def ceilings(device: str, seconds: float) -> tuple[float, float]:
     """Bytes/s of memory, operations/s of a float32 matrix product."""
     n, side = (2**30, 8192) if device == "cuda" else (2**27, 2048)
     source, target = torch.ones(n // 4, device=device), torch.empty(n // 4, device=device)
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
     calls = {"copy": lambda: target.copy_(source), "scale": lambda: target.mul_(1.0), "matmul": lambda: a @ b}
-    times = milliseconds(calls, device, 2)
+    times = milliseconds(calls, device, seconds)
     return 2 * n / min(times["copy"], times["scale"]) * 1e3, 2 * side**3 / times["matmul"] * 1e3
 
 
@@ -124,11 +130,12 @@ def main() -> None:
     if gpu:
         torch.cuda.set_stream(torch.cuda.Stream())  # a backward runs where its forward ran: where graphs are captured
 
-    memory, matmul = ceilings(args.device)
+    memory, matmul = ceilings(args.device, 2 * args.seconds)
     table = [
         f"{hardware(device)}; {size_name}, {size.B} images, {dtype}",
         f"ceilings: memory {memory / 1e9:.1f} GB/s, float32 matmul {matmul / 1e12:.3f} TFLOP/s",
-        f"{'op':17}{'mode':9}{'contender':21}{'ms':>9}{'GB/s':>8}{'TFLOP/s':>9}{'of limit':>10}{'x ours':>8}{'MB':>8}",
+        f"{'op':17}{'mode':9}{'contender':21}{'ms':>9}{'GB/s':>8}{'TFLOP/s':>9}{'of limit':>10}{'x ours':>8}{'MB':>8}"
+        f"{'host ms':>9}",
     ]
     print("\n".join(table), flush=True)
     rows = []
@@ -138,9 +145,11 @@ def main() -> None:
         for mode, calls in case.calls.items():
             copies = case.copies and partial(case.copies, mode)
             times = milliseconds(calls, args.device, args.seconds, copies)
+            host = host_milliseconds(op, size, args.device, dtype, args.seconds) if mode == "step" else {}
             for name, ms in times.items():
                 row = figures(op, mode, name, ms, case.work[mode], memory, matmul)
                 row |= {"times ours": ms / times["ours"], "peak MB": peak_bytes(calls[name], device)[1] / 1e6}
+                row["host ms"] = host.get(name)
                 rows.append(row)
                 table.append(line(row))
                 print(table[-1], flush=True)
@@ -179,9 +188,10 @@ def figures(
 
 
 def line(row: dict[str, Any]) -> str:
+    host = "" if row["host ms"] is None else f"{row['host ms']:9.3f}"
     return (
         f"{row['op']:17}{row['mode']:9}{row['contender']:21}{row['ms']:9.3f}{row['GB/s']:8.1f}{row['TFLOP/s']:9.3f}"
-        f"{row['share of limit']:10.1%}{row['times ours']:8.2f}{row['peak MB']:8.0f}"
+        f"{row['share of limit']:10.1%}{row['times ours']:8.2f}{row['peak MB']:8.0f}{host}"
     )
 
 

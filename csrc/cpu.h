@@ -13,9 +13,12 @@
 #include <cstdint>
 #include <type_traits>
 
-// One binary for every x86-64: the loader picks the widest version that the machine can run.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// One binary for every x86-64: the loader picks the widest version that the machine can run. GCC 11 cannot dispatch on
+// the levels of x86-64, only on single features (and on names of processors, which no other processor answers to).
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define JEPA_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define JEPA_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define JEPA_VECTOR_CLONES
 #endif

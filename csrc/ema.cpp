@@ -5,6 +5,8 @@
 namespace jepa {
 
 void ema(std::vector<Tensor> targets, std::vector<Tensor> sources, Tensor weight) {
+    check_lists("ema_", targets, {&sources}, {});
+    check_flat(weight, 1, ScalarType::Float, "ema_: weight");
     const float w = *pointer<const float>(weight);
     for_each_piece(targets, [&](size_t i, int64_t from, int64_t n) {
         float target_buffer[kPiece], source_buffer[kPiece];

@@ -53,4 +53,28 @@ void write(const Tensor& t, int64_t from, int64_t n, const float* values) {
     }
 }
 
+void check_flat(const Tensor& t, int64_t numel, ScalarType dtype, const char* name) {
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.numel() == numel, name, " has another dtype or size");
+}
+
+void check_lists(const char* op, const std::vector<Tensor>& tensors,
+                 std::initializer_list<const std::vector<Tensor>*> lists,
+                 std::initializer_list<const std::vector<Tensor>*> optional) {
+    const auto check = [&](const std::vector<Tensor>& list) {
+        STD_TORCH_CHECK(list.size() == tensors.size(), op, ": lists of ", tensors.size(), " and ", list.size());
+        for (size_t i = 0; i < list.size(); ++i) {
+            const auto dtype = list[i].scalar_type();
+            STD_TORCH_CHECK(
+                list[i].is_cpu() && list[i].numel() == tensors[i].numel() &&
+                    (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half),
+                op, ": tensors ", i, " do not go together");
+        }
+    };
+    check(tensors);
+    for (const auto* list : lists) check(*list);
+    for (const auto* list : optional) {
+        if (!list->empty()) check(*list);
+    }
+}
+
 }  // namespace jepa

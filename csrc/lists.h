@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "cpu.h"
@@ -24,6 +25,13 @@ void lerp(float* target, const float* source, float weight, int64_t n);
 float* read(const Tensor& t, int64_t from, int64_t n, float* buffer);
 // Stores them. Does nothing where `values` already is the tensor's memory.
 void write(const Tensor& t, int64_t from, int64_t n, const float* values);
+
+// What a kernel is about to take for `numel` elements of `dtype` in the CPU's memory.
+void check_flat(const Tensor& t, int64_t numel, ScalarType dtype, const char* name);
+// Lists that go with `tensors`, element by element, in dtypes that `read` knows; those in `optional` may be empty.
+void check_lists(const char* op, const std::vector<Tensor>& tensors,
+                 std::initializer_list<const std::vector<Tensor>*> lists,
+                 std::initializer_list<const std::vector<Tensor>*> optional);
 
 // body(i, from, n) for every piece of every tensor i, in parallel. Elements are counted in the order of
 // memory.

@@ -2,20 +2,28 @@
 
 import copy
 import io
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn import Parameter
 
 from jepa_kernels import AdamWEMA
-from jepa_kernels.adamw_ema import adamw_ema_ref, adamw_ema_triton
-from numerics import rms
+from jepa_kernels.adamw_ema import (
+    _adamw_ema_kernel,
+    adamw_ema_coefficients_ref,
+    adamw_ema_coefficients_triton,
+    adamw_ema_ref,
+    adamw_ema_triton,
+)
+from numerics import cut_off, rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel: on a CPU, in the interpreter
-OP = torch.ops.jepa_kernels.adamw_ema_
+OP, COEFFICIENTS = torch.ops.jepa_kernels.adamw_ema_, torch.ops.jepa_kernels.adamw_ema_coefficients_
 HALVES = [torch.bfloat16, torch.float16]
 SHAPES = [(3, 5), (0,), (1,), (1023,), (1024,), (1025,), (4, 3, 7, 7), (64, 67)]
 implementations = pytest.mark.parametrize(
@@ -32,6 +40,7 @@ def device(request, monkeypatch) -> str:
         return "cpu"
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.ops.jepa_kernels, "adamw_ema_", adamw_ema_triton)
+        monkeypatch.setattr(torch.ops.jepa_kernels, "adamw_ema_coefficients_", adamw_ema_coefficients_triton)
     return DEVICE
 
 
@@ -103,7 +112,7 @@ def test_one_step_against_float64(step, device, dtype):
         assert rms(result - answer) <= 1.25 * rms(answer.float() - answer)
     for copies, originals in ((weight_copies, p2), (ema_copies, e2)):
         if step is adamw_ema_triton and DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts off
-            originals = [(x.view(torch.int32) & ~0xFFFF).view(torch.float32) for x in originals]
+            originals = [cut_off(x) for x in originals]
         assert equal(copies, [x.to(dtype) for x in originals])
 
 
@@ -116,6 +125,34 @@ def test_a_row_that_does_not_apply_is_left_alone(step, device):
     for name, old, new in zip("pgmvewc", before, lists, strict=True):
         assert torch.equal(new[0], old[0])
         assert torch.equal(new[1], old[1]) == (name == "g")
+
+
+@pytest.mark.parametrize(
+    ("count", "device"),
+    [(COEFFICIENTS, "cpu"), (adamw_ema_coefficients_ref, "cpu"), (adamw_ema_coefficients_triton, DEVICE)],
+    ids=["cpu", "reference", "triton"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("inf", [0.0, 1.0])
+def test_coefficients_against_float64(count, device, dtype, inf):
+    """Rounded once, from the first step to the millionth; 129 counters are more than one block."""
+    before = [0, 1, 9, 999, 10**6, *torch.randint(10**6, (124,)).tolist()]
+    betas, (lr, decay, momentum, scale) = (0.9, 0.999), torch.rand(4, dtype=dtype).add(0.01)
+    steps = [torch.tensor(float(t), device=device) for t in before]
+    numbers = [x.to(device) for x in (lr, decay, momentum, scale, torch.tensor(inf))]
+    rows = count(steps, numbers, *betas).cpu()
+    assert [t.item() for t in steps] == [t + (inf == 0) for t in before]
+    for row, t in zip(rows.tolist(), steps, strict=True):
+        assert row[5] == (inf == 0)
+        if t:
+            exact = [
+                lr * decay,
+                lr / (1 - betas[0] ** t.item()),
+                (1 - betas[1] ** t.item()) ** -0.5,
+                1 - momentum,
+                scale,
+            ]
+            assert row[:5] == pytest.approx([float(x) for x in exact], rel=2**-22 if dtype == torch.float32 else 2**-23)
 
 
 def test_agrees_with_adamw_and_averages_its_weights(device):
@@ -392,6 +429,9 @@ def ddp_rank(rank: int, folder: Path) -> None:
     odd, done = 0, []
     for operator in (OP, adamw_ema_triton if DEVICE == "cpu" else OP):
         torch.ops.jepa_kernels.adamw_ema_ = operator
+        torch.ops.jepa_kernels.adamw_ema_coefficients_ = (
+            COEFFICIENTS if operator is OP else adamw_ema_coefficients_triton
+        )
         params = [*model.parameters()]
         apart = twins(params)
         optimizers = [AdamWEMA(params), AdamWEMA(apart)]
@@ -441,6 +481,13 @@ def test_opcheck(device):
             ),
         )
         opcheck(OP, (*(lists(*like) for _ in range(4)), [], [], [], rows, 0.9, 0.99, 1e-8))
+
+
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+def test_opcheck_of_the_coefficients(device):
+    numbers = [torch.rand((), dtype=dtype, device=device) for dtype in (torch.float64, torch.float32) * 2]
+    steps = [torch.tensor(3.0, device=device), torch.ones(2, device=device)[1]]
+    opcheck(COEFFICIENTS, (steps, [*numbers, torch.zeros((), device=device)], 0.9, 0.999))
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
@@ -556,6 +603,23 @@ def test_on_a_gpu_a_capture_that_cannot_be_is_refused_in_time(capturable, warm):
     assert equal(before, everything(optimizer))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+def test_triton_addresses_beyond_32_bits():
+    """The last five of 2**31 + 1029 elements: the addresses that they would have behind the others."""
+    n = 2**31 + 1029
+    tensors = [[torch.rand(5)] for _ in range(7)]
+    same = copy.deepcopy(tensors)
+    coefficients = torch.tensor([[1e-5, 1e-2, 1.1, 0.1, 0.5, 1.0]])
+    table = torch.tensor([[n, *(t.data_ptr() - 4 * (n - 5) for (t,) in tensors)]])
+    blocks = torch.tensor([[0, (n - 5) // 1024]], dtype=torch.int32)
+    _adamw_ema_kernel[(1,)](
+        blocks, table, coefficients, 0.1, 0.01, 1e-8, tl.float32, True, tl.float32, tl.float32, BLOCK=1024
+    )
+    adamw_ema_triton(*same, coefficients, 0.9, 0.99, 1e-8)
+    for (a,), (b,) in zip(tensors, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 40 GB")
 def test_addresses_beyond_32_bits_on_a_gpu():
     n = 2**31 + 1029
@@ -607,6 +671,8 @@ def test_on_a_gpu_no_wait_no_compilation_and_graphs():
     ("options", "names"),
     [
         ({"lr": -1.0}, "lr.*-1"),
+        ({"lr": torch.tensor(-1.0)}, "lr.*-1"),
+        ({"momentum": torch.tensor(1.5)}, "momentum.*1.5"),
         ({"lr": float("nan")}, "lr.*nan"),
         ({"lr": torch.ones(1)}, r"lr.*\(1,\)"),
         ({"momentum": 1.5}, "momentum.*1.5"),
@@ -687,8 +753,120 @@ def test_bad_copies_and_states_are_named():
     for copies in ({"weight": two[0], "ema": two[0]}, {"ema": p.detach()}):
         with pytest.raises(ValueError, match="share memory"):
             optimizer.set_copies(p, **copies)
-    p.grad = torch.ones(4, 3)
-    optimizer.step()
-    optimizer.state[p]["ema"] = torch.ones(12)
-    with pytest.raises(ValueError, match=r"state.*\(4, 3\).*\(12,\)"):
+    twin = Parameter(torch.randn(4, 3))
+    optimizer.add_param_group({"params": [twin]})
+    for copies in ({"weight": p.detach()}, {"weight": two[0]}):  # another parameter's memory; another's copy's
+        with pytest.raises(ValueError, match="share memory"):
+            optimizer.set_copies(twin, **copies)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "ema"])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_state_that_does_not_fit_is_named_and_nothing_is_written(name, fresh):
+    """A teacher in 16 bits would be read as float32, one in another layout would be left behind without a word."""
+    good, p = Parameter(torch.ones(3)), Parameter(torch.randn(4, 3))
+    for q in (good, p):
+        q.grad = torch.ones_like(q)
+    optimizer = AdamWEMA([good, p])
+    if not fresh or name != "ema":
         optimizer.step()
+    before = good.detach().clone()
+    for bad, names in (
+        (torch.ones(12), r"float32.*\(4, 3\).*\(12,\)"),
+        (torch.ones(4, 3, dtype=torch.bfloat16), "float32.*bfloat16"),
+        (torch.ones(3, 4).T, r"strides \(3, 1\).*\(1, 4\)"),
+        (torch.ones(4, 3, device="meta"), "cpu.*meta"),
+    ):
+        optimizer.state[p][name] = bad
+        with pytest.raises(ValueError, match=f"state '{name}' must be .*{names}"):
+            optimizer.step()
+        assert torch.equal(good.detach(), before)
+
+
+def test_a_state_whose_memory_is_replaced_is_checked_again():
+    p = Parameter(torch.randn(4, 3))
+    p.grad = torch.ones_like(p)
+    optimizer = AdamWEMA([p])
+    optimizer.step()
+    optimizer.state[p]["exp_avg"].data = torch.ones(4, 3, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"exp_avg.*bfloat16"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.to(memory_format=torch.channels_last), lambda x: x.repeat(2, 1, 1, 1), lambda x: x[:1]]
+)
+def test_a_parameter_that_is_given_other_memory_is_checked_again(change):
+    """It would be walked in the order of its new memory, its copies in that of the old one, or past their end."""
+    p = Parameter(torch.randn(2, 3, 4, 5))
+    optimizer = AdamWEMA([p])
+    optimizer.set_copies(p, weight=torch.empty_like(p, dtype=torch.bfloat16))
+    p.data = change(p.data)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"weight of set_copies must be.*strides"):
+        optimizer.step()
+
+
+def test_loaded_states_take_the_layout_of_their_parameters():
+    first = parameters(shapes=[(4, 3, 6, 5)])
+    last = [Parameter(first[0].detach().to(memory_format=torch.channels_last))]
+    optimizers = [AdamWEMA(params) for params in (first, last)]
+    set_gradients(first)
+    optimizers[0].step()
+    last[0].data.copy_(first[0].data)
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    set_gradients(first, last)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert equal(*map(everything, optimizers))
+
+
+def test_bad_scales_are_refused_before_anything_is_counted():
+    params = parameters(shapes=[(3,), (3,)])  # as many as there are scales: one for each would pass
+    optimizer = AdamWEMA(params)
+    set_gradients(params)
+    optimizer.step()
+    before = everything(optimizer)
+    for options, names in (
+        ({"grad_scale": torch.ones(2)}, r"grad_scale.*\(2,\)"),
+        ({"found_inf": torch.zeros(1)}, r"found_inf.*\(1,\)"),
+        ({"grad_scale": torch.ones((), device="meta")}, "grad_scale.*meta"),
+    ):
+        with pytest.raises(ValueError, match=names):
+            optimizer.step(**options)
+        assert equal(before, everything(optimizer))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copied_optimizer_writes_the_copies_of_its_own_parameters(how):
+    model = torch.nn.Linear(3, 4)
+    halves = torch.nn.Linear(3, 4, dtype=torch.bfloat16)
+    optimizer = AdamWEMA(model.parameters())
+    for p, half in zip(model.parameters(), halves.parameters(), strict=True):
+        optimizer.set_copies(p, weight=half.data)
+    set_gradients([*model.parameters()])
+    optimizer.step()
+    before = copy.deepcopy(halves.state_dict())
+    other, copied = how((model, optimizer))
+    for p in other.parameters():
+        p.grad = torch.ones_like(p)
+    copied.step()
+    assert equal([*before.values()], [*halves.state_dict().values()])
+    for p in other.parameters():
+        assert torch.equal(copied._copies[p][0], p.detach().bfloat16())
+
+
+def test_the_op_refuses_lists_that_do_not_go_together():
+    """Called without the optimizer, it still reads and writes nothing that is not there."""
+    good = [[torch.ones(5), torch.ones(7)] for _ in range(7)]
+    rows = torch.ones(2, 6)
+    for i in range(7):
+        for bad in ([torch.ones(5)], [torch.ones(5), torch.ones(6)], [torch.ones(5), torch.ones(7).double()]):
+            with pytest.raises(RuntimeError, match="adamw_ema_"):
+                OP(*good[:i], bad, *good[i + 1 :], rows, 0.9, 0.99, 1e-8)
+    for bad_rows in (rows[:1], rows.double()):
+        with pytest.raises(RuntimeError, match="coefficients"):
+            OP(*good, bad_rows, 0.9, 0.99, 1e-8)
+    for steps, numbers in (([], [torch.ones(())] * 5), ([torch.ones((), dtype=torch.int64)], [torch.ones(())] * 5)):
+        with pytest.raises(RuntimeError, match="adamw_ema_coefficients_"):
+            COEFFICIENTS(steps, numbers, 0.9, 0.99)

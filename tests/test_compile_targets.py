@@ -64,7 +64,7 @@ def empty(*shape: int, dtype: Any, offset: int = 0) -> Any:
 def every_op(label: str, sizes: Sizes, dtype: Any, offset: int = 0) -> dict[str, Callable[[], Any]]:
     import torch
 
-    from jepa_kernels.adamw_ema import adamw_ema_triton
+    from jepa_kernels.adamw_ema import adamw_ema_coefficients_triton, adamw_ema_triton
     from jepa_kernels.ema import _CODES, ema_triton
     from jepa_kernels.gather import gather_backward_triton, gather_triton
     from jepa_kernels.patchify import patchify_triton
@@ -108,6 +108,9 @@ def every_op(label: str, sizes: Sizes, dtype: Any, offset: int = 0) -> dict[str,
         calls |= {
             "ema": lambda: ema_triton(weight, half, torch.tensor(0.004)),
             "adamw_ema": lambda: adamw_ema_triton(weight, half, *[weight] * 3, half, half, *step),
+            "adamw_ema coefficients": lambda: adamw_ema_coefficients_triton(
+                [x(dtype=torch.float32)] * D, [x(dtype=torch.float64)] * 3 + [x(dtype=wide)] * 2, 0.9, 0.999
+            ),
         }
     return {f"{name}{label}": call for name, call in calls.items()}
 
@@ -249,14 +252,15 @@ def test_wide_accesses_and_assertions_stay(compiled, committed):
 
 
 def test_registers_and_shared_memory_stay_within_the_table(compiled, committed):
-    if compiled["triton"] == committed["triton"]:  # another compiler has other numbers
-        grown = {
-            f"{name}: {resource}": (committed["kernels"][name][resource], row[resource])
-            for name, row in compiled["kernels"].items()
-            for resource in ("registers", "shared")
-            if row[resource] > committed["kernels"][name][resource]
-        }
-        assert not grown, "if these are worth it, write the table again: see the top of this file"
+    if compiled["triton"] != committed["triton"]:
+        pytest.skip(f"triton {compiled['triton']} has other numbers than {committed['triton']}, which wrote the table")
+    grown = {
+        f"{name}: {resource}": (committed["kernels"][name][resource], row[resource])
+        for name, row in compiled["kernels"].items()
+        for resource in ("registers", "shared")
+        if row[resource] > committed["kernels"][name][resource]
+    }
+    assert not grown, "if these are worth it, write the table again: see the top of this file"
 
 
 def test_products_run_where_they_are_meant_to(compiled, committed):

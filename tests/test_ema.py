@@ -13,6 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel:
 OP = torch.ops.jepa_kernels.ema_
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIXTURES = [(target, source) for target in DTYPES for source in DTYPES]
+ONES = torch.ones(2)
 LENGTHS = [0, 1, 5, 1023, 1024, 1025, 4096, 4097, 8191]
 implementations = pytest.mark.parametrize(
     ("ema", "device"), [(OP, "cpu"), (ema_ref, "cpu"), (ema_triton, DEVICE)], ids=["cpu", "reference", "triton"]
@@ -193,12 +194,27 @@ def test_compiles_whole(device, dynamic):
         ([torch.ones(2)], [torch.zeros(2)], 1.1, "momentum.*1.1"),
         ([torch.ones(2)], [torch.zeros(2)], float("nan"), "momentum.*nan"),
         ([torch.ones(2)], [torch.zeros(2)], torch.ones(1), r"momentum.*\(1,\)"),
+        ([torch.ones(2)], [torch.zeros(2)], torch.tensor(1.5), r"momentum.*1\.5"),
+        ([torch.ones(2).to(torch.float8_e4m3fn)], [torch.zeros(2)], 0.9, r"float8_e4m3fn for targets\[0\]"),
+        ([ONES, ONES], [torch.zeros(2)] * 2, 0.9, "memory of its own"),
+        ([ONES, ONES.view(2)], [torch.zeros(2)] * 2, 0.9, "memory of its own"),
     ],
 )
 def test_bad_arguments_are_named_and_nothing_is_written(targets, sources, momentum, names):
     with pytest.raises(ValueError, match=names):
         ema_(targets, sources, momentum)
     assert all(bool((t == 1).all()) for t in targets)
+
+
+def test_the_op_refuses_lists_that_do_not_go_together():
+    for sources, weight in (
+        ([torch.ones(5)], torch.ones(())),
+        ([torch.ones(5), torch.ones(6)], torch.ones(())),
+        ([torch.ones(5), torch.ones(7).double()], torch.ones(())),
+        ([torch.ones(5), torch.ones(7)], torch.ones((), dtype=torch.float64)),
+    ):
+        with pytest.raises(RuntimeError, match="ema_"):
+            OP([torch.ones(5), torch.ones(7)], sources, weight)
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))

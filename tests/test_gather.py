@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 from jepa_kernels import gather_tokens
 from jepa_kernels.gather import gather_backward_ref, gather_backward_triton, gather_ref, gather_triton
+from numerics import cut_off, far_apart, strided_views
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels: on a CPU, in the interpreter
 OP = torch.ops.jepa_kernels
@@ -36,13 +37,6 @@ backwards = pytest.mark.parametrize(
 
 def random_index(B: int, N: int, K: int) -> Tensor:
     return torch.randint(max(N, 1), (B, K))
-
-
-def strided_views(x: Tensor) -> list[Tensor]:
-    """The values of x [B, N, D] behind other strides."""
-    wide = torch.full((x.shape[0], 2 * x.shape[1], 3 * x.shape[2]), float("nan"), dtype=x.dtype)
-    wide[:, ::2, ::3] = x
-    return [x.transpose(0, 2).contiguous().transpose(0, 2), x.mT.contiguous().mT, wide[:, ::2, ::3]]
 
 
 @forwards
@@ -78,7 +72,7 @@ def test_gradient_sums_repeats_in_order(gather_backward, device, dtype, shape):
             total[b, index[b, k]] += dy[b, k].to(torch.float64).numpy().astype(total.dtype)
     expected = torch.from_numpy(total)
     if gather_backward is gather_backward_triton and dtype == torch.bfloat16 and DEVICE == "cpu":
-        expected = (expected.view(torch.int32) & ~0xFFFF).view(torch.float32)  # the interpreter cuts off
+        expected = cut_off(expected)
     dx = gather_backward(dy.to(device), index.to(device), N).cpu()
     assert dx.dtype == dtype and dx.is_contiguous()
     assert torch.equal(dx, expected.to(dtype))
@@ -169,6 +163,7 @@ def test_the_kernel_asserts_its_index(monkeypatch):
     [
         (torch.ones(2, 3), torch.zeros(2, 1, dtype=torch.int64), "x"),
         (torch.ones(2, 3, 4, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64), "x"),
+        (torch.ones(2, 3, 4).to(torch.float8_e4m3fn), torch.zeros(2, 1, dtype=torch.int64), "x"),
         (torch.ones(2, 3, 4), torch.zeros(2, 1, dtype=torch.int32), "index"),
         (torch.ones(2, 3, 4), torch.zeros(3, 1, dtype=torch.int64), "index"),
         (torch.ones(2, 3, 4), torch.zeros(2, dtype=torch.int64), "index"),
@@ -187,6 +182,14 @@ def test_addresses_beyond_32_bits(tmp_path):
     x[0, N - 2] = torch.arange(D)
     y = OP.gather(x, torch.tensor([[N - 2, 0]]))
     assert torch.equal(y[0, 0], torch.arange(D).half()) and not y[0, 1].any()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+def test_the_triton_kernels_reach_beyond_32_bits(tmp_path):
+    x, index = torch.randn(4, 3, 7).half(), random_index(4, 3, 3)
+    far = far_apart(x, tmp_path / "x")
+    assert torch.equal(gather_triton(far, index), gather_ref(x, index))
+    assert torch.equal(gather_backward_triton(far, index, 5), gather_backward_ref(x, index, 5))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs 9 GB of a GPU's memory")

@@ -133,7 +133,7 @@ def pure_installed(pure_wheel, tmp_path_factory):
 def test_sdist_holds_the_repository(sdist):
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = ["LICENSE", "README.md", "Makefile", "constraints.txt", "pyproject.toml", "setup.py"]
+    wanted = ["LICENSE", "README.md", "kernels/README.md", "Makefile", "constraints.txt", "pyproject.toml", "setup.py"]
     for pattern in ("csrc/*", "kernels/**/*.py", "engine/**/*.py", "engine/configs/*", "tests/*.*", "benchmarks/*.py"):
         wanted += [str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)]
     assert set(wanted) <= held
@@ -152,7 +152,16 @@ def test_wheel_serves_every_python_and_holds_the_package_alone(wheel):
     needed = {re.match(r"[\w-]+", line)[0] for line in fields.get_all("Requires-Dist") if "extra" not in line}
     assert needed == {"torch", "triton"}
     assert fields["License-Expression"] == "Apache-2.0"
-    assert fields.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert fields.get_payload().strip() == (ROOT / "kernels/README.md").read_text().strip()
+
+
+def test_the_packages_readme_runs_as_it_stands(installed):
+    text = (ROOT / "kernels/README.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    alone(f"import sys; sys.path.insert(0, sys.argv[1])\n{example}", installed)
+    package = ast.parse((ROOT / "kernels/jepa_kernels/__init__.py").read_text())
+    (public,) = [ast.literal_eval(n.value) for n in package.body if ast.unparse(n).startswith("__all__")]
+    assert set(re.findall(r"^\| `(\w+)`", text, re.M)) == set(public)
 
 
 def test_import_brings_the_cpu_kernels_and_no_other_package(installed):

@@ -176,6 +176,8 @@ def test_the_kernel_asserts_its_index(monkeypatch):
         ({"patch_size": 0}, "patch_size"),
         ({"mean": (0.5, 0.5)}, "mean"),
         ({"std": (0.5, 0.0, 0.5)}, "std"),
+        ({"std": (0.5, 0.5, float("nan"))}, "std"),
+        ({"mean": (float("inf"), 0.5, 0.5)}, "mean"),
         ({"dtype": torch.float64}, "dtype"),
         ({"index": torch.zeros(2, 4, dtype=torch.int32)}, "index"),
         ({"index": torch.zeros(3, 4, dtype=torch.int64)}, "index"),

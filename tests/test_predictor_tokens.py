@@ -7,11 +7,13 @@ from torch.library import opcheck
 
 from jepa_kernels import predictor_tokens
 from jepa_kernels.predictor_tokens import (
+    _predictor_tokens_kernel,
     predictor_tokens_backward_ref,
     predictor_tokens_backward_triton,
     predictor_tokens_ref,
     predictor_tokens_triton,
 )
+from numerics import far_apart, strided_views
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels: on a CPU, in the interpreter
 OP = torch.ops.jepa_kernels
@@ -80,13 +82,6 @@ def within_rounding(value: Tensor, exact: Tensor, interpreted: bool) -> bool:
     return bool((value.double() - exact).norm() <= budget * rounding.norm())
 
 
-def strided_views(x: Tensor) -> list[Tensor]:
-    """The values of x [A, R, D] behind other strides."""
-    wide = torch.full((x.shape[0], 2 * x.shape[1], 3 * x.shape[2]), float("nan"), dtype=x.dtype)
-    wide[:, ::2, ::3] = x
-    return [x.transpose(0, 2).contiguous().transpose(0, 2), x.mT.contiguous().mT, wide[:, ::2, ::3]]
-
-
 @forwards
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -152,6 +147,30 @@ def test_gradients_repeat_bit_for_bit(op, device):
         results.append(op(dy, 4, 6, 20))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+def test_the_triton_kernels_reach_beyond_32_bits(tmp_path):
+    context, *rest = random_inputs((2, 4, 3, 2, 5, 7), torch.float16, torch.float16)
+    far = far_apart(context, tmp_path / "context")
+    assert torch.equal(predictor_tokens_triton(far, *rest), predictor_tokens_triton(context, *rest))
+    for a, b in zip(*(predictor_tokens_backward_triton(x, 2, 2, 1) for x in (far, context)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+def test_triton_sequences_beyond_32_bits(tmp_path):
+    """Those of the first image, for the last blocks of a batch whose other images nobody computes."""
+    M, B, Kc, Kt, N, D = 3, 2**20, 2, 2, 5, 512
+    context, seen, asked, *tables = random_inputs((M, 1, Kc, Kt, N, D), torch.float16, torch.float16)
+    where = torch.from_file(str(tmp_path / "index"), shared=True, size=M * B * Kt, dtype=torch.int64).view(M, B, Kt)
+    where[:, :1] = asked
+    size = M * B * (Kc + Kt) * D
+    y = torch.from_file(str(tmp_path / "y"), shared=True, size=size, dtype=torch.float16).view(M * B, Kc + Kt, D)
+    _predictor_tokens_kernel[(1,)](
+        context, seen, where, *tables, y, B, Kc, Kt, N, *context.stride(), M, D, ROWS=4, BLOCK_D=512
+    )
+    assert torch.equal(y[::B], predictor_tokens_triton(context, seen, asked, *tables))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs 14 GB of a GPU's memory")
@@ -247,6 +266,7 @@ def test_the_kernel_asserts_its_indices(monkeypatch):
     ("changed", "name"),
     [
         ({"context": torch.ones(3, 4, 8, dtype=torch.int32)}, "context"),
+        ({"context": torch.ones(3, 4, 8).to(torch.float8_e4m3fn)}, "context"),
         ({"context": torch.ones(3, 8)}, "context"),
         ({"context_index": torch.zeros(3, 5, dtype=torch.int64)}, "context_index"),
         ({"context_index": torch.zeros(3, 4)}, "context_index"),

@@ -19,7 +19,7 @@ from jepa_kernels.vicreg import (
     vicreg_products_ref,
     vicreg_products_triton,
 )
-from numerics import rms, rounding, strided_views
+from numerics import far_apart, rms, rounding, strided_views
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"  # of the Triton kernels: on a CPU, in the interpreter
@@ -229,11 +229,12 @@ def test_backward_of_a_part_of_the_rows(kernel, gram):
     torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not CUDA, reason="no CPU multiplies in TF32; test_compile_targets.py sees that the kernels would")
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 @pytest.mark.parametrize("shape", [(9, 2, 67), (67, 2, 9)], ids=str)
-def test_tf32_when_asked(kernel, precision, shape):
+def test_tf32_when_asked(precision, shape):
     z = embeddings(*shape)
-    exact, z_ = z.double().requires_grad_(), on(kernel, z).requires_grad_()
+    exact, z_ = z.double().requires_grad_(), z.cuda().requires_grad_()
     expected, terms = pairwise(exact), vicreg(z_, precision=precision)
     tolerance = 1e-2 if precision == "tf32" else 1e-5
     for a, b in zip(terms, expected, strict=True):
@@ -387,12 +388,28 @@ def test_compiles_as_one_graph(device, dynamic):
         ("z", torch.randn(1, 3, 5), {}),
         ("z", torch.randn(0, 3, 5), {}),
         ("z", torch.randn(4, 3, 0), {}),
+        ("z", torch.randn(4, 3, 5).to(torch.float8_e4m3fn), {}),
+        ("gamma and eps", torch.randn(4, 3, 5), {"eps": -1e-4}),
+        ("gamma and eps", torch.randn(4, 3, 5), {"gamma": float("nan")}),
         ("precision", torch.randn(4, 3, 5), {"precision": "bf16"}),
     ],
 )
 def test_bad_input_is_refused(argument, z, options):
     with pytest.raises(ValueError, match=f"vicreg: {argument} "):
         vicreg(z, **options)
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+@pytest.mark.parametrize("gram", [False, True])
+def test_the_triton_kernels_reach_beyond_32_bits(tmp_path, gram):
+    z, weight = embeddings(4, 3, 7, torch.bfloat16), torch.randn(3, 7)
+    results = []
+    for x in (z, far_apart(z, tmp_path / "z")):
+        mean, *others = vicreg_moments_triton(x)
+        squares, matrix = vicreg_products_triton(x, mean, 4, gram, True, "ieee")
+        arguments = x, mean, matrix, weight, *torch.ones(2), gram, 1, 3, "ieee"
+        results.append([mean, *others, squares, matrix, vicreg_backward_triton(*arguments)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(

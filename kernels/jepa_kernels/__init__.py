@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 
 _OF_CSRC = (
     "adamw_ema_",
+    "adamw_ema_coefficients_",
     "ema_",
     "gather",
     "gather_backward",

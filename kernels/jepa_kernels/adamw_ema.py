@@ -6,13 +6,14 @@
     e <- momentum e + (1 - momentum) p
 
 Averages are computed as x + (1 - beta) (new - x), and p by subtracting what is small from it: the one rounding that
-counts is that of the result. Bytes per parameter: 28 for AdamW (p, m, v read and written, g read) and 8 for e; 2 less
-for a 16-bit gradient, 2 more for each 16-bit copy. The CPU kernel is in csrc/adamw_ema.cpp.
+counts is that of the result. What depends on the step alone is worked out before, in float64, by an op of its own that
+also counts the steps. Bytes per parameter: 28 for AdamW (p, m, v read and written, g read) and 8 for e; 2 less for a
+16-bit gradient, 2 more for each 16-bit copy. The CPU kernels are in csrc/adamw_ema.cpp.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -20,31 +21,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import BLOCK, at, is_capturing, lerp, tables, upload
+from .tables import BLOCK, at, is_capturing, lerp, table, tables, upload
 
 Number: TypeAlias = float | Tensor
+Row: TypeAlias = tuple[Any, ...]  # p, gradient, step, exp_avg, exp_avg_sq, ema, copies of p and of ema; None: no such
+Kind: TypeAlias = tuple[Any, ...]  # device, whether the counters are on the CPU, dtypes of gradient and copies
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+TO_CAPTURE = "Create the optimizer with capturable=True and take one step before the capture"
 
 
 class AdamWEMA(torch.optim.Optimizer):
     """`torch.optim.AdamW` that also keeps the exponential moving average of the weights.
 
-    params: float32 parameters or groups of them; a group may set any option below for itself. Gradients may be
-        float32, bfloat16 or float16 (`p.grad_dtype`).
-    lr, weight_decay, momentum: numbers or 0-d tensors. Set them in `param_groups`, or a tensor in place, before
-        any step: no kernel is compiled again, and a tensor on the device is read there. torch.compile and a CUDA
-        graph take a number for a constant: around a compiled or captured step give them tensors.
-    momentum: of the average, which starts as a copy of the weights before their first update.
-    ema: whether there is an average.
-    capturable: keeps the step counters on the device, so a CUDA graph can hold a step and `found_inf` undo it.
-        Take one step before the capture, which makes the state.
+    Args:
+        params: float32 parameters or groups of them; a group may set any option below for itself. Gradients may be
+            float32, bfloat16 or float16 (`p.grad_dtype`).
+        lr, weight_decay, momentum: numbers or 0-d tensors, on the CPU or where the parameters are. Set them in
+            `param_groups`, or a tensor in place, before any step: no kernel is compiled again, and a tensor on the
+            device is read there. torch.compile and a CUDA graph take a number for a constant: around a compiled or
+            captured step give them tensors. `momentum` is that of the average, which starts as a copy of the weights
+            before their first update.
+        betas: decay of the averages of the gradient and of its square, in [0, 1).
+        eps: added to the square root of the latter, after its bias is corrected, as torch does.
+        ema: whether there is an average.
+        capturable: keeps the step counters on the device, so a CUDA graph can hold a step and `found_inf` undo it.
+            Take one step before the capture, which makes the state.
+
+    Raises:
+        ValueError: an option out of range; here, in `add_param_group` and, before anything is written, in `step`. (A
+            tensor on a GPU is not read back.)
 
     `state[p]` holds `step` (float32, 0-d) and, float32 in the layout of p, `exp_avg`, `exp_avg_sq` and `ema`. An
-    `ema` that is put there before the first step is kept: a teacher's own weight, which then is the average
-    (load_state_dict, as it does, puts other tensors in its place). A parameter without a gradient is left out of the
-    step, and so is its average. Weights in 16 bits are refused: AdamW's updates vanish in them. Keep float32 ones here
-    and let `set_copies` write the others.
+    `ema` that is put there before the first step is kept: a teacher's own weight, which then is the average. (What
+    load_state_dict loads it lays out like p, in tensors of the optimizer's own.) A parameter without a gradient is left
+    out of the step, and so is its average. Weights in 16 bits are refused: AdamW's updates vanish in them. Keep float32
+    ones here and let `set_copies` write the others. copy.deepcopy and pickle take the copies along.
     """
 
     def __init__(
@@ -60,15 +74,26 @@ class AdamWEMA(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         self._copies: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
+        self._checked: dict[Tensor, tuple[tuple[Any, ...], Kind]] = {}
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(params, {**options, "ema": ema, "capturable": capturable})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_copies": self._copies}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_copies", {})
+        self._checked = {}
         for group in self.param_groups:  # a state of torch.optim.AdamW lacks these
             for option in ("momentum", "ema", "capturable"):
                 group.setdefault(option, self.defaults[option])
+        for p, of_p in self.state.items():
+            for name, value in of_p.items() if isinstance(p, Tensor) else ():
+                if name == "step":
+                    of_p[name] = torch.as_tensor(value, dtype=torch.float32)
+                elif isinstance(value, Tensor) and (value.shape, value.device) == (p.shape, p.device):
+                    of_p[name] = _in_layout_of(p, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_options({**self.defaults, **param_group})
@@ -77,28 +102,33 @@ class AdamWEMA(torch.optim.Optimizer):
     def set_copies(self, param: Tensor, *, weight: Tensor | None = None, ema: Tensor | None = None) -> None:
         """From the next step on, also writes the new weight and its average here, in the same pass.
 
-        weight, ema: bfloat16, float16 or float32, with param's shape, strides and device; None: no copy. They
-            stay the caller's: give them a first value; no state_dict holds them.
+        Args:
+            param: one of this optimizer's parameters.
+            weight, ema: bfloat16, float16 or float32, with param's shape, strides and device; None: no copy. They
+                stay the caller's: give them a first value; no state_dict holds them.
+
+        Raises:
+            ValueError: a param of another optimizer; an `ema` where there is no average; a copy that is not as above,
+                or shares memory with a parameter or another copy. Where param has changed since, `step` raises it.
         """
         group = next((g for g in self.param_groups if any(param is p for p in g["params"])), None)
         if group is None:
             raise ValueError("AdamWEMA.set_copies: param must be a parameter of this optimizer, and is none")
         if ema is not None and not group["ema"]:
             raise ValueError("AdamWEMA.set_copies: ema given, but param's group has ema=False")
-        wanted = (param.shape, param.stride(), param.device)
         for name, copy in (("weight", weight), ("ema", ema)):
-            if copy is None:
-                continue
-            if (copy.shape, copy.stride(), copy.device) != wanted or copy.dtype not in _TRITON:
-                raise ValueError(
-                    f"AdamWEMA.set_copies: {name} must be bfloat16, float16 or float32 with param's shape "
-                    f"{tuple(param.shape)}, strides {param.stride()} and device {param.device}, got {copy.dtype}, "
-                    f"{tuple(copy.shape)}, {copy.stride()}, {copy.device}: torch.empty_like(param, dtype=...)"
-                )
-        spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (param, weight, ema) if t is not None and t.numel()]
-        spans.sort()
-        if any(start < end for (_, end), (start, _) in pairwise(spans)):
-            raise ValueError("AdamWEMA.set_copies: param, weight and ema must not share memory, and two of them do")
+            _check_laid_out(f"the {name} of set_copies", copy, param, _TRITON)
+        taken = [p for g in self.param_groups for p in g["params"]]
+        taken += [t for p, both in self._copies.items() if p is not param for t in both if t is not None]
+        for copy in (weight, ema):
+            if copy is not None:
+                start, end = copy.data_ptr(), copy.data_ptr() + copy.nbytes
+                if any(start < t.data_ptr() + t.nbytes and t.data_ptr() < end for t in taken):
+                    raise ValueError(
+                        "AdamWEMA.set_copies: a copy must not share memory with a parameter or another copy, and one "
+                        "of them does"
+                    )
+                taken.append(copy)
         self._copies[param] = (weight, ema)
 
     @torch.no_grad()
@@ -109,84 +139,99 @@ class AdamWEMA(torch.optim.Optimizer):
         grad_scale: Number = 1.0,
         found_inf: Tensor | None = None,
     ) -> Any:
-        """Updates every parameter that has a gradient, and its average; returns the closure's loss.
+        """Updates every parameter that has a gradient, and its average.
 
-        grad_scale: multiplies the gradients as they are read: 1 / loss scale, a clipping factor or their product.
-        found_inf: 0-d tensor; where it is not 0 nothing changes, and nobody waits to learn it. The step counters
-            must lie where the parameters do: on the CPU, or capturable=True.
+        Args:
+            closure: computes the loss again, gradients included.
+            grad_scale: number or 0-d tensor that multiplies the gradients as they are read: 1 / loss scale, a
+                clipping factor or their product. (torch's fused optimizers divide by theirs.)
+            found_inf: 0-d tensor; where it is not 0 nothing changes, and nobody waits to learn it. The step
+                counters must lie where the parameters do: on the CPU, or capturable=True.
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            ValueError: before anything is written, for an option, parameter, gradient, state or copy that is not as
+                the class asks for.
+            RuntimeError: in a CUDA graph's capture, without state and counters on the device.
         """
+        for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+            if isinstance(value, Tensor) and value.dim() != 0:
+                raise ValueError(f"AdamWEMA.step: {name} must be a 0-d tensor, got shape {tuple(value.shape)}")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        inf = 0.0 if found_inf is None else found_inf
+        batches = []
         for group in self.param_groups:
             _check_options(group)
-        batches = [(group, params) for group in self.param_groups for params in self._batches(group, found_inf)]
-        for group, params in batches:  # nothing is written before everything is checked
-            self._update(group, params, grad_scale, found_inf)
+            numbers = [group["lr"], group["weight_decay"], group["momentum"], grad_scale, inf]
+            for kind, batch in self._batches(group).items():
+                _check_place(kind, numbers, found_inf is not None)
+                batches.append((group, numbers, batch))
+        for each in batches:  # nothing is written before everything is checked
+            self._update(*each)
         return loss
 
-    def _batches(self, group: dict[str, Any], found_inf: Tensor | None) -> Iterable[list[Tensor]]:
-        """The parameters to update, their state complete; together those that agree in device and dtypes."""
-        batches: defaultdict[Any, list[Tensor]] = defaultdict(list)
+    def _batches(self, group: dict[str, Any]) -> dict[Kind, list[Row]]:
+        """What to update, a row per parameter, together where one launch can do it."""
+        batches: defaultdict[Kind, list[Row]] = defaultdict(list)
         for p in group["params"]:
-            if p.grad is not None:
-                _check(p, p.grad)
-                if is_capturing(p.device) and ("step" not in self.state[p] or self.state[p]["step"].is_cpu):
-                    raise RuntimeError(
-                        "AdamWEMA.step: a CUDA graph needs the state and its step counters on the device: create the "
-                        "optimizer with capturable=True and take one step before the capture"
-                    )
-                self._prepare(p, group)
-                step = self.state[p]["step"]
-                if found_inf is not None and step.device != p.device:
-                    raise ValueError(
-                        f"AdamWEMA.step: found_inf needs the step counters on {p.device} beside the parameters, got "
-                        f"them on {step.device}: create the optimizer with capturable=True"
-                    )
-                copies = self._copies.get(p, (None, None))
-                batches[(p.device, p.grad.dtype, *(c if c is None else c.dtype for c in copies))].append(p)
-        return batches.values()
+            g = p.grad
+            if g is None:
+                continue
+            if g.layout != torch.strided:
+                _check_weight(p, g)
+            state = self.state[p]
+            if "step" not in state or (group["ema"] and "ema" not in state):
+                _create(p, g, state, group)
+            weight, average = self._copies.get(p, (None, None))
+            e, average = (state["ema"], average) if group["ema"] else (None, None)
+            step, m, v = state["step"], state["exp_avg"], state["exp_avg_sq"]
+            row = (p, g, step, m, v, e, weight, average)
+            layout, layout_of_g = p.stride(), g.stride()
+            if torch.compiler.is_compiling():
+                kind = _check(row)
+            else:  # again only where something has changed: with hundreds of parameters it would be half of a step
+                marks = (
+                    *(p.data_ptr(), p.dtype, p.shape, layout, g.dtype, g.shape, layout_of_g),
+                    *(step.data_ptr(), step.dtype, m.data_ptr(), m.dtype, v.data_ptr(), v.dtype),
+                    e is not None and (e.data_ptr(), e.dtype),
+                    weight is not None and (weight.data_ptr(), weight.dtype),
+                    average is not None and (average.data_ptr(), average.dtype),
+                )
+                found = self._checked.get(p)
+                if found is None or found[0] != marks:
+                    found = self._checked[p] = marks, _check(row)
+                kind = found[1]
+            batches[kind].append(row if layout == layout_of_g else (p, _in_layout_of(p, g), *row[2:]))
+        return batches
 
-    def _prepare(self, p: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
-        if group["ema"] and "ema" not in state:  # also after loading a state of torch.optim.AdamW
-            state["ema"] = p.detach().clone()
-        for name in ("exp_avg", "exp_avg_sq", "ema"):
-            if name in state:
-                state[name] = _in_layout_of(p, state[name])
-
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], grad_scale: Number, found_inf: Tensor | None
-    ) -> None:
-        states = [self.state[p] for p in params]
-        copies = [self._copies.get(p, (None, None)) for p in params]
-        steps = [state["step"] for state in states]
-        if found_inf is None:
-            torch._foreach_add_(steps, 1.0)
-        else:
-            torch._foreach_add_(steps, [(found_inf == 0).float().reshape(())] * len(steps))
-        weight_copies = [weight for weight, _ in copies if weight is not None]
-        ema_copies = [ema for _, ema in copies if ema is not None]
-        emas = [state["ema"] for state in states] if group["ema"] else []
-        torch.ops.jepa_kernels.adamw_ema_(
-            params,
-            [_in_layout_of(p, p.grad) for p in params if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            emas,
-            weight_copies,
-            ema_copies,
-            _coefficients(steps, group, grad_scale, found_inf, params[0].device),
-            *group["betas"],
-            group["eps"],
-        )
+    def _update(self, group: dict[str, Any], numbers: list[Number], batch: list[Row]) -> None:
+        columns: list[Any] = [[] if column[0] is None else list(column) for column in zip(*batch, strict=True)]
+        params, grads, steps, *others = columns
+        ops = torch.ops.jepa_kernels
+        home = steps[0].device if torch.compiler.is_compiling() else None  # a compiler makes them where they are read
+        ready = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=home) for x in numbers]
+        coefficients = ops.adamw_ema_coefficients_(steps, ready, *group["betas"])
+        ops.adamw_ema_(params, grads, *others, coefficients, *group["betas"], group["eps"])
         if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version([*params, *emas, *weight_copies, *ema_copies])
+            written = [t for tensors in (params, *others[2:]) for t in tensors]
+            torch.autograd.graph.increment_version(written)
+
+
+def _create(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    _check_weight(p, g)
+    if is_capturing(p.device):
+        raise RuntimeError(f"AdamWEMA.step: a CUDA graph needs the state before it. {TO_CAPTURE}")
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
+        state["exp_avg"] = torch.zeros_like(p)
+        state["exp_avg_sq"] = torch.zeros_like(p)
+    if group["ema"] and "ema" not in state:  # also after loading a state of torch.optim.AdamW
+        state["ema"] = p.detach().clone()
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -195,22 +240,59 @@ def _check_options(options: dict[str, Any]) -> None:
         if isinstance(value, Tensor):
             if value.dim() != 0:
                 raise ValueError(f"AdamWEMA: {name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-        elif not 0 <= value <= (1 if name == "momentum" else float("inf")):
+            if torch.compiler.is_compiling() or not value.is_cpu or type(value) is not Tensor:
+                continue  # not read back; a subclass is a tracer's stand-in
+            value = value.item()
+        if not 0 <= value <= (1 if name == "momentum" else float("inf")):
             raise ValueError(f"AdamWEMA: {name} must not be negative (momentum: nor above 1), got {value}")
     if len(options["betas"]) != 2 or not all(0 <= beta < 1 for beta in options["betas"]):
         raise ValueError(f"AdamWEMA: betas must be two numbers in [0, 1), got {options['betas']}")
 
 
-def _check(p: Tensor, grad: Tensor) -> None:
+def _check_place(kind: Kind, numbers: list[Number], may_skip: bool) -> None:
+    device, steps_on_cpu, *_ = kind
+    if steps_on_cpu and is_capturing(device):
+        raise RuntimeError(f"AdamWEMA.step: a CUDA graph needs the step counters on the device. {TO_CAPTURE}")
+    if steps_on_cpu and may_skip and device.type != "cpu":
+        raise ValueError(
+            f"AdamWEMA.step: found_inf needs the step counters on {device} beside the parameters, got them on the "
+            "CPU: create the optimizer with capturable=True"
+        )
+    for number in numbers:
+        if isinstance(number, Tensor) and not number.is_cpu and number.device != device:
+            raise ValueError(
+                "AdamWEMA.step: lr, weight_decay, momentum, grad_scale and found_inf must be numbers, or tensors on "
+                f"{device} or the CPU, got one on {number.device}"
+            )
+
+
+def _check(row: Row) -> Kind:
+    """What tells apart the parameters that cannot share a launch, of one that is as it should be."""
+    p, g, step, m, v, e, weight, average = row
+    _check_weight(p, g)
+    if step.dtype != torch.float32 or step.dim() or (step.device != p.device and not step.is_cpu):
+        raise ValueError(
+            f"AdamWEMA: state 'step' must be a 0-d float32 tensor on {p.device} or the CPU, "
+            f"got {step.dtype}, shape {tuple(step.shape)}, on {step.device}"
+        )
+    for name, state in (("exp_avg", m), ("exp_avg_sq", v), ("ema", e)):
+        _check_laid_out(f"state {name!r}", state, p, (torch.float32,))
+    for name, copy in (("weight", weight), ("ema", average)):
+        _check_laid_out(f"the {name} of set_copies", copy, p, _TRITON)
+    return p.device, step.is_cpu, g.dtype, *(None if t is None else t.dtype for t in (weight, average))
+
+
+def _check_weight(p: Tensor, grad: Tensor) -> None:
     if p.dtype != torch.float32:
         raise ValueError(
             f"AdamWEMA: parameters must be float32, got {p.dtype}, shape {tuple(p.shape)}: AdamW's updates vanish "
             "in 16 bits. Keep float32 weights (autocast, or ZeRO's partitions); set_copies writes the 16-bit ones"
         )
-    if grad.layout != torch.strided or grad.dtype not in _TRITON:
+    if grad.layout != torch.strided or grad.dtype not in _TRITON or (grad.shape, grad.device) != (p.shape, p.device):
         raise ValueError(
-            f"AdamWEMA: gradients must be dense float32, bfloat16 or float16, got {grad.dtype}, {grad.layout} "
-            f"for the parameter of shape {tuple(p.shape)}"
+            f"AdamWEMA: gradients must be dense float32, bfloat16 or float16 with their parameter's shape "
+            f"{tuple(p.shape)} and device {p.device}, got {grad.dtype}, {grad.layout}, {tuple(grad.shape)}, "
+            f"{grad.device}"
         )
     if not p.is_contiguous() and torch.empty_like(p, device="meta").stride() != p.stride():
         raise ValueError(
@@ -219,49 +301,38 @@ def _check(p: Tensor, grad: Tensor) -> None:
         )
 
 
-def _in_layout_of(p: Tensor, tensor: Tensor) -> Tensor:
-    """A gradient or state with its elements in the order of p's memory, which is the order kernels walk."""
-    if tensor.stride() == p.stride() and tensor.shape == p.shape:
-        return tensor
-    if tensor.shape != p.shape:
+def _check_laid_out(name: str, t: Tensor | None, p: Tensor, dtypes: Collection[torch.dtype]) -> None:
+    """Kernels walk all of a parameter's tensors in the order of its memory: none may be of another shape or layout."""
+    if t is not None and (t.dtype not in dtypes or (t.shape, t.stride(), t.device) != (p.shape, p.stride(), p.device)):
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
-            f"AdamWEMA: gradient and state must have the shape of their parameter, {tuple(p.shape)}, "
-            f"got {tuple(tensor.shape)}"
+            f"AdamWEMA: {name} must be {wanted} with its parameter's shape {tuple(p.shape)}, strides {p.stride()} "
+            f"and device {p.device}, got {t.dtype}, {tuple(t.shape)}, {t.stride()}, {t.device}. "
+            "torch.empty_like(p, dtype=...) makes such a tensor; load_state_dict(state_dict()) lays out all states anew"
         )
-    return torch.empty_like(p, dtype=tensor.dtype).copy_(tensor)
 
 
-def _coefficients(
-    steps: list[Tensor],
-    options: dict[str, Any],
-    grad_scale: Number,
-    found_inf: Tensor | None,
-    device: torch.device,
-) -> Tensor:
-    """[R, 6] float32: what the update of each parameter multiplies by, worked out in float64.
-
-    lr * weight_decay, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), 1 - momentum, grad_scale, 1 to apply or
-    0. On the CPU, or on the device as soon as one of the numbers lies there, so that nothing waits for it.
-    """
-    beta1, beta2 = options["betas"]
-    given = [options["lr"], options["weight_decay"], options["momentum"], grad_scale, found_inf]
-    on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in (*given, steps[0]))
-    lr, weight_decay, momentum, scale, inf = (
-        x.item() if on_device and isinstance(x, Tensor) and x.device.type == "cpu" else x for x in given
-    )
-    t = torch.stack(steps)
-    t = (upload(t, device) if on_device and t.device.type == "cpu" else t).double()
-    rows = t.new_empty(len(steps), 6)
-    rows[:, 0] = lr * weight_decay
-    rows[:, 1] = lr / (1 - beta1**t)
-    rows[:, 2] = (1 - beta2**t).rsqrt()
-    rows[:, 3] = 1 - momentum
-    rows[:, 4] = scale
-    rows[:, 5] = 1.0 if inf is None else inf == 0
-    return rows.float()
+def _in_layout_of(p: Tensor, tensor: Tensor) -> Tensor:
+    """Its elements in the order of p's memory, which is the order kernels walk."""
+    return tensor if tensor.stride() == p.stride() else torch.empty_like(p, dtype=tensor.dtype).copy_(tensor)
 
 
 # --- reference: the definition, the fallback for devices without a kernel, the oracle of the tests
+
+
+def adamw_ema_coefficients_ref(steps: list[Tensor], numbers: list[Tensor], beta1: float, beta2: float) -> Tensor:
+    """Counts the steps, and returns [R, 6] float32: what the update of each parameter multiplies by.
+
+    numbers: lr, weight_decay, momentum, grad_scale, found_inf. A row: lr * weight_decay, lr / (1 - beta1^t),
+    1 / sqrt(1 - beta2^t), 1 - momentum, grad_scale, 1 to apply or 0.
+    """
+    lr, weight_decay, momentum, scale, inf = (x.to(steps[0].device, torch.float64) for x in numbers)
+    apply = (inf == 0).float()
+    for step in steps:
+        step.add_(apply)
+    t = torch.stack(steps).double()
+    row = (lr * weight_decay, lr / (1 - beta1**t), (1 - beta2**t).rsqrt(), 1 - momentum, scale, apply.double())
+    return torch.stack([x.expand_as(t) for x in row], 1).float()
 
 
 def adamw_ema_ref(
@@ -293,7 +364,55 @@ def adamw_ema_ref(
             old.copy_(torch.where(apply != 0, value, old))
 
 
-# --- triton
+# --- triton: the coefficients of all parameters in one small launch, then all of their elements in another
+
+
+@triton.jit
+def _coefficients_kernel(
+    steps,  # int64 [R]: addresses of the counters, which are float32
+    lr,  # pointers to one number each, of any floating dtype
+    weight_decay,
+    momentum,
+    grad_scale,
+    found_inf,
+    log_betas,  # float64 [2]
+    coefficients,  # float32 [R, 6]
+    R,
+    BLOCK: tl.constexpr,
+):
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = r < R
+    apply = tl.where(tl.load(found_inf) == 0, 1.0, 0.0)
+    counter = tl.load(steps + r, inside, other=0).to(tl.pointer_type(tl.float32))
+    t = tl.load(counter, inside, other=0) + apply
+    tl.store(counter, t, inside)
+    t, step_size = t.to(tl.float64), tl.load(lr).to(tl.float64)
+    row = coefficients + 6 * r
+    tl.store(row, (step_size * tl.load(weight_decay).to(tl.float64)).to(tl.float32), inside)
+    tl.store(row + 1, (step_size / (1 - tl.exp(t * tl.load(log_betas)))).to(tl.float32), inside)
+    tl.store(row + 2, (1 / tl.sqrt(1 - tl.exp(t * tl.load(log_betas + 1)))).to(tl.float32), inside)
+    tl.store(row + 3, (1 - tl.load(momentum).to(tl.float64)).to(tl.float32), inside)
+    tl.store(row + 4, tl.load(grad_scale).to(tl.float32), inside)
+    tl.store(row + 5, apply, inside)
+
+
+def adamw_ema_coefficients_triton(steps: list[Tensor], numbers: list[Tensor], beta1: float, beta2: float) -> Tensor:
+    """Where a number lies on the CPU it is sent, and so are the counters, which are then counted there."""
+    device = next((t.device for t in (steps[0], *numbers) if not t.is_cpu), steps[0].device)
+    counters = steps
+    if steps[0].device != device:
+        counters = list(upload(torch.stack(steps), device))
+        torch._foreach_add_(steps, 1.0)
+    here = [x.item() if x.device != device else 0.0 for x in numbers]
+    sent = table((*here, *(math.log(beta) if beta else -math.inf for beta in (beta1, beta2))), torch.float64, device)
+    pointers = [x if x.device == device else sent[i] for i, x in enumerate(numbers)]
+    addresses = table(tuple(t.data_ptr() for t in counters), torch.int64, device)
+    coefficients = torch.empty(len(steps), 6, dtype=torch.float32, device=device)
+    with torch.cuda.device_of(coefficients):
+        _coefficients_kernel[triton.cdiv(len(steps), 128),](
+            addresses, *pointers, sent[len(numbers) :], coefficients, len(steps), 128, num_warps=4
+        )
+    return coefficients
 
 
 @triton.jit
@@ -414,6 +533,20 @@ def adamw_ema_triton(
 
 
 # --- registration; csrc adds the CPU
+
+torch.library.define(
+    "jepa_kernels::adamw_ema_coefficients_",
+    "(Tensor(a!)[] steps, Tensor[] numbers, float beta1, float beta2) -> Tensor",
+)
+torch.library.impl("jepa_kernels::adamw_ema_coefficients_", "default", adamw_ema_coefficients_ref)
+torch.library.impl("jepa_kernels::adamw_ema_coefficients_", "cuda", adamw_ema_coefficients_triton)
+
+
+@torch.library.register_fake("jepa_kernels::adamw_ema_coefficients_")
+def _coefficients_fake(steps: list[Tensor], numbers: list[Tensor], beta1: float, beta2: float) -> Tensor:
+    device = next((t.device for t in (steps[0], *numbers) if not t.is_cpu), steps[0].device)
+    return torch.empty(len(steps), 6, dtype=torch.float32, device=device)
+
 
 torch.library.define(
     "jepa_kernels::adamw_ema_",

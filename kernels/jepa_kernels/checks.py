@@ -1,11 +1,21 @@
-"""What the ops that take an index ask of it, before a launch and in a kernel; and the tiles that they copy rows in."""
+"""What the ops ask of their arguments: dtype and shape before a launch, the values of an index also in a kernel."""
 
 import torch
-import triton
 from torch import Tensor
+
+# What "floating-point" means here. There are others, of 8 bits, that nothing is computed in.
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Launch options: Triton drops tl.device_assert unless it compiles for debugging, which would check sums as well.
 ASSERTING = {"debug": True, "sanitize_overflow": False}
+
+
+def check_floats(op: str, name: str, x: Tensor, shape: str) -> None:
+    """Raises `ValueError` unless `x` is of `FLOATS` with the axes that `shape`, "[B, N, D]", names."""
+    if x.dtype not in FLOATS or x.ndim != shape.count(",") + 1:
+        raise ValueError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16 {shape}; got {x.dtype} {list(x.shape)}"
+        )
 
 
 def check_index(op: str, name: str, index: Tensor, sizes: tuple[int | None, ...], rows: int, like: Tensor) -> None:
@@ -29,14 +39,3 @@ def check_index(op: str, name: str, index: Tensor, sizes: tuple[int | None, ...]
         low, high = (int(extreme) for extreme in index.aminmax())
         if low < 0 or high >= rows:
             raise ValueError(f"{op}: {name} holds {low if low < 0 else high}; it must lie in 0..{rows - 1}")
-
-
-def tile(rows: int, D: int, element_size: int) -> tuple[int, int]:
-    """ROWS, BLOCK_D of 8 KiB, four 16-byte accesses for each of 128 threads; BLOCK_D divides D if it can."""
-    block_d = min(max(D & -D, 64), 512)
-    return min(triton.next_power_of_2(rows), max(1, 8192 // (block_d * element_size))), block_d
-
-
-def chunk(D: int) -> int:
-    """Columns at a time of a kernel that keeps whole rows: few lanes idle, and eleven or fewer for any ViT's D."""
-    return min(max(D & -D, 128), 256) if D <= 2048 else triton.next_power_of_2(triton.cdiv(D, 8))

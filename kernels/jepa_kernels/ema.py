@@ -22,19 +22,27 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float | Tensor) -> None:
     """Moves every target towards its source, in place.
 
-    targets, sources: as many of each, pairwise of one shape, all on one device; float64, float32, bfloat16 or
-        float16 in any mixture. Targets may have any dense layout (channels_last, transposed) and must not share memory.
-    momentum: in [0, 1]. A 0-d tensor on the device is read there: nothing waits for it, and a CUDA graph follows
-        it. Best in float64: rounded to float32, .9999 leaves a 1 - momentum that is 2e-4 of itself off.
+    A bfloat16 target moves only by more than half of its last bit, so most of its values stand still from a momentum of
+    about .996: keep it in float32.
 
-    Raises ValueError for anything else, before anything is written. A bfloat16 target moves only by more than
-    half of its last bit, so most of its values stand still from a momentum of about .996: keep it in float32.
+    Args:
+        targets, sources: as many of each, pairwise of one shape, all on one device; float64, float32, bfloat16 or
+            float16 in any mixture. Targets may have any dense layout (channels_last, transposed) and must not share
+            memory.
+        momentum: in [0, 1]. A 0-d tensor on the device is read there: nothing waits for it, and a CUDA graph follows
+            it. Best in float64: rounded to float32, .9999 leaves a 1 - momentum that is 2e-4 of itself off.
+
+    Raises:
+        ValueError: before anything is written, for anything else. (Targets that overlap in part are not noticed, and
+            a momentum that lies on a GPU is not read back.)
     """
     targets, sources = list(targets), list(sources)
     if len(targets) != len(sources):
         raise ValueError(f"ema_: one source per target wanted, got {len(targets)} targets, {len(sources)} sources")
     if not targets:
         return
+    if not torch.compiler.is_compiling() and len({t.data_ptr() or id(t) for t in targets}) < len(targets):
+        raise ValueError("ema_: every target must have memory of its own, and two of them have the same")
     device = targets[0].device
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         _check(i, target, source, device)
@@ -53,16 +61,21 @@ def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float |
 
 
 def _weight(momentum: float | Tensor, device: torch.device) -> Tensor:
-    if not isinstance(momentum, Tensor):
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"ema_: momentum must lie in [0, 1], got {momentum}")
-        return torch.tensor(1 - momentum, dtype=torch.float64)
-    if momentum.dim() != 0 or momentum.device not in (device, torch.device("cpu")):
-        raise ValueError(
-            f"ema_: momentum must be a number or a 0-d tensor on {device} or the CPU, "
-            f"got shape {tuple(momentum.shape)} on {momentum.device}"
-        )
-    return 1 - momentum
+    if isinstance(momentum, Tensor):
+        if momentum.dim() != 0 or momentum.device not in (device, torch.device("cpu")):
+            raise ValueError(
+                f"ema_: momentum must be a number or a 0-d tensor on {device} or the CPU, "
+                f"got shape {tuple(momentum.shape)} on {momentum.device}"
+            )
+        weight = 1 - momentum
+        if torch.compiler.is_compiling() or not momentum.is_cpu or type(momentum) is not Tensor:
+            return weight  # a subclass is a tracer's stand-in: it has no value
+        momentum = momentum.item()
+    else:
+        weight = torch.tensor(1 - momentum, dtype=torch.float64)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"ema_: momentum must lie in [0, 1], got {momentum}")
+    return weight
 
 
 def _check(i: int, target: Tensor, source: Tensor, device: torch.device) -> None:

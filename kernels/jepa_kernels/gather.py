@@ -12,14 +12,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import ASSERTING, check_index, tile
+from .checks import ASSERTING, check_floats, check_index
+from .tiles import tile
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` of every sample of `x`.
 
     Args:
-        x: [B, N, D], any floating dtype, any strides.
+        x: [B, N, D], float32, float64, bfloat16 or float16, any strides.
         index: [B, K] int64, values in 0..N-1, in any order; repeats are allowed.
 
     Returns:
@@ -30,10 +31,11 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         ValueError: wrong rank, dtype or device, batches that differ, an index out of range (read on a CPU
             only; on a GPU the kernel asserts).
     """
-    if x.ndim != 3 or not x.dtype.is_floating_point:
-        raise ValueError(f"gather_tokens: x must be floating-point [B, N, D]; got {x.dtype} {list(x.shape)}")
+    check_floats("gather_tokens", "x", x, "[B, N, D]")
     check_index("gather_tokens", "index", index, (x.shape[0], None), x.shape[1], x)
-    return _Gather.apply(x, index)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Gather.apply(x, index)
+    return torch.ops.jepa_kernels.gather(x, index)
 
 
 # --- reference

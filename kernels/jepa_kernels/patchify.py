@@ -8,6 +8,7 @@ is in the order of a Conv2d weight [D, 3, P, P], so the embedding is y @ weight.
 never exists: a kept pixel is read once as a byte and written once. The CPU kernel is in csrc/patchify.cpp.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,8 +57,10 @@ def patchify(
             f"patchify: patch_size must divide the image's {H} x {W} pixels; got {patch_size}. "
             "Crop or resize the images first"
         )
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"patchify: mean and std must be 3 numbers each, std > 0; got {mean} and {std}")
+    if len(mean) != 3 or len(std) != 3 or not all(-math.inf < m < math.inf for m in mean):
+        raise ValueError(f"patchify: mean and std must be 3 finite numbers each; got {mean} and {std}")
+    if not all(0 < s < math.inf for s in std):
+        raise ValueError(f"patchify: std must be finite and > 0; got {std}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"patchify: dtype must be float32, bfloat16 or float16; got {dtype}")
     if index is not None:

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import ASSERTING, check_index, chunk
+from .checks import ASSERTING, check_floats, check_index
+from .tiles import chunk
 
 EPS = 1e-5  # of the layer norm on the targets
 
@@ -38,8 +39,8 @@ def prediction_loss(
     where the paper's equation 1 has the squared norm); C-JEPA keeps it.
 
     Args:
-        pred: [M*B, K, D], any floating dtype, any strides; block-major rows.
-        target: [B, N, D], any floating dtype, any strides. Only read, and it gets no gradient.
+        pred: [M*B, K, D], float32, float64, bfloat16 or float16, any strides; block-major rows.
+        target: [B, N, D], one of these dtypes, any strides. It gets no gradient and may not require one.
         index: [M, B, K] int64, the target row of each prediction, 0..N-1.
         per_block: also return the loss of each block.
 
@@ -50,17 +51,18 @@ def prediction_loss(
 
     Raises:
         ValueError: wrong rank, dtype or device, sizes that differ, an index out of range (read on a CPU only;
-            on a GPU the kernel asserts).
+            on a GPU the kernel asserts), a target that requires a gradient.
     """
-    for name, x, shape in (("pred", pred, "[M*B, K, D]"), ("target", target, "[B, N, D]")):
-        if x.ndim != 3 or not x.dtype.is_floating_point:
-            raise ValueError(f"prediction_loss: {name} must be floating-point {shape}; got {x.dtype} {list(x.shape)}")
+    check_floats("prediction_loss", "pred", pred, "[M*B, K, D]")
+    check_floats("prediction_loss", "target", target, "[B, N, D]")
     (rows, K, D), (B, N, _) = pred.shape, target.shape
     if target.shape[2] != D or target.device != pred.device:
         raise ValueError(
             f"prediction_loss: target must be [B, N, {D}] on {pred.device}, as pred is; "
             f"got {list(target.shape)} on {target.device}"
         )
+    if torch.is_grad_enabled() and target.requires_grad:
+        raise ValueError("prediction_loss: target requires a gradient, and gets none here; pass target.detach()")
     check_index("prediction_loss", "index", index, (None, B, K), N, pred)
     if rows != index.shape[0] * B:
         raise ValueError(
@@ -122,7 +124,7 @@ def _prediction_loss_kernel(
     index,  # [R], R = M*B*K rows
     losses,  # [R] float32 (float64): mean over D
     grad,  # [R, D], written if WITH_GRAD
-    fraction,
+    power,  # of two, which the gradient is stored over: exact in the float32 that arguments come in
     R,
     B,
     N,
@@ -140,6 +142,7 @@ def _prediction_loss_kernel(
     CHUNK: tl.constexpr,
 ):
     wide = losses.dtype.element_ty
+    fraction = (1 / (R.to(tl.float64) * D * power)).to(wide)
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), R - 1)  # spare rows do the last one again
     q = row // K
     column = tl.arange(0, CHUNK)
@@ -204,12 +207,14 @@ def prediction_loss_triton(pred: Tensor, target: Tensor, index: Tensor, with_gra
     (_, N, D), R = target.shape, M * B * K
     losses = pred.new_empty(M, B * K, dtype=torch.promote_types(pred.dtype, torch.float32))
     grad = pred.new_empty(pred.shape if with_grad else 0)
-    if pred.numel():
+    if not pred.numel():
+        losses.fill_(torch.nan)  # rows without channels have no mean, and no kernel writes one
+    else:
         columns = chunk(D)
         rows, warps = max(1, min(4, 1024 // columns)), max(4, min(columns // 256, 16))
         with torch.cuda.device_of(pred):
             _prediction_loss_kernel[triton.cdiv(R, rows),](
-                pred, target, index.contiguous(), losses, grad, _unit(pred)[0], R, B, N, K, *pred.stride(),
+                pred, target, index.contiguous(), losses, grad, _unit(pred)[1], R, B, N, K, *pred.stride(),
                 *target.stride(), D, EPS, with_grad, rows, columns, num_warps=warps, **ASSERTING
             )  # fmt: skip
     return losses.mean(1), grad
@@ -257,12 +262,16 @@ class _PredictionLoss(torch.autograd.Function):
     def forward(ctx: Any, pred: Tensor, target: Tensor, index: Tensor) -> Tensor:
         losses, grad = torch.ops.jepa_kernels.prediction_loss(pred, target, index, True)
         ctx.save_for_backward(grad)
+        ctx.B = index.shape[1]
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
+        if torch.compiler.is_compiling() and grad.dtype != torch.float16:  # whose power of two would be a constant
+            weight = (grad_losses * len(grad_losses))[:, None].expand(-1, ctx.B).reshape(-1, 1, 1)
+            return (grad * weight).to(grad.dtype), None, None  # one kernel of the compiler's, and no copy first
         if torch.compiler.is_compiling() or _graph_is_kept():
             grad = grad.clone()  # else this is its last use, and it may be scaled in place and given away
         torch.ops.jepa_kernels.prediction_loss_scale_(grad, grad_losses)

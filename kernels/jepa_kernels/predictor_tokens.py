@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
-from .checks import ASSERTING, check_index, chunk, tile
+from .checks import ASSERTING, check_floats, check_index
+from .tiles import chunk, tile
 
 
 def predictor_tokens(
@@ -26,7 +27,7 @@ def predictor_tokens(
     """One sequence [context, mask tokens] for every target block of every image.
 
     Args:
-        context: [B, Kc, D], any floating dtype, any strides.
+        context: [B, Kc, D], float32, float64, bfloat16 or float16, any strides.
         context_index: [B, Kc] int64, the position of each visible token, 0..N-1.
         target_index: [M, B, Kt] int64, the positions to predict, 0..N-1.
         pos: [N, D] position table, dtype of `context` or float32; it gets no gradient and may not require it.
@@ -41,10 +42,7 @@ def predictor_tokens(
         ValueError: wrong rank, dtype or device, sizes that differ, an index out of range (read on a CPU only;
             on a GPU the kernel asserts), a `pos` that requires a gradient.
     """
-    if context.ndim != 3 or not context.dtype.is_floating_point:
-        raise ValueError(
-            f"predictor_tokens: context must be floating-point [B, Kc, D]; got {context.dtype} {list(context.shape)}"
-        )
+    check_floats("predictor_tokens", "context", context, "[B, Kc, D]")
     B, Kc, D = context.shape
     for name, tensor, ndim in (("pos", pos, 2), ("mask_token", mask_token, 1)):
         right = tensor.dtype in (context.dtype, torch.float32) and tensor.device == context.device

@@ -8,6 +8,7 @@ ones (gradients, mostly) a small copy that the host does not wait for. In a CUDA
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -18,21 +19,40 @@ BLOCK = 1024  # per program of four warps: two 16-byte loads of each float32 ten
 
 Row = tuple[int, ...]
 
-_captured: list[Tensor] = []  # what a CUDA graph copies from, each time that it is replayed
+# What CUDA graphs copy from, each time that they are replayed: kept for as long as the process lives, because no graph
+# says when it ends. A capture adds a few dozen bytes per tensor.
+_captured: list[Tensor] = []
 
 
 def tables(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
     """`blocks` int32 [total, 2] and `rows` int64 [R, columns], of which the first counts elements."""
     elements = tuple(row[0] for row in rows)
-    if is_capturing(device):  # into memory of the graph, which holds nothing before a replay: not for the caches
-        return _blocks.__wrapped__(elements, device, 0), _rows.__wrapped__(tuple(rows), device, 0)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _blocks(elements, device, stream), _rows(tuple(rows), device, stream)
+    stream = _stream(device)
+    make = _blocks if stream is not None else _blocks.__wrapped__
+    return make(elements, device, stream), table(tuple(rows), torch.int64, device)
+
+
+def table(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers, or rows of them, on the device."""
+    stream = _stream(device)
+    make = _table if stream is not None else _table.__wrapped__
+    return make(values, dtype, device, stream)
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being made of what is launched now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being made of what is launched on the device now."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int | None:
+    """What the caches tell streams apart by. None in a capture: what is copied into the memory of a graph, which holds
+    nothing before a replay, is not for them."""
+    if is_capturing(device):
+        return None
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @triton.jit
@@ -61,7 +81,7 @@ def upload(table: Tensor, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _blocks(elements: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+def _blocks(elements: tuple[int, ...], device: torch.device, stream: int | None) -> Tensor:
     count = torch.tensor([-(-n // BLOCK) for n in elements])
     row = torch.repeat_interleave(count)
     first = count.cumsum(0) - count
@@ -69,5 +89,5 @@ def _blocks(elements: tuple[int, ...], device: torch.device, stream: int) -> Ten
 
 
 @lru_cache(maxsize=64)
-def _rows(rows: tuple[Row, ...], device: torch.device, stream: int) -> Tensor:
-    return upload(torch.tensor(rows, dtype=torch.int64), device)
+def _table(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device, stream: int | None) -> Tensor:
+    return upload(torch.tensor(values, dtype=dtype), device)

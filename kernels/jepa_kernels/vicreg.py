@@ -13,8 +13,9 @@ again instead would add half to the FLOPs of the backward. The CPU kernel is in 
 and the matrix and a float32 copy of z exist during the call.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_floats
+
 
 def vicreg(
     z: Tensor,
@@ -30,7 +33,7 @@ def vicreg(
     group: dist.ProcessGroup | None = None,
     gamma: float = 1.0,
     eps: float = 1e-4,
-    precision: str = "ieee",
+    precision: Literal["ieee", "tf32x3", "tf32"] = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Invariance, variance and covariance of M views, each the mean over ordered pairs of views.
 
@@ -43,7 +46,8 @@ def vicreg(
     VICReg, arXiv 2105.04906, section 4 and its code; C-JEPA, arXiv 2410.19560, algorithm 1.
 
     Args:
-        z: [N, M, D], any floating dtype, any strides. One view alone has no pair: its invariance is 0.
+        z: [N, M, D], float32, float64, bfloat16 or float16, any strides. One view alone has no pair: its invariance
+            is 0.
         group: a process group whose ranks hold equally many rows each; the statistics are those of all rows. What
             is sent depends on N, so ranks first tell one another: a few bytes, and nothing waits for a GPU.
         gamma, eps: of the variance term.
@@ -51,22 +55,25 @@ def vicreg(
             "tf32".
 
     Returns:
-        Three float32 scalars (float64 for float64 input), accumulated in that type, in a fixed order. With a
-        `group`, the same numbers on every rank, and gradients that sum over the ranks' losses: averaged over
-        ranks, as DDP and ZeRO do, they are those of one process with all rows. All ranks must call this,
-        and its backward, together.
+        Three float32 scalars (float64 for float64 input), accumulated in that type. On a GPU the order of every sum
+        is fixed; on a CPU it is but for the matrix products, whose order is that of the BLAS and may change with its
+        number of threads. What training keeps until the backward: z, one min(G, D) x min(G, D) matrix per view, two
+        [M, D]. With a `group`, the same numbers on every rank, and gradients that sum over the ranks' losses: averaged
+        over ranks, as DDP and ZeRO do, they are those of one process with all rows. All ranks must call this, and its
+        backward, together.
 
     Raises:
-        ValueError: wrong rank or dtype, fewer than 2 rows over all ranks; an unknown precision; ranks of a group
-            with unequal rows (on a GPU, and in a compiled call, an assertion on the device).
+        ValueError: wrong rank or dtype, fewer than 2 rows over all ranks; a gamma or eps that is negative, an unknown
+            precision; ranks of a group with unequal rows (on a GPU, and in a compiled call, an assertion on the
+            device).
     """
     if group is not None and dist.get_world_size(group) == 1:
         group = None
-    if z.ndim != 3 or not z.dtype.is_floating_point or z.shape[1] < 1 or z.shape[2] < 1:
-        raise ValueError(
-            "vicreg: z must be floating-point [N, M, D] with at least one view and one channel; "
-            f"got {z.dtype} {list(z.shape)}"
-        )
+    check_floats("vicreg", "z", z, "[N, M, D]")
+    if z.shape[1] < 1 or z.shape[2] < 1:
+        raise ValueError(f"vicreg: z must have at least one view and one channel; got {list(z.shape)}")
+    if not 0 <= gamma < math.inf or not 0 <= eps < math.inf:
+        raise ValueError(f"vicreg: gamma and eps must be finite and not negative; got {gamma} and {eps}")
     if group is not None:
         _check_rows(z, group)
     if z.shape[0] * _ranks(group) < 2:
@@ -606,11 +613,12 @@ class _VICReg(torch.autograd.Function):
         N, (M, D) = ctx.N, mean.shape
         G = N * _ranks(group)
         gram = G < D
-        grad = torch.stack(grads)
         if group is not None:
-            dist.all_reduce(grad, group=group)  # every rank's losses depend on these rows
+            shared = torch.stack(grads)
+            dist.all_reduce(shared, group=group)  # every rank's losses depend on these rows
+            grads = shared.unbind()
         first = N * dist.get_rank(group) if gram and group is not None else 0
-        by_invariance, by_variance, by_covariance = grad.unbind()
+        by_invariance, by_variance, by_covariance = grads
         pull = by_invariance * (4 / (max(1, M - 1) * G * D))
         push = by_covariance * (8 / (M * D * (G - 1)))
         std = (var + eps).sqrt()
