@@ -24,8 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 import torch
 import torch.nn.functional as F
 from contenders import SIZES, M, Size
-from kernels import ceilings, milliseconds
-from machine import ROOT, matmul_flops, provenance
+from machine import ROOT, ceilings, matmul_flops, milliseconds, provenance
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -17,96 +17,21 @@ costs Python, measured on as many tensors of a few elements. In the roofline a c
 import argparse
 import json
 import re
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import OPS, SIZES, Call, Size
-from machine import ROOT, hardware, peak_bytes, provenance
-
-SHORT, GRAPHED = 0.1, 20  # milliseconds below which a call is timed as one of so many in a CUDA graph
-
-
-def milliseconds(
-    calls: dict[str, Call], device: str, seconds: float, copies: Callable[[str, int], list[Call]] | None = None
-) -> dict[str, float]:
-    """The median time of each, in turns, for so many seconds each and at least five times.
-
-    copies: makes calls of a contender on buffers of their own, for those too short to be timed one by one.
-    """
-    once = on_gpu() if device == "cuda" else on_cpu
-    for call in calls.values():
-        call(), call()
-    counts = dict.fromkeys(calls, 1)
-    if device == "cuda" and copies is not None:
-        for name, call in list(calls.items()):
-            if min(once(call) for _ in range(3)) < SHORT:
-                calls, counts[name] = calls | {name: graphed(copies(name, GRAPHED))}, GRAPHED
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.monotonic() + seconds * len(calls)
-    while time.monotonic() < end or len(times[next(iter(calls))]) < 5:
-        for name, call in calls.items():
-            times[name].append(once(call) / counts[name])
-    return {name: statistics.median(all_) for name, all_ in times.items()}
-
-
-def on_cpu(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def on_gpu() -> Callable[[Call], float]:
-    """Times a call by events: caches full of clean lines of something else, the host ahead."""
-    cold = torch.zeros(2**26, device="cuda")  # 256 MB: more than any cache; read, for dirty lines cost the next call
-
-    def once(call: Call) -> float:
-        torch.cuda.synchronize()
-        host = time.perf_counter()
-        call()
-        host = time.perf_counter() - host
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        cold.sum()
-        torch.cuda._sleep(int(2e9 * (2 * host + 1e-4)))  # in cycles of at most 2 GHz: twice what the host needs
-        events[0].record()
-        call()
-        events[1].record()
-        torch.cuda.synchronize()
-        return events[0].elapsed_time(events[1])
-
-    return once
-
-
-def graphed(calls: list[Call]) -> Call:
-    """All of them as one call that the host is no part of. Results are kept, so that none is written over another's."""
-    for call in calls:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        kept = [call() for call in calls]
-    return lambda: (graph.replay(), kept)[1]
+from contenders import OPS, SIZES, Size
+from machine import ROOT, ceilings, hardware, milliseconds, peak_bytes, provenance
 
 
 def host_milliseconds(op: str, size: Size, device: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
     """Of each contender but the compiled one, which would be compiled again."""
     calls = OPS[op](replace(size, D=1, patch=1), device, dtype).calls["step"]
     return milliseconds({name: call for name, call in calls.items() if name != "compiled"}, "cpu", seconds)
-
-
-def ceilings(device: str, seconds: float) -> tuple[float, float]:
-    """Bytes/s of memory, operations/s of a float32 matrix product."""
-    n, side = (2**30, 8192) if device == "cuda" else (2**27, 2048)
-    source, target = torch.ones(n // 4, device=device), torch.empty(n // 4, device=device)
-    a, b = (torch.randn(side, side, device=device) for _ in range(2))
-    calls = {"copy": lambda: target.copy_(source), "scale": lambda: target.mul_(1.0), "matmul": lambda: a @ b}
-    times = milliseconds(calls, device, seconds)
-    return 2 * n / min(times["copy"], times["scale"]) * 1e3, 2 * side**3 / times["matmul"] * 1e3
 
 
 def main() -> None:
