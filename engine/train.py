@@ -26,6 +26,7 @@ from jepa.metrics import RunLog, collapse_warning, health
 from jepa.objective import JepaModel, Losses
 from jepa.probe import OnlineProbe
 from jepa.replay import blame, masks_of, poison, replay
+from jepa.restore import CheckpointError
 from jepa.schedules import Pace, Schedules
 from jepa.teacher import Teacher
 from jepa.tokens import tokens
@@ -279,7 +280,7 @@ def main() -> int:
         if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
             args.resume = config.meta.read_checkpoint or "latest"
         return run(config, args)
-    except (ConfigError, checkpoint.CheckpointError, TrainingError, ValueError, OSError) as error:
+    except (ConfigError, CheckpointError, TrainingError, ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"engine/train.py, rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -25,9 +25,10 @@ import torch
 import yaml
 
 from jepa import zero
-from jepa.checkpoint import KINDS, CheckpointError, Reader, Saver, candidates, read_state, verify
+from jepa.checkpoint import Saver
 from jepa.config import load_config
 from jepa.objective import JepaModel
+from jepa.restore import KINDS, CheckpointError, Reader, candidates, read_state, verify
 from processes import Run, rows, start, write_config, write_images
 from small import run_ranks, whole_weights
 

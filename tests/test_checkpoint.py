@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jepa import zero
-from jepa.checkpoint import CheckpointError, Saver, read_state
+from jepa.checkpoint import Saver
 from jepa.interop import load_encoder
 from jepa.masks import sample_masks
 from jepa.objective import JepaModel
+from jepa.restore import CheckpointError, read_state
 from small import run_ranks, small_config, whole_weights
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa.checkpoint import candidates, read_state, tidy, verify
+from jepa.checkpoint import tidy
+from jepa.restore import candidates, read_state, verify
 from processes import start
 from small import run_ranks
 from soak import killed, moved, resume_damaged, soak_config

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checkpoint import CheckpointError, Reader, candidates, find_whole, read_state, refuse_change, shapes_of
 from .config import Config
 from .data import Loader
 from .distributed import Ranks
 from .masks import Masks, sample_masks, thin
 from .objective import JepaModel, Losses
+from .restore import CheckpointError, Reader, candidates, find_whole, read_state, refuse_change, shapes_of
 from .tokens import tokens
 from .vit import build_encoder
 
