@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jepa import checkpoint, distributed, interrupt, zero
 from jepa.budget import report
-from jepa.config import Config, ConfigError, load_config
+from jepa.config import Config, load_config
 from jepa.data import Batch, Loader, open_images
 from jepa.distributed import Ranks
 from jepa.interrupt import StopRequest, Watchdog
@@ -280,10 +280,10 @@ def main() -> int:
         if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
             args.resume = config.meta.read_checkpoint or "latest"
         return run(config, args)
-    except (ConfigError, CheckpointError, TrainingError, ValueError, OSError) as error:
+    except (CheckpointError, TrainingError, distributed.NotMet, ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"engine/train.py, rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return interrupt.RANK_LOST if isinstance(error, distributed.NotMet) else 1
 
 
 if __name__ == "__main__":
