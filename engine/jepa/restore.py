@@ -3,12 +3,17 @@
 jepa.checkpoint writes them and says what they look like. Nothing is taken on trust: see jepa.manifest.
 """
 
-import glob
+import contextlib
 import hashlib
+import importlib.metadata
+import os
+import platform
 import re
-from collections.abc import Callable, Iterator
+import stat
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from . import manifest
-from .config import Config
+from .config import Config, ConfigError, parse_config
 
 NAMES = r"(step\d{8,}|ep\d+)"  # what follows {tag}-
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -41,17 +46,21 @@ class Part:
     offset: int
 
 
-def find_whole(paths: list[Path]) -> tuple[Path, dict[str, Any], list[str]]:
-    """The first of `paths` that is whole, its state.json, and what is wrong with those before it.
+def find_whole(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first of `paths` that is whole, and its state.json; what is wrong with those before it is said.
 
     Every rank calls it, and checks its share of the files. Raises CheckpointError where none is whole.
     """
     damage: list[str] = []
     for path in paths:
         try:
-            return path, together(partial(_checked, path))[0], damage
+            state = together(partial(_checked, path))[0]
         except OSError as error:
             damage.append(str(error))
+            continue
+        if damage and dist.get_rank() == 0:
+            print("skipped: " + "; ".join(damage), flush=True)
+        return path, state
     raise CheckpointError("--resume: no whole checkpoint: " + "; ".join(damage))
 
 
@@ -61,36 +70,97 @@ def _checked(path: Path) -> dict[str, Any]:
     return state
 
 
-def refuse_change(path: Path, state: dict[str, Any], config: Config, accept: bool = False) -> None:
+def refuse_change(
+    path: Path,
+    state: dict[str, Any],
+    config: Config,
+    shapes: dict[str, list[int]],
+    images: dict[str, int | str],
+    accept: bool = False,
+) -> None:
     """Raises CheckpointError where a step of this run is not what the same step was in the run that wrote `path`.
 
     Refused, and not only warned of: the losses of a run that changes its own law look like those of one that learns.
-    Seed and global batch choose the images, and cannot be accepted.
+    Model, seed and global batch cannot be accepted: weights would not fit, steps would hold other images. What may well
+    change on the way, the optimizer's numbers and the software, is only said. `images`: `ImageSource.law`.
     """
-    here, there = config.law(dist.get_world_size()), state["law"]
-    changed = [key for key in {**there, **here} if here.get(key) != there.get(key)]
+    if shapes != state["shapes"]:
+        names = sorted(set(shapes) ^ set(state["shapes"])) or [n for n in shapes if shapes[n] != state["shapes"][n]]
+        raise CheckpointError(
+            f"{path} holds another model than the config describes; they differ in {len(names)} parameters, such as "
+            f"{names[0]}: there {state['shapes'].get(names[0])}, here {shapes.get(names[0])}"
+        )
+    ranks = dist.get_world_size()
+    law, recipe, pace = config.law(ranks) | images, config.recipe(), config.optimization.model_dump()
+    try:
+        before = parse_config(state["config"], source=str(path / "state.json"))
+        old_recipe, old_pace = before.recipe(), before.optimization.model_dump()
+    except ConfigError as error:
+        old_recipe, old_pace = {"config": f"one that this version does not read ({error.problems[0]})"}, pace
+    if dist.get_rank() == 0:
+        for what, old, new in (("optimization", old_pace, pace), ("versions", state["versions"], versions())):
+            for line in _differences(old, new).values():
+                print(f"changed since {path.name}: {what}, {line}", flush=True)
+    changed = _differences(state["law"] | old_recipe, law | recipe)
     if not changed:
         return
-    differences = ", ".join(f"{key} {there.get(key, 'any')}, this run has {here.get(key, 'any')}" for key in changed)
-    message = f"{path} was trained with {differences} on {dist.get_world_size()} rank(s)"
+    message = f"{path} was trained with {', '.join(changed.values())} on {ranks} rank(s)"
     if {"engine.seed", "global batch"} & set(changed):
         raise CheckpointError(
             f"{message}: the same steps would hold other images. Set it as it was "
             "(engine.global_batch_size, engine.seed)"
         )
     if not accept:
+        moved = {"mask.cut", "data.batch_size", "accumulation"} & set(changed)
+        hint = (
+            " Only a run that has mask.cut=global from its first step can move to another number of ranks, and with "
+            "VICReg only if data.batch_size x ranks stays."
+        )
         raise CheckpointError(
-            f"{message}: the same steps would compute another loss. Set it as it was (data.batch_size x ranks x "
-            "accumulation is the global batch; with mask.cut=global the ranks' shares do not matter to the masks), or "
-            "add --accept-changes"
+            f"{message}: the same steps would compute another loss. Set it as it was, or add --accept-changes."
+            + (hint if moved else "")
         )
     if dist.get_rank() == 0:
         print(f"accepted: {message}", flush=True)
 
 
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
+    """In words, by key."""
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return {key: f"{key} {there.get(key, 'any')}, this run has {here.get(key, 'any')}" for key in keys}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what computes a step, for the record. The commit is given where the engine lies in a git checkout."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    for package in ("deepspeed", "numpy", "nvidia-dali-cuda130", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found["commit"] = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    return found
+
+
 def shapes_of(model: torch.nn.Module) -> dict[str, list[int]]:
     """The parameters' shapes by name; ZeRO-3 empties the parameters themselves."""
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+
+
+def on_first(folder: Path, work: Callable[[], Any]) -> Any:
+    """What `work` returns on the first rank, whose view of the folder counts. Raises CheckpointError on all."""
+    return on_all(folder, lambda: work() if dist.get_rank() == 0 else None)[0]
+
+
+def on_all(folder: Path, work: Callable[[], Any]) -> list[Any]:
+    """What `work` returns on each rank. Raises CheckpointError on all."""
+    try:
+        return together(work)
+    except OSError as error:
+        raise CheckpointError(f"logging.folder {folder} cannot be used: {error}") from error
 
 
 def together(work: Callable[[], Any]) -> list[Any]:
@@ -159,7 +229,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError for all that `manifest.State` does not let through."""
     file = path / "state.json"
     try:
-        with file.open("rb") as opened:
+        # A pipe of this name would wait for somebody to write.
+        with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise OSError(f"{file} is not a file")
             text = opened.read(manifest.MAX_BYTES)
         if not manifest.is_sealed(text):
             raise CheckpointError(f"{file} is damaged, or of another version: it does not end with its own SHA-256")
@@ -184,22 +257,38 @@ def verify(path: Path, files: list[dict[str, Any]]) -> None:
             raise OSError(f"{part} is damaged: its contents do not match the SHA-256 in state.json")
 
 
-def candidates(folder: Path, tag: str) -> list[Path]:
-    """The checkpoints of a run, the newest step first, those that cannot be read last."""
-    steps = {}
-    for path in folder.glob(f"{glob.escape(tag)}-*"):
-        if re.fullmatch(NAMES, path.name[len(tag) + 1 :]) and path.is_dir() and not path.is_symlink():
-            try:
-                steps[path] = read_state(path)["step"]
-            except CheckpointError:
-                steps[path] = -1
-    return sorted(steps, key=lambda path: (steps[path], path.name), reverse=True)
+def candidates(folder: Path, tag: str, steps_per_epoch: int) -> list[tuple[int, Path]]:
+    """The checkpoints of a run, with their steps, the newest first: damaged ones too, which are to be told of.
+
+    Raises OSError where the folder cannot be listed; one that does not exist has none.
+    """
+    found = [
+        (step_of(Path(entry), steps_per_epoch), Path(entry))
+        for entry in entries(folder)
+        if entry.name.startswith(f"{tag}-") and re.fullmatch(NAMES, entry.name[len(tag) + 1 :])
+        if entry.is_dir(follow_symlinks=False)
+    ]
+    return sorted(found, reverse=True)
+
+
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder. Path.glob takes one that cannot be listed for an empty one."""
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except FileNotFoundError:
+        return []
 
 
 def step_of(path: Path, steps_per_epoch: int) -> int:
-    """The step in a checkpoint's name: that of a damaged one can be read nowhere else."""
-    number = int(re.sub(r".*\D", "", path.name))
-    return number * steps_per_epoch if path.name.endswith(f"-ep{number}") else number
+    """The step of a checkpoint, from its name; an epoch may once have had another length, as the state knows."""
+    kind, number = re.fullmatch(r".*-(step|ep)(\d+)", path.name).groups()  # type: ignore[union-attr]
+    if kind == "ep":
+        try:
+            return read_state(path)["step"]
+        except CheckpointError:
+            return int(number) * steps_per_epoch
+    return int(number)
 
 
 def sha256_of(path: Path) -> str:
