@@ -43,9 +43,9 @@ def run(config: Config, args: argparse.Namespace) -> int:
     engine = config.engine
     ranks = distributed.start(engine.device, engine.timeout_minutes, engine.deterministic)
     with (
-        StopRequest(ranks, args.max_minutes) as stop,
-        Watchdog(ranks, engine.timeout_minutes) as watchdog,
         Lock(config) as lock,
+        StopRequest(ranks, args.max_minutes) as stop,
+        Watchdog(ranks, engine.timeout_minutes, lock.release) as watchdog,
     ):
         watchdog.at(None, "opening the images")
         loader = open_loader(config, ranks)

@@ -39,6 +39,7 @@ from small import run_ranks, whole_weights
 CLOCKS = ("images_per_second", "step_ms", "data_wait_ms")
 Place = tuple[int, int]
 PLACES: tuple[Place, ...] = tuple(itertools.product((1, 2), (0, 1, 2, 3)))  # ranks, ZeRO stage
+UNFINISHED = ".jepa-step*.partial/*"  # what a kill leaves that hits a checkpoint as it is written
 CAMPAIGNS = 5  # runs among which the kills are shared
 FIRST, LOSSES = 4, 10  # steps before the move, and compared after it
 # How far a loss after a move may lie from the undisturbed one's, relative to it: fp32, eight roundings (2^-24 each) of
@@ -77,20 +78,25 @@ def bytes_that_differ(one: Path, other: Path) -> int:
     return wrong
 
 
-def kill(run: Run, said: re.Pattern[str], rng: random.Random) -> str:
-    """At a random moment: while it starts, or within a second after it has saved; all ranks, or one.
+def kill(run: Run, folder: Path, said: re.Pattern[str], rng: random.Random) -> str:
+    """At a random moment: while it starts, within a second after it has saved, or just as it writes the next
+    checkpoint; all ranks, or one.
 
     All while it starts: ranks that have not met have no watchdog, and wait for one another for minutes.
     """
-    victim = rng.choice(["all", 0, 1])
-    if rng.random() < 0.2:
+    victim, moment = rng.choice(["all", 0, 1]), rng.choice(["starting", "any", "any", "writing", "writing"])
+    if moment == "starting":
         victim = "all"
         time.sleep(rng.uniform(0, 3))
     else:
         run.wait_for(said.pattern)
+    if moment == "any":
         time.sleep(rng.uniform(0, 1))
-    with contextlib.suppress(ProcessLookupError):  # it had ended already
-        run.signal(signal.SIGKILL, *(() if victim == "all" else (victim,)))
+    elif moment == "writing":
+        while run.ranks[0].is_alive() and not any(folder.glob(UNFINISHED)):
+            pass
+        time.sleep(rng.uniform(0, 0.01))
+    run.signal(signal.SIGKILL, *(() if victim == "all" else (victim,)))
     run.wait(seconds=60)  # those left alone notice it themselves
     return f"rank {victim}" if victim != "all" else "all ranks"
 
@@ -112,8 +118,8 @@ def killed(folder: Path, config: Path, kills: int, words: tuple[str, ...], rng: 
     for done in range(kills + 1):
         run = start(2, folder / "killed", *run_words, "logging.save_every=1", "--resume", "auto")
         if done < kills:
-            who = kill(run, said, rng)
-            writing += any((folder / "killed").glob(".jepa-step*.partial/*"))
+            who = kill(run, folder / "killed", said, rng)
+            writing += any((folder / "killed").glob(UNFINISHED))
         else:
             run.wait_for(rf"(?s)({said.pattern}.*){{4}}")
             run.signal(signal.SIGTERM)

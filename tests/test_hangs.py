@@ -78,6 +78,7 @@ def test_a_rank_that_stalls_is_the_one_furthest_behind(config: Path, tmp_path: P
     for rank in (0, 1):
         found = re.search(r"no rank has moved on for (\d+) s; the furthest behind is rank 1 .*\n", run.text(rank))
         assert found and "in step 3, waiting for images" in found[0] and int(found[1]) < 30
+    assert not (tmp_path / "run/.jepa.lock").exists()  # it may be started again on another machine at once
 
 
 def test_a_rank_that_fails_is_quoted_by_the_others(config: Path, tmp_path: Path) -> None:

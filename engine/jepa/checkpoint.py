@@ -264,7 +264,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        lines: Iterator[Any] = (tensor.flatten().cpu().numpy() for tensor in tensors.values())
+        lines: Iterator[Any] = (tensor.float().flatten().cpu().numpy() for tensor in tensors.values())
         for data in chain([len(head).to_bytes(8, "little"), head], lines):
             digest.update(data)
             file.write(data)
@@ -304,15 +304,12 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
 
 def gathered(engine: Any, kind: str, name: str, shape: list[int]) -> Tensor:
     """The whole of one parameter, fp32, from all ranks: what `Reader.tensor` reads. Every rank calls it."""
-    mine = _to_write(engine)
-    values = torch.zeros(shape, device=mine[0].weight.device) if mine else torch.zeros(shape)
-    for flat in mine:
+    values = torch.zeros(shape, device=flats(engine)[0].weight.device)
+    for flat in _to_write(engine):
         line = flat.weight.detach() if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)
-        for piece in flat.pieces:
-            if piece.name == name:
-                values.view(-1)[piece.start : piece.start + piece.length] = line.view(-1)[piece.offset :][
-                    : piece.length
-                ]
+        for piece in (piece for piece in flat.pieces if piece.name == name):
+            part = line.view(-1)[piece.offset : piece.offset + piece.length]
+            values.view(-1)[piece.start : piece.start + piece.length] = part
     dist.all_reduce(values)  # each element is one rank's, and zero elsewhere
     return values
 

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -114,10 +115,11 @@ class Watchdog:
     doing there; rank 0's thread reads them all and gives the verdict, which the others read. A rank is lost when it
     gave no sign of life for `minutes` (killed, stopped, its machine gone), when no rank moved on for `minutes` (one
     of them hangs; the one furthest behind is named), or when it said itself that it failed. All of it works while the
-    main thread is stuck in a collective.
+    main thread is stuck in a collective. `at_end` is called before the process ends, and not waited for long.
     """
 
-    def __init__(self, ranks: Ranks, minutes: float) -> None:
+    def __init__(self, ranks: Ranks, minutes: float, at_end: Callable[[], None] = lambda: None) -> None:
+        self.at_end = at_end
         self.rank, self.world_size = ranks.rank, ranks.world_size
         # A connection of its own: one that waits blocks those who share it.
         self.store = ranks.store.clone()  # type: ignore[attr-defined]
@@ -242,6 +244,9 @@ class Watchdog:
         here = f"here: {_place(self.me)}"
         _say(self.rank, f"{verdict}; {here}. Exit code {RANK_LOST}: --resume goes on from the last checkpoint")
         sys.stdout.flush()
+        last = threading.Thread(target=self.at_end, daemon=True)
+        last.start()
+        last.join(PULSE)  # what is wrong may be the disk
         os._exit(RANK_LOST)
 
 

@@ -38,6 +38,9 @@ class Lock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
         self.over.set()
         try:
             if self.mine and self.path.read_text() == self.mine:
@@ -75,8 +78,8 @@ class Lock:
                 reason = error
         if found is None:
             raise CheckpointError(
-                f"on {socket.gethostname()} {self.path}, which rank 0 just wrote, cannot be read ({reason}): all "
-                "machines must share logging.folder"
+                f"on {socket.gethostname()} {self.path}, which rank 0 wrote, cannot be read ({reason}): all machines "
+                "must share logging.folder, and nobody may delete it while the run goes on"
             )
         if found != text:
             raise CheckpointError(f"on {socket.gethostname()} {self.path} says that it is {_who(found)}'s")
@@ -120,7 +123,7 @@ def _me() -> dict[str, Any]:
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
-        machine = ""
+        machine = socket.gethostname()
     return {
         "host": socket.gethostname(),
         "machine": machine,
