@@ -104,7 +104,7 @@ def refuse_change(
     changed = _differences(state["law"] | old_recipe, law | recipe)
     if not changed:
         return
-    message = f"{path} was trained with {', '.join(changed.values())} on {ranks} rank(s)"
+    message = f"{path} was trained with {', '.join(changed.values())} (on {ranks} ranks)"
     if {"engine.seed", "global batch"} & set(changed):
         raise CheckpointError(
             f"{message}: the same steps would hold other images. Set it as it was "
