@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa.checkpoint import CheckpointError
 from jepa.config import Config, ConfigError
 from jepa.data import ImageSource, eval_batches
 from jepa.interop import load_encoder
 from jepa.probe import Encoder, extract, knn, linear_probe, open_labelled
+from jepa.restore import CheckpointError
 from jepa.vit import VisionTransformer, build_encoder
 
 

@@ -23,8 +23,8 @@ import sys
 from pathlib import Path
 
 from jepa import interop
-from jepa.checkpoint import CheckpointError
 from jepa.config import ConfigError, load_config
+from jepa.restore import CheckpointError
 
 FORMATS = ("safetensors", "published", "timm", "huggingface")
 

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from jepa import checkpoint, distributed, interrupt, zero
 from jepa.budget import report
-from jepa.config import Config, ConfigError, load_config
+from jepa.config import Config, load_config
 from jepa.data import Batch, Loader, open_images
 from jepa.distributed import Ranks
 from jepa.interrupt import StopRequest, Watchdog
+from jepa.lock import Lock
 from jepa.metrics import RunLog, collapse_warning, health
 from jepa.objective import JepaModel, Losses
 from jepa.probe import OnlineProbe
-from jepa.replay import blame, masks_of, poison, replay
+from jepa.replay import blame, masks_of, poison, replay, start_of_replay
+from jepa.restore import CheckpointError, Reader
 from jepa.schedules import Pace, Schedules
 from jepa.teacher import Teacher
 from jepa.tokens import tokens
@@ -40,18 +42,23 @@ def run(config: Config, args: argparse.Namespace) -> int:
     """Trains, or replays a step, and returns the exit code; jepa.interrupt says which there are."""
     engine = config.engine
     ranks = distributed.start(engine.device, engine.timeout_minutes, engine.deterministic)
-    with StopRequest(ranks, args.max_minutes) as stop, Watchdog(ranks, engine.timeout_minutes) as watchdog:
+    with (
+        Lock(config) as lock,
+        StopRequest(ranks, args.max_minutes) as stop,
+        Watchdog(ranks, engine.timeout_minutes, lock.release) as watchdog,
+    ):
         watchdog.at(None, "opening the images")
         loader = open_loader(config, ranks)
         if args.replay_step is not None:
-            replay(config, ranks, loader, args.replay_step, args.resume)
+            replay_step(config, args, ranks, loader, watchdog)
             return 0
-        return train(config, args, ranks, loader, stop, watchdog)
+        return train(config, args, ranks, loader, stop, watchdog, lock)
 
 
 def open_loader(config: Config, ranks: Ranks) -> Loader:
+    """Raises ValueError on all ranks where one of them finds other images than the others."""
     data, (micro_batch, accumulation, _) = config.data, config.batch(ranks.world_size)
-    return Loader(
+    loader = Loader(
         open_images(data.folder),
         crop_size=data.crop_size,
         crop_scale=data.crop_scale,
@@ -67,10 +74,19 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
         prefetch=data.prefetch,
         max_bad_fraction=data.max_bad_fraction,
     )
+    found = ", ".join(f"{key} {value}" for key, value in loader.source.law.items())
+    distributed.require_alike(ranks, found, f"{data.folder} is not the same on all machines")
+    return loader
 
 
 def train(
-    config: Config, args: argparse.Namespace, ranks: Ranks, loader: Loader, stop: StopRequest, watchdog: Watchdog
+    config: Config,
+    args: argparse.Namespace,
+    ranks: Ranks,
+    loader: Loader,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    lock: Lock,
 ) -> int:
     global_batch = config.batch(ranks.world_size).global_batch
     schedules = Schedules(config, loader.steps_per_epoch)
@@ -81,7 +97,7 @@ def train(
     watchdog.at(None, "building the model")
     engine, teacher = start_model(config, ranks.device)
     watchdog.at(None, "loading the checkpoint")
-    saver = checkpoint.Saver(config, engine, loader.steps_per_epoch)
+    saver = checkpoint.Saver(config, engine, loader.steps_per_epoch, loader.source.law, lock)
     progress = saver.resume(args.resume, args.accept_changes) if args.resume else saver.begin()
     if progress.applied:
         teacher.refresh()
@@ -93,7 +109,7 @@ def train(
         f"kill {os.getpid()} stops it with everything saved"
     )
     pace = Pace(schedules, progress.applied, last_step - progress.step, zero.pacemaker(engine, ranks.device))
-    unread = Unread(progress, global_batch)
+    unread, owed = Unread(progress, global_batch), False
     batches = loader.batches(progress.step, last_step)
     for step in range(progress.step, last_step):
         stop.ask()
@@ -102,12 +118,13 @@ def train(
         zero.schedule(engine, numbers)
         done = take_step(config, ranks, engine, teacher, batches, step, watchdog.at)
         pace.count(done.applied)
-        log.step(step, done.losses, *done.kept, loader.wait_seconds - waited_before)
+        log.step(step, done.losses, *done.kept, loader.wait_seconds - waited_before, done.replaced)
         unread.add(step, done)
 
         taken, stopping = step + 1, stop.agreed()
         finished = taken == last_step
-        saving = saver.due(taken) or finished or stopping
+        owed = owed or saver.due(taken)
+        saving = owed or finished or stopping
         examining, probing = due(taken, config.logging.health_freq), due(taken, config.eval.every)
         if not (saving or examining or probing or due(taken, config.logging.log_freq)):
             continue  # without waiting for the device: its queue never runs dry
@@ -128,11 +145,13 @@ def train(
         if unread.longest >= config.engine.max_skipped:
             raise TrainingError(
                 f"{unread.longest} steps in a row had a gradient that is not finite; stopped at step {step}. "
-                "The last checkpoint is whole: lower optimization.lr or set optimization.clip_grad and --resume"
+                "Lower optimization.lr or set optimization.clip_grad, and "
+                + (f"--resume: {saver.newest} is of before these steps" if saver.newest else "begin again")
             )
-        if saving:
+        if finished or stopping or (owed and not unread.in_a_row):  # weights from which no step is finite can wait
             watchdog.at(step, "saving")
-            log.say(f"saved {saver.save(progress)}")
+            log.say(f"saved {saver.save(progress, rotate=not unread.in_a_row)}")
+            owed = False
         if stopping and not finished:
             log.say(f"stopped on request after step {step}: --resume goes on. Exit code {interrupt.STOPPED}")
             break
@@ -141,6 +160,33 @@ def train(
 
     log.close()
     return 0 if progress.step >= last_step else interrupt.STOPPED
+
+
+def replay_step(config: Config, args: argparse.Namespace, ranks: Ranks, loader: Loader, watchdog: Watchdog) -> None:
+    """One step, looked at alone; those between the checkpoint and it are taken again, and nothing is written."""
+    step = args.replay_step
+    path, state = start_of_replay(config, loader, step, args.resume, args.accept_changes)
+    progress, read = checkpoint.Progress.of(state), Reader(path, state).tensor
+    head = f"step {step} with the weights that {path} holds, of step {progress.step}"
+    if progress.step > step:
+        head += ": not those that it had in the run, and the numbers are others"
+    elif progress.step < step:
+        engine, teacher = start_model(config, ranks.device)
+        checkpoint.load(path, state, engine)
+        if progress.applied:
+            teacher.refresh()
+        schedules, pacemaker = Schedules(config, loader.steps_per_epoch), zero.pacemaker(engine, ranks.device)
+        pace = Pace(schedules, progress.applied, step - progress.step, pacemaker)
+        batches = loader.batches(progress.step, step)
+        for before in range(progress.step, step):
+            zero.schedule(engine, pace.next())
+            done = take_step(config, ranks, engine, teacher, batches, before, watchdog.at)
+            pace.count(done.applied)
+            progress.count(bool(done.applied), 0)
+        head += f", and {step - state['step']} steps from there"
+        read = partial(checkpoint.gathered, engine)
+    watchdog.at(step, "replaying")
+    replay(config, ranks, loader, step, read, progress.applied > 0, head)
 
 
 def due(taken: int, every: int) -> bool:
@@ -170,6 +216,7 @@ class Step(NamedTuple):
     target_BND: Tensor  # features and predictions of the last micro-batch
     predicted_RD: Tensor
     files: list[str]  # of all micro-batches
+    replaced: int  # of these, stand in for one that cannot be used
 
 
 class Unread:
@@ -215,7 +262,7 @@ def take_step(
 
     `at` is told what is done next.
     """
-    losses, files = [], []
+    losses, files, replaced = [], [], 0
     for micro in range(config.batch(ranks.world_size).accumulation):
         at(step, "waiting for images")
         _, _, batch = next(batches)
@@ -229,11 +276,12 @@ def take_step(
         engine.backward(poison(output.losses.total))
         losses.append(Losses(*(term.detach() for term in output.losses)))
         files += batch.files
+        replaced += batch.replaced
         outcome = zero.step(engine, config.optimization.clip_grad)
     assert outcome is not None  # the last micro-batch ended the step
     teacher.follow()
     kept = (rows.mean_context, rows.target_MBK.shape[-1])
-    return Step(*outcome, losses, kept, output.h_BUD, output.predicted_RD, files)
+    return Step(*outcome, losses, kept, output.h_BUD, output.predicted_RD, files, replaced)
 
 
 def arguments() -> argparse.Namespace:
@@ -279,10 +327,10 @@ def main() -> int:
         if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
             args.resume = config.meta.read_checkpoint or "latest"
         return run(config, args)
-    except (ConfigError, checkpoint.CheckpointError, TrainingError, ValueError, OSError) as error:
+    except (CheckpointError, TrainingError, distributed.NotMet, ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"engine/train.py, rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return interrupt.RANK_LOST if isinstance(error, distributed.NotMet) else 1
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from jepa import figures
-from jepa.checkpoint import CheckpointError
 from jepa.data import eval_batches, open_images
 from jepa.interop import load_encoder
 from jepa.masks import sample_masks
+from jepa.restore import CheckpointError
 
 
 def draw_encoder(checkpoint: str, images_path: str, count: int, out: Path) -> list[Path]:

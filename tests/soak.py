@@ -1,17 +1,19 @@
 """`make soak`: breaks real runs of engine/train.py on purpose and counts what was lost, which must be nothing.
 
-killed     a run on two ranks is killed (-9, all ranks or one of them) at random moments and resumed until it is
-           done; its weights, moments and average are compared with those of a run that nobody disturbed
+killed     a run on two ranks, of a ZeRO stage, precision and accumulation drawn by lot, is killed (-9, all ranks or one
+           of them) at random moments and resumed each time, and in the end stopped by a signal; its weights, moments,
+           average and log are compared with those of a run that nobody disturbed
 damaged    its newest checkpoints get flipped bits, cuts, deletions; the newest whole one must be found
 moved      a checkpoint of every (ranks, ZeRO stage) is resumed on every other, in fp32 and bf16; ten losses compared
 
-python tests/soak.py [--kills 30] [--damage 200] [--seed N]
+python tests/soak.py [--kills 30] [--damage 200] [--seed N]      prints a table in Markdown
 """
 
 import argparse
 import contextlib
 import io
 import itertools
+import os
 import random
 import re
 import shutil
@@ -19,21 +21,26 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 import yaml
 
 from jepa import zero
-from jepa.checkpoint import KINDS, CheckpointError, Reader, Saver, candidates, read_state, verify
+from jepa.checkpoint import Saver
 from jepa.config import load_config
+from jepa.data import open_images
 from jepa.objective import JepaModel
+from jepa.restore import KINDS, CheckpointError, Reader, candidates, read_state, verify, versions
 from processes import Run, rows, start, write_config, write_images
 from small import run_ranks, whole_weights
 
 CLOCKS = ("images_per_second", "step_ms", "data_wait_ms")
 Place = tuple[int, int]
 PLACES: tuple[Place, ...] = tuple(itertools.product((1, 2), (0, 1, 2, 3)))  # ranks, ZeRO stage
+UNFINISHED = ".jepa-step*.partial/*"  # what a kill leaves that hits a checkpoint as it is written
+CAMPAIGNS = 5  # runs among which the kills are shared
 FIRST, LOSSES = 4, 10  # steps before the move, and compared after it
 # How far a loss after a move may lie from the undisturbed one's, relative to it: fp32, eight roundings (2^-24 each) of
 # every gradient of ten steps; bf16, whose gradients are rounded before the ranks sum them, one rounding of the loss.
@@ -47,7 +54,7 @@ def say(message: str) -> None:
 def whole_checkpoints(folder: Path) -> list[int]:
     """The steps of the whole checkpoints in a folder, newest first."""
     steps = []
-    for path in candidates(folder, "jepa"):
+    for _, path in candidates(folder, "jepa", 5):
         try:
             state = read_state(path)
             verify(path, state["files"])
@@ -71,53 +78,69 @@ def bytes_that_differ(one: Path, other: Path) -> int:
     return wrong
 
 
-def kill(run: Run, said: re.Pattern[str], rng: random.Random) -> str:
-    """At a random moment: while it starts, or within a second after it has saved; all ranks, or one.
+def kill(run: Run, folder: Path, said: re.Pattern[str], rng: random.Random) -> str:
+    """At a random moment: while it starts, within a second after it has saved, or just as it writes the next
+    checkpoint; all ranks, or one.
 
     All while it starts: ranks that have not met have no watchdog, and wait for one another for minutes.
     """
-    victim = rng.choice(["all", 0, 1])
-    if rng.random() < 0.2:
+    victim, moment = rng.choice(["all", 0, 1]), rng.choice(["starting", "any", "any", "writing", "writing"])
+    if moment == "starting":
         victim = "all"
         time.sleep(rng.uniform(0, 3))
     else:
         run.wait_for(said.pattern)
+    if moment == "any":
         time.sleep(rng.uniform(0, 1))
-    with contextlib.suppress(ProcessLookupError):  # it had ended already
-        run.signal(signal.SIGKILL, *(() if victim == "all" else (victim,)))
+    elif moment == "writing":
+        while run.ranks[0].is_alive() and not any(folder.glob(UNFINISHED)):
+            pass
+        time.sleep(rng.uniform(0, 0.01))
+    run.signal(signal.SIGKILL, *(() if victim == "all" else (victim,)))
     run.wait(seconds=60)  # those left alone notice it themselves
     return f"rank {victim}" if victim != "all" else "all ranks"
 
 
-def killed(folder: Path, config: Path, kills: int, steps: int, rng: random.Random) -> dict[str, int]:
-    words = ("--config", config, f"engine.max_steps={steps}", "engine.timeout_minutes=1")
-    undisturbed = start(2, folder / "undisturbed", *words, f"logging.save_every={steps}")
-    assert undisturbed.wait(seconds=600) == [0, 0], undisturbed.text()
-    said, lost, done, latest = re.compile(r"saved \S+-step0*(\d+)"), 0, 0, 0
-    while True:
-        run = start(2, folder / "killed", *words, "logging.save_every=1", "--resume", "auto")
+def campaign(rng: random.Random) -> tuple[str, ...]:
+    """How a run that is to be killed is carried out."""
+    stage, bf16, accumulation = rng.randrange(4), rng.random() < 0.5, rng.choice([1, 1, 2])
+    return (
+        f"engine.zero_stage={stage}",
+        f"meta.use_bfloat16={bf16}",
+        f"engine.gradient_accumulation_steps={accumulation}",
+    )
+
+
+def killed(folder: Path, config: Path, kills: int, words: tuple[str, ...], rng: random.Random) -> dict[str, int]:
+    """The run is far longer than its kills: however fast the machine is, it ends when it is told to."""
+    run_words = ("--config", config, *words, "engine.timeout_minutes=1")
+    said, lost, latest, writing = re.compile(r"saved \S+-step0*(\d+)"), 0, 0, 0
+    for done in range(kills + 1):
+        run = start(2, folder / "killed", *run_words, "logging.save_every=1", "--resume", "auto")
         if done < kills:
-            who = kill(run, said, rng)
-            done += 1
+            who = kill(run, folder / "killed", said, rng)
+            writing += any((folder / "killed").glob(UNFINISHED))
         else:
-            assert run.wait(seconds=600) == [0, 0], run.text()
-            who = ""
-        resumed = re.search(r"resuming from \S+ at step (\d+)", run.text())
-        if resumed:
+            run.wait_for(rf"(?s)({said.pattern}.*){{4}}")
+            run.signal(signal.SIGTERM)
+            assert run.wait(seconds=600) == [75, 75], run.text()
+        if resumed := re.search(r"resuming from \S+ at step (\d+)", run.text()):
             lost += max(0, latest - int(resumed[1]))
         latest = max([latest, *(int(step) for step in said.findall(run.text()))])
-        if not who:
-            break
         found = (whole_checkpoints(folder / "killed") or [0])[0]
         lost += max(0, latest - found)  # what was said to be saved is there
         latest = max(latest, found)
-        say(f"kill {done} of {kills}: {who}; last whole checkpoint {found} of {steps} steps")
+        if done < kills:
+            say(f"kill {done + 1} of {kills}: {who}; last whole checkpoint {found}")
+    undisturbed = start(2, folder / "undisturbed", *run_words, "logging.save_every=99999", f"engine.max_steps={latest}")
+    assert undisturbed.wait(seconds=600) == [0, 0], undisturbed.text()
     names = ("undisturbed", "killed")
-    left = [path.name for path in (folder / "killed").iterdir() if path.suffix in (".partial", ".old", ".deleted")]
+    left = [path.name for path in (folder / "killed").glob(".*")]
     assert not left, left
     jsonl, csv = zip(*(log_of(folder / name) for name in names), strict=True)
     return {
-        "interruptions tried": done,
+        "kills": kills,
+        "writing": writing,
         "steps lost": lost,
         "bytes wrong": bytes_that_differ(*(folder / name / "jepa-latest" for name in names)),
         "log rows wrong": sum(a != b for a, b in (*itertools.zip_longest(*jsonl), *itertools.zip_longest(*csv))),
@@ -157,20 +180,20 @@ def damage(path: Path, rng: random.Random) -> None:
         file.write_bytes(data)
 
 
-def resume_damaged(folder: Path, config: Path, number: int, seed: int) -> dict[str, int]:
+def resume_damaged(folder: Path, config: Path, words: tuple[str, ...], number: int, seed: int) -> dict[str, int]:
     """On one rank: damages copies of the checkpoints that `killed` left, and resumes."""
     rng, copy = random.Random(seed), folder / "copy"
-    counts = dict.fromkeys(("bad files tried", "wrong checkpoints chosen", "bytes wrong"), 0)
-    settings = load_config(config, [f"logging.folder={copy}", "data.batch_size=8"])
+    counts = dict.fromkeys(("damaged", "wrong checkpoints", "bytes wrong"), 0)
+    settings = load_config(config, [*words, f"logging.folder={copy}", "data.batch_size=8"])
     engine = zero.start(JepaModel(settings), settings)
     wanted = []  # of the whole checkpoints, newest first: folder, step, weights
-    for path in candidates(folder / "killed", "jepa"):
+    for _, path in candidates(folder / "killed", "jepa", 5):
         state = read_state(path)
         reader = Reader(path, state)
         wanted.append(
             (path.name, state["step"], {n: reader.tensor("weight", n, s) for n, s in state["shapes"].items()})
         )
-    while counts["bad files tried"] < number:
+    while counts["damaged"] < number:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(folder / "killed", copy, symlinks=True)
         bad = rng.choice([1, 1, 2])
@@ -178,11 +201,11 @@ def resume_damaged(folder: Path, config: Path, number: int, seed: int) -> dict[s
             damage(copy / name, rng)
         if link_too := rng.random() < 0.3:
             (copy / "jepa-latest").unlink()
-        counts["bad files tried"] += bad + link_too
+        counts["damaged"] += bad + link_too
         with contextlib.redirect_stdout(io.StringIO()):
-            progress = Saver(settings, engine, 5).resume("latest")
+            progress = Saver(settings, engine, 5, open_images(settings.data.folder).law).resume("latest")
         _, step, weights = wanted[bad]
-        counts["wrong checkpoints chosen"] += progress.step != step
+        counts["wrong checkpoints"] += progress.step != step
         found = whole_weights(engine)
         for name, values in weights.items():
             counts["bytes wrong"] += int((found[name].view(torch.uint8) != values.flatten().view(torch.uint8)).sum())
@@ -227,11 +250,11 @@ def moved(
 
 
 def soak_config(folder: Path) -> Path:
-    """The small run of the tests, four hundred epochs long, whose masks do not depend on the ranks."""
+    """The small run of the tests, thousands of epochs long, whose masks do not depend on the ranks."""
     config = write_config(folder / "config.yaml", write_images(folder / "images"))
     mapping = yaml.safe_load(config.read_text())
-    mapping["optimization"]["epochs"], mapping["mask"]["cut"] = 400, "global"
-    mapping["logging"]["checkpoint_freq"] = 400
+    mapping["optimization"]["epochs"], mapping["mask"]["cut"] = 4000, "global"
+    mapping["logging"]["checkpoint_freq"] = 4000
     config.write_text(yaml.safe_dump(mapping))
     return config
 
@@ -243,25 +266,41 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     args = parser.parse_args()
     rng, began = random.Random(args.seed), time.monotonic()
-    say(f"seed {args.seed}")
+    total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = soak_config(folder)
-        counts = killed(folder, config, args.kills, 15 * args.kills, rng)
-        found = run_ranks(1, resume_damaged, folder, config, args.damage, rng.getrandbits(32))[0]
-        say(f"damaged: {found}")
-        counts["bytes wrong"] += found.pop("bytes wrong")
+        shares = [args.kills // CAMPAIGNS + (i < args.kills % CAMPAIGNS) for i in range(CAMPAIGNS)]
+        for i, kills in enumerate(share for share in shares if share):
+            say(" ".join(words := campaign(rng)))
+            total.update(killed(folder / str(i), config, kills, words, rng))
+        damaged = run_ranks(1, resume_damaged, folder / str(i), config, words, args.damage, rng.getrandbits(32))[0]
         moves = {precision: moved(folder, config, precision, PLACES, PLACES) for precision in BOUND}
-    zeros = {key: value for key, value in (counts | found).items() if not key.endswith("tried")}
-    zeros["topology pairs beyond the bound"] = int(sum(m["beyond"] for m in moves.values()))
-    zeros["same topology, other losses"] = int(sum(m["inexact"] for m in moves.values()))
-    table: dict[str, object] = {key: value for key, value in (counts | found).items() if key.endswith("tried")}
-    table |= {"topology pairs tried": sum(m["pairs"] for m in moves.values())} | zeros
-    table |= {f"a loss after a move, {p}: off by at most": f"{m['worst']:.1e}" for p, m in moves.items()}
-    say(f"\n{time.monotonic() - began:.0f} s")
-    for key, value in table.items():
-        say(f"{key:<42}{value}")
-    return int(any(zeros.values()))
+    print_table(args.seed, time.monotonic() - began, total, damaged, moves)
+    wrong = [total["steps lost"], total["bytes wrong"], total["log rows wrong"], damaged["wrong checkpoints"]]
+    wrong += [damaged["bytes wrong"], *(m["beyond"] + m["inexact"] for m in moves.values())]
+    return int(any(wrong))
+
+
+def print_table(
+    seed: int, seconds: float, kills: dict[str, int], damaged: dict[str, int], moves: dict[str, dict[str, float]]
+) -> None:
+    say(f"\ncommit {versions().get('commit', 'unknown')}, seed {seed}, {os.cpu_count()} cores, {seconds:.0f} s\n")
+    say("| tried | times | lost or wrong |\n|---|---|---|")
+    say(
+        f"| `kill -9` of all ranks or one, at random moments | {kills['kills']} | {kills['steps lost']} steps, "
+        f"{kills['bytes wrong']} bytes of the final state, {kills['log rows wrong']} rows of the log |"
+    )
+    say(f"| of these, while a checkpoint was being written | {kills['writing']} | |")
+    say(
+        f"| files damaged, cut short or gone | {damaged['damaged']} | {damaged['wrong checkpoints']} times not the "
+        f"newest whole checkpoint, {damaged['bytes wrong']} bytes |"
+    )
+    for precision, move in moves.items():
+        say(
+            f"| moves to 1 or 2 ranks, ZeRO 0 to 3, {precision} | {move['pairs']} | {move['beyond']} with one of ten "
+            f"losses off by {BOUND[precision]:.0e} (largest {move['worst']:.1e}), {move['inexact']} in place inexact |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,31 +1,37 @@
 """Checkpoints: the same numbers back on any number of ranks and any ZeRO stage, and damage that is noticed."""
 
+import contextlib
+import errno
+import io
 import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jepa import zero
-from jepa.checkpoint import CheckpointError, Saver, read_state
+from jepa import restore, zero
+from jepa.checkpoint import Saver
 from jepa.interop import load_encoder
 from jepa.masks import sample_masks
 from jepa.objective import JepaModel
+from jepa.restore import CheckpointError, read_state
 from small import run_ranks, small_config, whole_weights
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 SAVED = list(itertools.product((0, 1, 2, 3), (False, True)))
 
 
-def start(folder: Path, stage: int, bf16: bool) -> tuple[object, Saver]:
+def start(folder: Path, stage: int, bf16: bool, *words: str) -> tuple[object, Saver]:
     config = small_config(
         f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}", "logging.save_every=1", "logging.keep_last=2",
-        f"data.batch_size={8 // dist.get_world_size()}", "mask.cut=global", f"logging.folder={folder}",
+        f"data.batch_size={8 // dist.get_world_size()}", "mask.cut=global", f"logging.folder={folder}", *words,
     )  # fmt: skip
     engine = zero.start(JepaModel(config), config)
     return engine, Saver(config, engine, steps_per_epoch=1000)
@@ -108,12 +114,13 @@ def save_thrice(folder: Path) -> None:
         saver.save(progress)
 
 
-def resume(folder: Path, which: str) -> int | str:
+def resume(folder: Path, which: str, said: io.StringIO | None = None) -> int | str:
     """The step gone on from, or why not."""
     engine, saver = start(folder, 1, False)
     before = whole_weights(engine)
     try:
-        return saver.resume(which).step
+        with contextlib.redirect_stdout(said or io.StringIO()):
+            return saver.resume(which).step
     except CheckpointError as error:
         after = whole_weights(engine)
         assert all(torch.equal(before[name], after[name]) for name in before), "a failed load changed the weights"
@@ -126,6 +133,11 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def pipe_instead(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE = {
     "a flipped bit": lambda folder: flip_a_bit(folder / "rank-00000.safetensors"),
     "a file cut short": lambda folder: os.truncate(folder / "rank-00000.safetensors", 1000),
@@ -133,6 +145,8 @@ DAMAGE = {
     "a flipped bit in the state": lambda folder: flip_a_bit(folder / "state.json"),
     "a missing state": lambda folder: (folder / "state.json").unlink(),
     "a state cut short": lambda folder: os.truncate(folder / "state.json", 200),
+    "a pipe in place of the state": lambda folder: pipe_instead(folder / "state.json"),
+    "a pipe in place of a file": lambda folder: pipe_instead(folder / "rank-00000.safetensors"),
 }
 
 
@@ -146,8 +160,12 @@ def resume_damaged(folder: Path) -> None:
         copy = folder / what
         shutil.copytree(whole, copy, symlinks=True)
         damage(copy / "jepa-step00000003")
-        assert resume(copy, "latest") == 2, what
-        assert isinstance(resume(copy, str(copy / "jepa-step00000003")), str), what
+        said = io.StringIO()
+        assert resume(copy, "latest", said) == 2, what
+        assert re.search(r"skipped: rank 0: .*/jepa-step00000003", said.getvalue()), what
+        shutil.rmtree(copy / "jepa-step00000003.aside")
+        if what == "a missing state":
+            assert "no whole checkpoint" in str(resume(copy, str(copy / "jepa-step00000003"))), what
         damage(copy / "jepa-step00000002")
         assert "no whole checkpoint" in str(resume(copy, "latest")), what
     with pytest.raises(CheckpointError, match="already holds checkpoints"):
@@ -156,6 +174,84 @@ def resume_damaged(folder: Path) -> None:
 
 def test_damage_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
     run_ranks(1, resume_damaged, tmp_path)
+
+
+def watched_saves(folder: Path) -> None:
+    """What a save does to the disk, in which order, and what it survives."""
+    engine, saver = start(folder, 1, False, "logging.keep_last=1")
+    progress = saver.begin()
+    fsync, rename, rmtree, symlink = os.fsync, Path.rename, shutil.rmtree, Path.symlink_to
+    done: list[tuple[str, str]] = []
+
+    def save(*faults: tuple[object, str, object], rotate: bool = True) -> str:
+        progress.count(True, 8)
+        one_step(engine, progress.step)
+        with contextlib.ExitStack() as stack, contextlib.redirect_stdout(io.StringIO()) as said:
+            for where, name, fault in faults:
+                stack.enter_context(mock.patch.object(where, name, fault))
+            saver.save(progress, rotate)
+        return said.getvalue()
+
+    def noting_fsync(handle: int) -> None:
+        done.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def noting_rename(self: Path, target: Path) -> None:
+        done.append(("rename", str(target)))
+        rename(self, target)
+
+    save((os, "fsync", noting_fsync), (Path, "rename", noting_rename))
+    partial, final = folder / ".jepa-step00000001.partial", folder / "jepa-step00000001"
+    named = done.index(("rename", str(final)))
+    for path in (partial / "rank-00000.safetensors", partial / "state.json", partial):
+        assert ("sync", str(path)) in done[:named], path
+    assert ("sync", str(folder)) in done[named:]
+
+    def no_links(self: Path, target: object) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    assert "does not point to jepa-step00000002: [Errno 1] no links here" in save((Path, "symlink_to", no_links))
+    assert Path.symlink_to is symlink and os.readlink(folder / "jepa-latest") == final.name
+
+    # Two stay though keep_last is 1; none goes while `rotate` is false.
+    save()
+    assert names(folder) == ["jepa-step00000002", "jepa-step00000003"]
+    save(rotate=False)
+    assert names(folder) == ["jepa-step00000002", "jepa-step00000003", "jepa-step00000004"]
+
+    def stubborn(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "held open by somebody", str(path))
+
+    assert "cannot be deleted, which can wait" in save((shutil, "rmtree", stubborn))
+    assert names(folder) == ["jepa-step00000004", "jepa-step00000005"]
+    shutil.rmtree = stubborn
+    assert resume(folder, "latest") == 5
+    shutil.rmtree = rmtree
+    assert resume(folder, "latest") == 5 and not list(folder.glob(".*.deleted*"))
+
+    def flipping_fsync(handle: int) -> None:
+        """A bit is lost on the way to the disk."""
+        if (path := Path(os.readlink(f"/proc/self/fd/{handle}"))).suffix == ".safetensors":
+            flip_a_bit(path)
+        fsync(handle)
+
+    saver.lock.take()  # `resume` had it
+    save((os, "fsync", flipping_fsync))
+    said = io.StringIO()
+    assert resume(folder, "latest", said) == 5 and "do not match the SHA-256" in said.getvalue()
+
+    # Whatever has been put aside stays.
+    shutil.copytree(folder / "jepa-step00000005", folder / "jepa-step00000006")
+    assert resume(folder, "latest") == 5
+    assert {"jepa-step00000006.aside", "jepa-step00000006.aside-2"} <= {path.name for path in folder.iterdir()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("jepa-step*"))
+
+
+def test_a_save_is_on_the_disk_before_it_has_its_name_and_survives_what_is_in_its_way(tmp_path: Path) -> None:
+    run_ranks(1, watched_saves, tmp_path)
 
 
 def fail_to_write(folder: Path) -> str:
@@ -185,29 +281,46 @@ def fail_to_write(folder: Path) -> str:
 def test_a_rank_that_cannot_write_stops_all_and_harms_nothing(tmp_path: Path) -> None:
     for message in run_ranks(2, fail_to_write, tmp_path):
         assert "rank 1" in message and "could not be written" in message
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["jepa-latest", "jepa-step00000001"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".jepa.lock", "jepa-latest", "jepa-step00000001"]
     state = read_state(tmp_path / "jepa-step00000001")
     assert state["step"] == 1 and len(state["files"]) == 2
 
 
+CHANGES = {
+    "meta.depth=3": "refused: .*another model.*encoder.blocks.2",
+    "engine.seed=5": "refused: .*engine.seed 0, this run has 5",
+    "engine.gradient_accumulation_steps=2": "refused: .*global batch 8, this run has 16",
+    "meta.num_heads=4": r"refused: .*encoder Size\(.*num_heads=2.*this run has Size\(.*num_heads=4",
+    "data.crop_scale=[0.5,1.0]": r"refused: .*data.crop_scale \(0.3, 1.0\), this run has \(0.5, 1.0\)",
+    "mask.min_keep=5": "refused: .*mask.min_keep 4, this run has 5",
+    "loss.beta_vicreg=0.5": "refused: .*loss.beta_vicreg 0.001, this run has 0.5.*--accept-changes",
+    "meta.use_bfloat16=true": "refused: .*engine.precision fp32, this run has bf16",
+    "optimization.lr=0.5": "optimization, lr 0.001, this run has 0.5\n",
+    "data.num_workers=3": r"versions, torch \S+, this run has 9\n(.*\n)*resuming from \S+ at step 1\n",
+}
+
+
 def resume_another(folder: Path) -> list[str]:
-    _, saver = start(folder, 1, False)
+    engine, saver = start(folder, 1, False)
     progress = saver.begin()
+    one_step(engine, 0)
     progress.count(True, 8)
     saver.save(progress)
     messages = []
-    for change in ("meta.depth=3", "engine.seed=5", "engine.gradient_accumulation_steps=2"):
+    for change in CHANGES:
         config = small_config(change, "data.batch_size=8", "mask.cut=global", f"logging.folder={folder}")
+        said = io.StringIO()
         try:
-            Saver(config, zero.start(JepaModel(config), config), 1000).resume("latest")
+            with contextlib.redirect_stdout(said), mock.patch.object(restore, "versions", lambda: {"torch": "9"}):
+                Saver(config, zero.start(JepaModel(config), config), 1000).resume("latest")
+            messages.append(said.getvalue())
         except CheckpointError as error:
-            messages.append(str(error))
+            messages.append(f"refused: {error}")
     return messages
 
 
-def test_another_model_seed_or_batch_is_refused(tmp_path: Path) -> None:
-    model, seed, batch = run_ranks(1, resume_another, tmp_path)[0]
-    assert "another model" in model and "encoder.blocks.2" in model
-    assert "engine.seed 0, this run has 5" in seed
-    assert "global batch 8, this run has 16" in batch
-    assert json.loads((tmp_path / "jepa-step00000001" / "state.json").read_text())["samples"] == 8
+def test_what_changes_the_steps_is_refused_and_what_may_change_them_is_said(tmp_path: Path) -> None:
+    for found, wanted in zip(run_ranks(1, resume_another, tmp_path)[0], CHANGES.values(), strict=True):
+        assert re.search(wanted, found), (wanted, found)
+    state = json.loads((tmp_path / "jepa-step00000001" / "state.json").read_text())
+    assert state["samples"] == 8 and {"torch", "deepspeed", "numpy", "python"} <= set(state["versions"])

@@ -1,19 +1,23 @@
 """Killed, damaged and moved runs: the quick form of tests/soak.py; and disks that do not take what is written."""
 
+import errno
 import os
 import random
 import re
 import resource
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from jepa.checkpoint import candidates, read_state, tidy, verify
-from processes import start
+from jepa import lock
+from jepa.checkpoint import tidy
+from jepa.restore import candidates, read_state, verify
+from processes import start, write_images
 from small import run_ranks
-from soak import killed, moved, resume_damaged, soak_config
+from soak import campaign, killed, moved, resume_damaged, soak_config
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +32,12 @@ def seed() -> int:
 def test_a_run_that_is_killed_and_whose_files_are_damaged_ends_as_if_nothing_had_been(
     config: Path, tmp_path: Path
 ) -> None:
-    counts = killed(tmp_path, config, kills=3, steps=40, rng=random.Random(seed()))
-    assert counts == {"interruptions tried": 3, "steps lost": 0, "bytes wrong": 0, "log rows wrong": 0}
-    counts = run_ranks(1, resume_damaged, tmp_path, config, 25, seed())[0]
-    assert counts.pop("bad files tried") >= 25 and set(counts.values()) == {0}
+    rng = random.Random(seed())
+    words = campaign(rng)
+    counts = killed(tmp_path, config, 3, words, rng)
+    assert counts.pop("kills") == 3 and counts.pop("writing") <= 3 and set(counts.values()) == {0}, (words, counts)
+    counts = run_ranks(1, resume_damaged, tmp_path, config, words, 25, seed())[0]
+    assert counts.pop("damaged") >= 25 and set(counts.values()) == {0}, (words, counts)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,88 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(config: P
     (tmp_path / "file").touch()
     run = start(2, tmp_path / "unused", "--config", config, f"logging.folder={tmp_path / 'file' / 'run'}")
     assert run.wait() == [1, 1]
-    assert all(re.search(r"CheckpointError: logging.folder \S+ cannot be written", run.text(r)) for r in (0, 1))
+    assert all(re.search(r"CheckpointError: logging.folder \S+ cannot be used", run.text(r)) for r in (0, 1))
+
+
+def listing_fails(rank: int) -> None:
+    """The run's folder is there, but cannot be listed."""
+    scandir = os.scandir
+
+    def bad_scandir(path: object = ".") -> object:
+        if str(path).endswith("/run"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return scandir(path)
+
+    os.scandir = bad_scandir
+
+
+def test_auto_does_not_begin_anew_where_it_cannot_see_what_there_is(config: Path, tmp_path: Path) -> None:
+    folder, words = tmp_path / "run", ("--config", config, "logging.save_every=2", "--resume", "auto")
+    assert start(1, folder, *words, "engine.max_steps=2").wait() == [0]
+    run = start(1, folder, *words, "engine.max_steps=4", fault=listing_fails)
+    assert run.wait() == [1] and re.search(r"/run cannot be used: .*Input/output error", run.text())
+    run = start(1, folder, *words, "engine.max_steps=4")
+    assert run.wait() == [0] and "at step 2\n" in run.text()
+    run = start(1, tmp_path / "unmounted", *words, f"logging.folder={tmp_path}/unmounted/deep/run")
+    assert run.wait() == [1] and "unmounted/deep does not exist: mount it" in run.text()
+    assert not (tmp_path / "unmounted").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(config: Path, tmp_path: Path) -> None:
+    folder, words = tmp_path / "run", ("--config", config, "logging.save_every=1", "optimization.epochs=400")
+    first = start(1, folder, *words)
+    first.wait_for("saved ")
+    (tmp_path / "second").mkdir()
+    second = start(1, tmp_path / "second", *words, f"logging.folder={folder}", "--resume", "auto")
+    assert second.wait() == [1]
+    assert re.search(
+        rf"another run writes there, process {first.ranks[0].pid} on \S+, renewed \d+ s ago", second.text()
+    )
+    first.signal(signal.SIGTERM)
+    assert first.wait() == [75]
+    third = start(1, folder, *words, "engine.max_steps=1", "--resume")
+    assert third.wait() == [0] and "taken over" not in third.text()
+
+
+def folders_of_their_own(rank: int) -> None:
+    lock.NETWORK_DELAYS = (0,)
+    folder = Path(tempfile.mkdtemp())
+    (folder / "run").mkdir()
+    os.chdir(folder)
+
+
+def test_ranks_that_share_no_folder_say_so_before_they_train(config: Path, tmp_path: Path) -> None:
+    run = start(2, tmp_path / "run", "--config", config, "logging.folder=run", fault=folders_of_their_own)
+    assert run.wait() == [1, 1]
+    for rank in (0, 1):
+        assert re.search(r"rank 1: on \S+ run/.jepa.lock, .* all machines must share logging.folder", run.text(rank))
+        assert "step" not in run.text(rank)
+
+
+def images_of_their_own(rank: int) -> None:
+    """In the second rank's copy one file has another name."""
+    os.chdir(write_images(Path(tempfile.mkdtemp()), 12))
+    if rank == 1:
+        os.rename("class0/02.jpg", "class0/02b.jpg")
+
+
+def test_ranks_that_find_other_images_and_runs_that_go_on_with_others_are_stopped(config: Path, tmp_path: Path) -> None:
+    words = ("--config", config, "data.root_path=.", "engine.max_steps=1")
+    run = start(2, tmp_path / "run", *words, fault=images_of_their_own)
+    assert run.wait() == [1, 1]
+    for rank in (0, 1):
+        assert re.search(r"ranks differ: rank 1 on \S+ has images 12, list of images \w+; most have", run.text(rank))
+    images = write_images(tmp_path / "images", 12)
+    words = ("--config", config, "--resume", "auto", f"data.root_path={images}")
+    assert start(1, tmp_path / "run", *words, "engine.max_steps=1").wait() == [0]
+    images = images.rename(tmp_path / "moved")  # the same images elsewhere
+    words = (*words[:-1], f"data.root_path={images}")
+    assert start(1, tmp_path / "run", *words, "engine.max_steps=2").wait() == [0]
+    (images / "class0/00.jpg").unlink()
+    run = start(1, tmp_path / "run", *words, "engine.max_steps=3")
+    assert run.wait() == [1] and "images 12, this run has 11, list of images" in run.text()
+    run = start(1, tmp_path / "run", *words, "engine.max_steps=3", "--accept-changes")
+    assert run.wait() == [0] and "at step 2\n" in run.text()
 
 
 def a_killed_compiler_left_its_lock(rank: int) -> None:
@@ -95,6 +182,7 @@ def test_what_a_kill_leaves_is_cleared_up(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / ".jepa-ep3.old", "replaced")
     make_checkpoint(tmp_path / "jepa-ep3", "whole")
     make_checkpoint(tmp_path / ".jepa-step00000002.deleted", "half deleted")
+    make_checkpoint(tmp_path / ".jepa-step00000002.deleted-2", "half deleted, too")
     make_checkpoint(tmp_path / ".jepa-big-step00000002.partial", "another run's")
     (tmp_path / ".jepa-latest.partial").symlink_to("nowhere")
     tidy(tmp_path, "jepa")
@@ -111,7 +199,7 @@ def test_steps_taken_again_are_not_mixed_with_those_given_up(config: Path, tmp_p
     assert start(2, folder, *words, "engine.max_steps=6", "logging.keep_last=9").wait() == [0, 0]
     run = start(2, folder, *words, "engine.max_steps=3", "--resume", folder / "jepa-step00000002")
     assert run.wait() == [0, 0]
-    assert [path.name for path in candidates(folder, "jepa")] == ["jepa-step00000003", "jepa-step00000002"]
+    assert [path.name for _, path in candidates(folder, "jepa", 5)] == ["jepa-step00000003", "jepa-step00000002"]
     for step in (3, 4, 5, 6):
         aside = folder / f"jepa-step0000000{step}.aside"
         state = read_state(aside)

@@ -1,10 +1,12 @@
 """Images in: sources, order, crops against torchvision's algorithm, pixels against Pillow, bad files."""
 
+import errno
 import io
 import logging
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jepa import data
+from jepa import data, sources
 from jepa.data import Decoder, Loader, eval_batches, open_images, random_boxes
 
 rng = np.random.default_rng()
@@ -282,9 +284,61 @@ def test_bad_files_are_named_once_counted_and_replaced(tmp_path, caplog):
     bad = {str(path) for path in [*paths[::5], paths[1]]}
     made = Loader(source, crop_size=16, batch_size=8, num_workers=2, seed=random.getrandbits(63))
     for step in range(15):
-        assert not bad & set(made.batch(step).files)
+        batch, wanted = made.batch(step), made._order(step // 5)[8 * (step % 5) :][:8]
+        assert not bad & set(batch.files)
+        assert batch.replaced == sum(source.name(i) in bad for i in wanted)
     assert {source.name(i) for i in made.bad} == bad
     assert all(caplog.text.count(name) == 1 for name in bad)
+
+
+class Failing:
+    """`open` whose first calls fail."""
+
+    def __init__(self, number: int, code: int) -> None:
+        self.left, self.code = number, code
+
+    def __call__(self, path: object, *options: object, **more: object) -> object:
+        self.left -= 1
+        if self.left >= 0:
+            raise OSError(self.code, os.strerror(self.code))
+        return open(path, *options, **more)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE])
+def test_a_failing_disk_is_asked_again_and_then_stops_the_run_but_replaces_no_image(code, tmp_path, monkeypatch):
+    fill(tmp_path, 8)
+    good = loader(tmp_path, seed=3, batch_size=8).batch(0)
+    monkeypatch.setattr(sources, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(sources, "open", Failing(2, code), raising=False)
+    again = loader(tmp_path, seed=3, batch_size=8).batch(0)
+    assert again.files == good.files and torch.equal(again.images, good.images) and again.replaced == 0
+    monkeypatch.setattr(sources, "open", Failing(10**9, code), raising=False)
+    broken = loader(tmp_path, seed=3, batch_size=8)
+    with pytest.raises(ValueError, match=r"jpg cannot be read: .*, 3 times in"):
+        broken.batch(0)
+    assert not broken.bad
+
+
+def test_the_law_of_a_source_is_its_names_in_order_wherever_it_lies(tmp_path):
+    paths = fill(tmp_path / "a", 6)
+    law = open_images(tmp_path / "a").law
+    assert law["images"] == 6
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere" / "b")
+    assert open_images(tmp_path / "elsewhere" / "b").law == law
+    (tmp_path / "list.txt").write_text("".join(f"a/{path.name}\n" for path in reversed(paths)))
+    assert open_images(tmp_path / "list.txt").law["list of images"] != law["list of images"]
+    for name in ("x", "y"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for path in paths if name == "x" else [*paths[:3], paths[4], paths[3], paths[5]]:
+                tar.add(path, path.name)
+    one, other = (open_images(tmp_path / f"{name}.tar").law for name in ("x", "y"))
+    (tmp_path / "x.tar").rename(tmp_path / "elsewhere" / "x.tar")
+    assert open_images(tmp_path / "elsewhere" / "x.tar").law == one
+    (tmp_path / "y.tar").rename(tmp_path / "x.tar")
+    assert open_images(tmp_path / "x.tar").law not in (one, other) and one["images"] == 6
+    paths[2].rename(paths[2].with_name("0002b.jpg"))
+    changed = open_images(tmp_path / "a").law
+    assert changed["images"] == 6 and changed != law
 
 
 def test_files_that_are_bad_for_some_crops_only_do_not_let_history_into_a_batch(tmp_path):

@@ -1,8 +1,15 @@
 """Who a process is, from what each launcher sets."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from jepa.distributed import first_host, launch_environment
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -13,6 +20,7 @@ from jepa.distributed import first_host, launch_environment
         ("a-1,b-2", "a-1"),
         ("rack[12,14]", "rack12"),
         ("c[1-2]-ib", "c1-ib"),
+        ("rack[1-2]n[03-04,7],x", "rack1n03"),
     ],
 )
 def test_first_host_of_slurm_s_short_form(nodelist: str, host: str) -> None:
@@ -38,3 +46,21 @@ def test_srun_s_names_are_translated_alike_on_all_ranks() -> None:
     ]  # fmt: skip
     assert {(r["MASTER_ADDR"], r["MASTER_PORT"]) for r in ranks} == {("n08", ranks[0]["MASTER_PORT"])}
     assert 1024 < int(ranks[0]["MASTER_PORT"]) < 65536
+
+
+def test_determinism_is_asked_of_torch_and_cublas_before_anything_runs() -> None:
+    """In a process of its own; what these switches do is torch's to test, that they are thrown is ours."""
+    code = (
+        "import os, torch; from jepa import distributed; torch.backends.cudnn.benchmark = True;"
+        "torch.utils.deterministic.fill_uninitialized_memory = True;"
+        "distributed.start('cpu', deterministic={});"
+        "print(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),"
+        "torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory,"
+        "os.environ.get('CUBLAS_WORKSPACE_CONFIG'))"
+    )
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "engine")}
+    for asked, wanted in ((True, "True False False False :4096:8"), (False, "False False True True None")):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(asked)], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == wanted.split(), done.stdout

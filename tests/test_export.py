@@ -16,10 +16,11 @@ from torch import Tensor
 
 import export
 from jepa import zero
-from jepa.checkpoint import CheckpointError, Saver
+from jepa.checkpoint import Saver
 from jepa.interop import ENCODERS, PARTS, load_encoder, open_weights
 from jepa.masks import sample_masks
 from jepa.objective import JepaModel
+from jepa.restore import CheckpointError
 from small import run_ranks, small_config, whole_weights
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]

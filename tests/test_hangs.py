@@ -1,5 +1,6 @@
 """A rank that dies, stops, stalls or fails does not leave the others waiting: they say which, and where, and end."""
 
+import os
 import re
 import signal
 import time
@@ -77,6 +78,7 @@ def test_a_rank_that_stalls_is_the_one_furthest_behind(config: Path, tmp_path: P
     for rank in (0, 1):
         found = re.search(r"no rank has moved on for (\d+) s; the furthest behind is rank 1 .*\n", run.text(rank))
         assert found and "in step 3, waiting for images" in found[0] and int(found[1]) < 30
+    assert not (tmp_path / "run/.jepa.lock").exists()  # it may be started again on another machine at once
 
 
 def test_a_rank_that_fails_is_quoted_by_the_others(config: Path, tmp_path: Path) -> None:
@@ -91,3 +93,24 @@ def test_what_all_ranks_find_wrong_is_an_error_and_no_lost_rank(config: Path, tm
     run = start(2, tmp_path / "run", "--config", config, "--resume")
     assert run.wait(seconds=60) == [1, 1]
     assert all("no checkpoint of 'jepa'" in run.text(rank) for rank in (0, 1))
+
+
+def never_come(rank: int) -> None:
+    if rank == 1:
+        os._exit(3)
+
+
+def nobody_to_come_to(rank: int) -> None:
+    if rank == 0:
+        os._exit(3)
+
+
+def test_ranks_that_never_come_are_named(config: Path, tmp_path: Path) -> None:
+    words = ("--config", config, "engine.timeout_minutes=0.1")
+    one = start(3, tmp_path / "one", *words, fault=never_come)
+    other = start(2, tmp_path / "other", *words, fault=nobody_to_come_to)
+    assert one.wait(seconds=60) == [LOST, 3, LOST] and other.wait(seconds=60) == [3, LOST]
+    for rank in (0, 2):
+        assert re.search(r"NotMet: 2 of 3 ranks came to \S+ in 6 s: rank 1 did not\n", one.text(rank)), one.text(rank)
+    assert "rank 0, or the launcher, is not to be found at" in other.text(1)
+    assert "Traceback" not in one.text(0) + one.text(2) + other.text(1)

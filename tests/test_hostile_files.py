@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa import interop, manifest
-from jepa.checkpoint import CheckpointError, read_state
 from jepa.config import KEYS, ConfigError
 from jepa.objective import JepaModel
+from jepa.restore import CheckpointError, read_state
 from small import small_config
 
 CONFIG = small_config()

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from jepa.config import load_config
 from jepa.replay import poison
+from jepa.schedules import Schedules
 from processes import rows, start, write_config, write_images
 
 BAD_STEP, BAD_RANK, BAD_IMAGE = 3, 1, 2
@@ -67,6 +69,10 @@ def test_a_poisoned_step_is_skipped_told_of_and_replayed(config: Path, tmp_path:
     bad = log.pop(BAD_STEP)
     assert bad["skipped"] and bad["bad_ranks"] == [BAD_RANK] and bad["loss"] is None and len(bad["files"]) == 6
     assert set(log) == {2, 5, 7} and not any("skipped" in row for row in log.values())
+    schedules = Schedules(load_config(config, ["optimization.epochs=4"]), steps_per_epoch=40 // 12)
+    for step, applied in ((2, 2), (5, 4), (7, 6)):  # the schedules stood still for the one that was skipped
+        wanted = (schedules.lr(applied), schedules.weight_decay(applied), schedules.momentum(applied))
+        assert tuple(log[step][name] for name in ("lr", "weight_decay", "momentum")) == wanted, step
     state = json.loads((folder / "jepa-latest/state.json").read_text())
     assert (state["step"], state["applied"], state["skipped"], state["samples"]) == (8, 7, 1, 7 * 12)
 
@@ -83,9 +89,9 @@ def test_a_poisoned_step_is_skipped_told_of_and_replayed(config: Path, tmp_path:
     assert not re.search(r"rank 0, (target|pred)", alone.text())
 
 
-@pytest.mark.parametrize(("bf16", "mode"), [(False, "packed"), (True, "reference")])
-def test_a_replay_is_the_step(bf16: bool, mode: str, config: Path, tmp_path: Path) -> None:
-    """Loss and gradient norm are those that the run logged; by default from the checkpoint up to the step."""
+@pytest.mark.parametrize(("bf16", "mode", "step"), [(False, "packed", 3), (True, "reference", 3), (False, "packed", 4)])
+def test_a_replay_is_the_step(bf16: bool, mode: str, step: int, config: Path, tmp_path: Path) -> None:
+    """Loss and gradient norm are those that the run logged, also where no checkpoint is of just before the step."""
     folder = tmp_path / "run"
     words = (
         "--config",
@@ -96,12 +102,26 @@ def test_a_replay_is_the_step(bf16: bool, mode: str, config: Path, tmp_path: Pat
         "engine.zero_stage=2",
     )
     assert start(2, folder, *words, "engine.max_steps=5").wait() == [0, 0]
-    run = start(2, folder, *words, "--replay-step", 3)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    run = start(2, folder, *words, "--replay-step", step)
     assert run.wait() == [0, 0], run.text()
-    assert "everything is finite" in run.text() and "of step 3\n" in run.text()
-    row = rows(folder)[3]
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    how = "" if step == 3 else ", and 1 steps from there"
+    assert "everything is finite" in run.text() and f"of step 3{how}\n" in run.text()
+    row = rows(folder)[step]
     loss = sum(float(value) for value in re.findall(r"rank \d: total (\S+)", run.text())) / 2
     norm = float(re.findall(r"gradient norm (\S+):", run.text())[0])
     assert loss == pytest.approx(row["loss"], rel=1e-7)
     # In bf16 the run rounds each rank's gradient, and their mean, to 8 bits.
     assert norm == pytest.approx(row["grad_norm"], rel=2**-7 if bf16 else 1e-5)
+
+
+def test_a_replay_with_other_weights_says_so_and_one_of_another_run_is_refused(config: Path, tmp_path: Path) -> None:
+    folder, words = tmp_path / "run", ("--config", config, "logging.save_every=2")
+    assert start(1, folder, *words, "engine.max_steps=3").wait() == [0]
+    run = start(1, folder, *words, "--replay-step", 1, "--resume", folder / "jepa-step00000002")
+    assert run.wait() == [0] and "not those that it had in the run, and the numbers are others" in run.text()
+    run = start(1, folder, *words, "--replay-step", 1)
+    assert run.wait() == [1] and "no checkpoint of step 1 or before" in run.text()
+    run = start(1, folder, *words, "--replay-step", 2, "loss.beta_vicreg=0.5")
+    assert run.wait() == [1] and "loss.beta_vicreg 0.001, this run has 0.5" in run.text()

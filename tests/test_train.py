@@ -53,6 +53,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(config: Path, images: Path, tmp_
     same = ("engine.gradient_accumulation_steps=2", "logging.save_every=2")
     whole = train(config, tmp_path / "whole", *same, "engine.max_steps=7")
     assert [row["step"] for row in whole] == list(range(7))
+    assert sum(row["bad_images"] for row in whole) in (1, 2)  # a file of 41 is broken; an epoch takes 40 of them
     train(config, tmp_path / "parts", *same, "engine.max_steps=3")
     # Other intervals of saving, health and evaluation must not change a bit.
     parts = train(
@@ -107,26 +108,42 @@ def test_mistakes_are_named_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(config: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    train(config, folder, "engine.max_steps=2")
-    done = start(
-        1, folder, "--config", config, "--resume", "engine.max_skipped=3", "optimization.lr=1e30",
-        "optimization.start_lr=1e30",
-    )  # fmt: skip
+def test_a_run_that_diverges_stops_and_keeps_the_checkpoint_before(config: Path, tmp_path: Path) -> None:
+    """The step with the absurd learning rate is finite, and what it made is saved, but no step after it is."""
+    folder, often = tmp_path / "run", ("logging.save_every=1", "logging.keep_last=1")
+    train(config, folder, "engine.max_steps=2", *often)
+    absurd = ("engine.max_skipped=3", "optimization.lr=1e30", "optimization.start_lr=1e30")
+    done = start(1, folder, "--config", config, "--resume", *absurd, *often)
     assert done.wait() == [1] and "3 steps in a row" in done.text() and "Traceback" not in done.text()
+    assert f"--resume: {folder}/jepa-step00000003 is of before these steps" in done.text()
+    assert "optimization, lr 0.001, this run has 1e+30" in done.text()
     assert len(re.findall(r"step \d+ skipped: (its gradient|the loss of rank.*) is not finite", done.text())) == 3
-    assert [row["step"] for row in train(config, folder, "--resume", "engine.max_steps=4")] == [0, 1, 2, 3]
+    assert {path.name for path in folder.glob("jepa-step*")} == {"jepa-step00000002", "jepa-step00000003"}
+    before = folder / "jepa-step00000002"
+    assert [row["step"] for row in train(config, folder, "--resume", before, "engine.max_steps=4")] == [0, 1, 2, 3]
+    assert '"step": 5' in (folder / "jepa.jsonl.aside").read_text()  # the rows of the steps that were given up
+
+
+def test_a_run_that_is_stopped_while_steps_are_skipped_saves_and_deletes_nothing(config: Path, tmp_path: Path) -> None:
+    folder, often = tmp_path / "run", ("logging.save_every=1", "logging.keep_last=1")
+    train(config, folder, "engine.max_steps=2", *often)
+    absurd = ("engine.max_steps=5", "optimization.lr=1e30", "optimization.start_lr=1e30")
+    done = start(1, folder, "--config", config, "--resume", *absurd, *often)
+    assert done.wait() == [0] and len(re.findall(r"step [34] skipped", done.text())) == 2
+    assert re.findall(r"saved \S+step0+(\d+)", done.text()) == ["3", "5"]
+    assert {int(path.name[-8:]) for path in folder.glob("jepa-step*")} == {2, 3, 5}
 
 
 def test_deterministic_runs_are_alike_and_logging_changes_nothing(config: Path, tmp_path: Path) -> None:
     """On two ranks; the second logs, saves and measures at other steps."""
-    words = ("--config", config, "engine.deterministic=true", "engine.max_steps=6", "data.num_workers=3")
-    often = ("logging.save_every=1", "logging.health_freq=1")
-    one, other = start(2, tmp_path / "one", *words), start(2, tmp_path / "other", *words, *often)
+    words = ("--config", config, "engine.deterministic=true", "engine.max_steps=8", "data.num_workers=3")
+    rarely = ("logging.log_freq=3", "logging.save_every=5", "logging.health_freq=7")
+    one, other = start(2, tmp_path / "one", *words), start(2, tmp_path / "other", *words, *rarely)
     assert one.wait() == other.wait() == [0, 0], one.text() + other.text()
-    losses = [[row["loss"] for row in log_of(tmp_path / name)[0]] for name in ("one", "other")]
-    assert losses[0] == losses[1] and len(losses[0]) == 6
+    often, seldom = ({row["step"]: row["loss"] for row in log_of(tmp_path / name)[0]} for name in ("one", "other"))
+    assert list(often) == list(range(8)) and list(seldom) == [2, 4, 5, 6, 7]
+    assert {step: often[step] for step in seldom} == seldom
+    assert log_of(tmp_path / "one")[1] == log_of(tmp_path / "other")[1]  # the CSV has every step
 
 
 def test_a_resume_that_would_change_the_loss_is_refused_until_it_is_accepted(config: Path, tmp_path: Path) -> None:

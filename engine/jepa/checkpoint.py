@@ -11,36 +11,40 @@ Every rank writes its own part, so no rank ever holds the whole; nothing in it i
 temporary name and renamed when all of it is on the disk: a folder with its final name is whole.
 """
 
-import glob
 import hashlib
+import json
 import os
-import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import Tensor
 
 from . import manifest
 from .config import Config
+from .lock import Lock
+from .restore import (
+    KINDS,
+    NAMES,
+    CheckpointError,
+    Reader,
+    candidates,
+    entries,
+    find_whole,
+    on_all,
+    on_first,
+    refuse_change,
+    shapes_of,
+    together,
+    versions,
+)
 from .zero import Flat, flats, refresh_training_weights
-
-NAMES = r"(step\d{8,}|ep\d+)"  # what follows {tag}-
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message says which file, why, and what to do."""
 
 
 @dataclass
@@ -52,6 +56,11 @@ class Progress:
     samples: int = 0
     skipped: int = 0
 
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Progress":
+        """What state.json says."""
+        return cls(**{key: state[key] for key in asdict(cls())})
+
     def count(self, applied: bool, samples: int) -> None:
         """One more step was tried."""
         self.step += 1
@@ -62,18 +71,6 @@ class Progress:
             self.skipped += 1
 
 
-@dataclass(frozen=True)
-class Part:
-    """Elements [start, start + length) of a parameter, at `offset` in the `index`-th flat tensors of a rank's file."""
-
-    name: str
-    start: int
-    length: int
-    file: str
-    index: int
-    offset: int
-
-
 class Saver:
     """The checkpoints of one run: `{tag}-step{N}`, of which the newest few are kept, and `{tag}-ep{N}`, which all are.
     `{tag}-latest` is a link to the newest.
@@ -81,22 +78,29 @@ class Saver:
     Every rank calls every method, at the same step.
     """
 
-    def __init__(self, config: Config, engine: Any, steps_per_epoch: int) -> None:
-        self.config, self.engine, self.steps_per_epoch = config, engine, steps_per_epoch
+    def __init__(
+        self,
+        config: Config,
+        engine: Any,
+        steps_per_epoch: int,
+        images: dict[str, int | str] | None = None,
+        lock: Lock | None = None,
+    ) -> None:
+        """`images`: `ImageSource.law`."""
+        self.config, self.engine, self.steps_per_epoch, self.images = config, engine, steps_per_epoch, images or {}
         self.folder, self.tag = Path(config.logging.folder), config.logging.write_tag
         self.every = config.logging.save_every or steps_per_epoch
         self.every_epochs = config.logging.checkpoint_freq * steps_per_epoch
-        self.saved = -1  # the step of the newest checkpoint
+        self.lock = lock or Lock(config)
+        self.newest: Path | None = None
 
     def begin(self) -> Progress:
         """A new run. Raises CheckpointError where the folder holds checkpoints already: nothing is overwritten."""
-        if self._on_first(lambda: candidates(self.folder, self.tag)):
+        if self._open_folder(parents=True):
             raise CheckpointError(
                 f"{self.folder} already holds checkpoints of {self.tag!r}: add --resume to go on from the newest, "
                 "or choose another logging.folder or logging.write_tag"
             )
-        self._on_first(lambda: tidy(self.folder, self.tag))
-        self._on_first(self._try_to_write)
         return Progress()
 
     def resume(self, which: str, accept_changes: bool = False) -> Progress:
@@ -104,23 +108,23 @@ class Saver:
         is no checkpoint at all.
 
         Raises CheckpointError where there is none that is whole, where it belongs to another model, and where a step
-        would compute something else than in the run that wrote it (`Config.law`), unless `accept_changes`.
+        would compute something else than in the run that wrote it (`refuse_change`), unless `accept_changes`.
         """
-        self._on_first(lambda: tidy(self.folder, self.tag))
-        newest = which in ("latest", "auto")
-        paths = self._on_first(lambda: candidates(self.folder, self.tag)) if newest else [Path(which)]
+        named = which not in ("latest", "auto")
+        if which == "latest" and not self._on_first(lambda: bool(entries(self.folder))):
+            found = []  # and no folder is made
+        else:
+            found = self._open_folder(parents=named)
+        paths = [Path(which)] if named else [path for _, path in found]
         if which == "auto" and not paths:
-            return self.begin()
+            return Progress()
         if not paths:
             raise CheckpointError(f"--resume: no checkpoint of {self.tag!r} in {self.folder}; start without --resume")
-        path, state, damage = find_whole(paths)
-        if damage and dist.get_rank() == 0:
-            print("skipped: " + "; ".join(damage), flush=True)
-        refuse_change(path, state, self.config, accept_changes)
+        path, state = find_whole(paths)
+        refuse_change(path, state, self.config, shapes_of(self.engine.module), self.images, accept_changes)
         progress = load(path, state, self.engine)
-        self.saved = progress.step
-        self._on_first(self._try_to_write)
-        self._on_first(lambda: self._set_aside(progress.step))
+        self.newest = path
+        self._on_first(lambda: self._set_aside([p for step, p in found if step > progress.step]))
         if dist.get_rank() == 0:
             print(f"resuming from {path} at step {state['step']}", flush=True)
         return progress
@@ -129,47 +133,67 @@ class Saver:
         """Whether a checkpoint is due after `step` steps."""
         return step % self.every == 0 or step % self.every_epochs == 0
 
-    def save(self, progress: Progress) -> Path:
+    def save(self, progress: Progress, rotate: bool = True) -> Path:
+        """Writes a checkpoint and, if `rotate`, deletes those that are too old. Of the rolling ones two always stay:
+        the newest may hold weights from which no step is finite, and of the one before it is known that one was, if
+        `rotate` is false while steps are being skipped."""
         if progress.step % self.every_epochs == 0:
             path = self._write(f"{self.tag}-ep{progress.step // self.steps_per_epoch}", progress)
         else:
             path = self._write(f"{self.tag}-step{progress.step:08d}", progress)
-        self._on_first(lambda: self._tell_of(path))
-        self.saved = progress.step
+        self._on_first(lambda: self._link(path))
+        if rotate:
+            self._on_first(self._rotate)
+        self.newest = path
         return path
 
-    def _tell_of(self, path: Path) -> None:
-        """The link to the newest, and an end to those that are too old."""
+    def _link(self, path: Path) -> None:
         link = self.folder / f".{self.tag}-latest.partial"
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        os.replace(link, self.folder / f"{self.tag}-latest")
-        rolling = [p for p in candidates(self.folder, self.tag) if p.name.startswith(f"{self.tag}-step")]
-        for old in rolling[self.config.logging.keep_last :]:
-            _delete(old)
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            os.replace(link, self.folder / f"{self.tag}-latest")
+        except OSError as error:  # a convenience, and not every file system has links
+            print(f"{self.tag}-latest does not point to {path.name}: {error}", flush=True)
 
-    def _try_to_write(self) -> None:
-        """Better now than at the first checkpoint, hours later."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.folder):
-            pass
+    def _rotate(self) -> None:
+        names = [re.fullmatch(rf"{re.escape(self.tag)}-step(\d+)", entry.name) for entry in entries(self.folder)]
+        rolling = sorted((int(name[1]), name[0]) for name in names if name)
+        for _, name in rolling[: -max(2, self.config.logging.keep_last)]:
+            _delete(self.folder / name)
 
-    def _set_aside(self, step: int) -> None:
+    def _open_folder(self, parents: bool) -> list[tuple[int, Path]]:
+        """Makes the folder, takes its lock, clears it up, and returns the checkpoints in it, the newest first.
+
+        `parents`: else only the last part of its path is made, so that a run does not begin anew beneath the mount
+        point of a disk that is missing.
+        """
+
+        def work() -> tuple[str, list[tuple[int, Path]]]:
+            try:
+                self.folder.mkdir(parents=parents, exist_ok=True)
+            except FileNotFoundError as error:
+                raise CheckpointError(
+                    f"--resume auto makes no folder but the last, and {self.folder.parent} does not exist: mount it, "
+                    "or make it"
+                ) from error
+            text = self.lock.take()
+            tidy(self.folder, self.tag)
+            return text, candidates(self.folder, self.tag, self.steps_per_epoch)
+
+        text, found = self._on_first(work)
+        on_all(self.folder, lambda: self.lock.see(text))
+        return found
+
+    def _set_aside(self, later: list[Path]) -> None:
         """Steps after the one gone on from are taken again: their checkpoints must not pass for this run's."""
-        for path in candidates(self.folder, self.tag):
-            if _step_of(path, self.steps_per_epoch) > step:
-                aside = path.with_name(f"{path.name}.aside")
-                if aside.exists():
-                    _delete(aside)
-                path.rename(aside)
-                print(f"{path.name} is of a later step: renamed to {aside.name}; delete it when you like", flush=True)
+        for path in later:
+            aside = _unused(path.with_name(f"{path.name}.aside"))
+            path.rename(aside)
+            print(f"{path.name} is of a later step: renamed to {aside.name}; delete it when you like", flush=True)
 
     def _on_first(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns on the first rank, whose view of the folder counts. Raises CheckpointError on all."""
-        try:
-            return _together(lambda: work() if dist.get_rank() == 0 else None)[0]
-        except OSError as error:
-            raise CheckpointError(f"logging.folder {self.folder} cannot be written: {error}") from error
+        return on_first(self.folder, work)
 
     def _write(self, name: str, progress: Progress) -> Path:
         """Writes `folder/name`; one of this name is replaced.
@@ -180,8 +204,9 @@ class Saver:
 
         def prepare() -> None:
             if first:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir(parents=True)
+                self.lock.see(self.lock.mine)
+                _delete(unfinished)
+                unfinished.mkdir(parents=True, exist_ok=True)
 
         def finish() -> None:
             if first:
@@ -190,12 +215,12 @@ class Saver:
                 _swap(unfinished, final)
 
         try:
-            _together(prepare)
-            files = _together(lambda: _write_rank(unfinished, self.engine))
-            _together(finish)
+            together(prepare)
+            files = together(lambda: _write_rank(unfinished, self.engine))
+            together(finish)
         except OSError as error:
             if first:
-                shutil.rmtree(unfinished, ignore_errors=True)
+                _delete(unfinished)
             raise CheckpointError(
                 f"the checkpoint {final} could not be written ({error}); those written before are whole"
             ) from error
@@ -206,78 +231,12 @@ class Saver:
             "format": manifest.FORMAT,
             **asdict(progress),
             "steps_per_epoch": self.steps_per_epoch,
-            "law": self.config.law(dist.get_world_size()),
+            "law": self.config.law(dist.get_world_size()) | self.images,
             "config": self.config.model_dump(mode="json"),
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "versions": versions(),
             "shapes": shapes_of(self.engine.module),
             "files": files,
         }
-
-
-def find_whole(paths: list[Path]) -> tuple[Path, dict[str, Any], list[str]]:
-    """The first of `paths` that is whole, its state.json, and what is wrong with those before it.
-
-    Every rank calls it, and checks its share of the files. Raises CheckpointError where none is whole.
-    """
-    damage: list[str] = []
-    for path in paths:
-        try:
-            return path, _together(partial(_checked, path))[0], damage
-        except OSError as error:
-            damage.append(str(error))
-    raise CheckpointError("--resume: no whole checkpoint: " + "; ".join(damage))
-
-
-def _checked(path: Path) -> dict[str, Any]:
-    state = read_state(path)
-    verify(path, state["files"][dist.get_rank() :: dist.get_world_size()])
-    return state
-
-
-def refuse_change(path: Path, state: dict[str, Any], config: Config, accept: bool = False) -> None:
-    """Raises CheckpointError where a step of this run is not what the same step was in the run that wrote `path`.
-
-    Refused, and not only warned of: the losses of a run that changes its own law look like those of one that learns.
-    Seed and global batch choose the images, and cannot be accepted.
-    """
-    here, there = config.law(dist.get_world_size()), state["law"]
-    changed = [key for key in {**there, **here} if here.get(key) != there.get(key)]
-    if not changed:
-        return
-    differences = ", ".join(f"{key} {there.get(key, 'any')}, this run has {here.get(key, 'any')}" for key in changed)
-    message = f"{path} was trained with {differences} on {dist.get_world_size()} rank(s)"
-    if {"engine.seed", "global batch"} & set(changed):
-        raise CheckpointError(
-            f"{message}: the same steps would hold other images. Set it as it was "
-            "(engine.global_batch_size, engine.seed)"
-        )
-    if not accept:
-        raise CheckpointError(
-            f"{message}: the same steps would compute another loss. Set it as it was (data.batch_size x ranks x "
-            "accumulation is the global batch; with mask.cut=global the ranks' shares do not matter to the masks), or "
-            "add --accept-changes"
-        )
-    if dist.get_rank() == 0:
-        print(f"accepted: {message}", flush=True)
-
-
-def shapes_of(model: torch.nn.Module) -> dict[str, list[int]]:
-    """The parameters' shapes by name; ZeRO-3 empties the parameters themselves."""
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
-
-
-def _together(work: Callable[[], Any]) -> list[Any]:
-    """What `work` returned on each rank. Raises OSError on all ranks where it raised one on any: none waits in vain."""
-    outcome: tuple[Any, str | None]
-    try:
-        outcome = work(), None
-    except (OSError, safetensors.SafetensorError, CheckpointError) as error:
-        outcome = None, f"rank {dist.get_rank()}: {error}"
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
-    if failures := [failure for _, failure in outcomes if failure]:
-        raise OSError("; ".join(failures))
-    return [result for result, _ in outcomes]
 
 
 def _write_rank(folder: Path, engine: Any) -> dict[str, Any]:
@@ -289,10 +248,29 @@ def _write_rank(folder: Path, engine: Any) -> dict[str, Any]:
         tensors[f"weight.{i}"] = flat.weight.detach()
         tensors |= {f"{kind}.{i}": kept[kind] for kind in KINDS if kind in kept}
         pieces += [[p.name, p.start, p.length, i, p.offset] for p in flat.pieces]
-    path = folder / f"rank-{rank:05d}.safetensors"
-    safetensors.torch.save_file({k: t.flatten().cpu() for k, t in tensors.items()}, path)
-    _sync(path)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "pieces": pieces}
+    return {**_write_tensors(folder / f"rank-{rank:05d}.safetensors", tensors), "pieces": pieces}
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Writes flat fp32 tensors as a safetensors file, one after the other.
+
+    The SHA-256 is that of what was to be written, not of what can be read back: damage on the way to the disk is seen.
+    """
+    places, end = {}, 0
+    for key, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        places[key] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [begin, end]}
+    head = json.dumps(places).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        lines: Iterator[Any] = (tensor.float().flatten().cpu().numpy() for tensor in tensors.values())
+        for data in chain([len(head).to_bytes(8, "little"), head], lines):
+            digest.update(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"name": path.name, "bytes": 8 + len(head) + end, "sha256": digest.hexdigest()}
 
 
 def _to_write(engine: Any) -> list[Flat]:
@@ -306,17 +284,9 @@ def _to_write(engine: Any) -> list[Flat]:
 def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
     """Fills this rank's weights, moments and EMA from `path`, saved by any number of ranks at any ZeRO stage.
 
-    `state` is its state.json; the files are taken to be verified. Raises CheckpointError, before anything is changed,
-    where they hold another model.
+    `state` is its state.json; its files are taken to be verified, and to hold this model.
     """
-    ours = shapes_of(engine.module)
-    if ours != state["shapes"]:
-        names = sorted(set(ours) ^ set(state["shapes"])) or [n for n in ours if ours[n] != state["shapes"][n]]
-        raise CheckpointError(
-            f"{path} holds another model than the config describes; they differ in {len(names)} parameters, such as "
-            f"{names[0]}: there {state['shapes'].get(names[0])}, here {ours.get(names[0])}"
-        )
-    progress = Progress(**{key: state[key] for key in asdict(Progress())})
+    progress = Progress.of(state)
     optimizer, reader = engine.basic_optimizer, Reader(path, state)
     for flat in flats(engine):
         kept = {kind: torch.zeros_like(flat.weight) for kind in KINDS[1:] if kind != "ema" or flat.group["ema"]}
@@ -332,124 +302,32 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
     return progress
 
 
-class Reader:
-    """Reads any range of any parameter from the rank files of a checkpoint.
-
-    Raises CheckpointError where a file cannot be read or does not have what state.json says it has.
-    """
-
-    def __init__(self, path: Path, state: dict[str, Any]) -> None:
-        self.files: dict[str, Any] = {}
-        self.parts: dict[str, list[Part]] = {}
-        kinds = KINDS if state["applied"] else KINDS[:1]
-        for file in state["files"]:
-            where = path / file["name"]
-            try:
-                opened = self.files[file["name"]] = safetensors.safe_open(where, framework="pt")
-            except (OSError, safetensors.SafetensorError) as error:
-                raise CheckpointError(f"{where} cannot be read: {str(error)[:300]}") from error
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-            found = {key: (s.get_dtype(), s.get_shape()) for key, s in slices.items()}
-            for name, start, length, index, offset in file["pieces"]:
-                for key in [f"{kind}.{index}" for kind in kinds if kind != "ema" or name.startswith("encoder.")]:
-                    dtype, shape = found.get(key, (None, []))
-                    if dtype != "F32" or len(shape) != 1 or shape[0] < offset + length:
-                        raise CheckpointError(f"{where}: {key} is not the fp32 line that holds a piece of {name}")
-                self.parts.setdefault(name, []).append(Part(name, start, length, file["name"], index, offset))
-
-    def read(self, kind: str, name: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
-        """Yields (first element, fp32 values) until elements [start, start + length) of the parameter are covered."""
-        missing = length
-        for part in self.parts.get(name, []):
-            begin, end = max(start, part.start), min(start + length, part.start + part.length)
-            if begin < end:
-                shift = part.offset - part.start
-                yield (
-                    begin,
-                    self.files[part.file].get_slice(f"{kind}.{part.index}")[begin + shift : end + shift],
-                )
-                missing -= end - begin
-        if missing:
-            raise CheckpointError(f"{missing} elements of {kind} of {name} are in none of the checkpoint's files")
-
-    def tensor(self, kind: str, name: str, shape: list[int]) -> Tensor:
-        """The whole of one parameter, fp32."""
-        values = torch.empty(shape)
-        for start, part in self.read(kind, name, 0, values.numel()):
-            values.view(-1)[start : start + len(part)] = part
-        return values
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises CheckpointError for all that `manifest.State` does not let through."""
-    file = path / "state.json"
-    try:
-        with file.open("rb") as opened:
-            text = opened.read(manifest.MAX_BYTES)
-        if not manifest.is_sealed(text):
-            raise CheckpointError(f"{file} is damaged, or of another version: it does not end with its own SHA-256")
-        return manifest.State.model_validate_json(text).model_dump()
-    except ValidationError as error:
-        first, *more = error.errors(include_url=False, include_input=False)
-        place = ".".join(map(str, first["loc"])) or "its JSON"
-        reason = f"{place}: {first['msg']}" + (f"; {len(more)} more problems" if more else "")
-        raise CheckpointError(f"{file} is not a state that this version reads: {reason}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
-
-
-def verify(path: Path, files: list[dict[str, Any]]) -> None:
-    """Compares rank files with the sizes and the SHA-256 in state.json. Raises OSError at a difference."""
-    for file in files:
-        part = path / file["name"]
-        if not part.is_file() or part.stat().st_size != file["bytes"]:
-            found = f"{part.stat().st_size} bytes" if part.is_file() else "missing"
-            raise OSError(f"{part} is damaged: wanted {file['bytes']} bytes, found {found}")
-        if _sha256(part) != file["sha256"]:
-            raise OSError(f"{part} is damaged: its contents do not match the SHA-256 in state.json")
-
-
-def candidates(folder: Path, tag: str) -> list[Path]:
-    """The checkpoints of a run, the newest step first, those that cannot be read last."""
-    steps = {}
-    for path in folder.glob(f"{glob.escape(tag)}-*"):
-        if re.fullmatch(NAMES, path.name[len(tag) + 1 :]) and path.is_dir() and not path.is_symlink():
-            try:
-                steps[path] = read_state(path)["step"]
-            except CheckpointError:
-                steps[path] = -1
-    return sorted(steps, key=lambda path: (steps[path], path.name), reverse=True)
-
-
-def _step_of(path: Path, steps_per_epoch: int) -> int:
-    """The step in a checkpoint's name: that of a damaged one can be read nowhere else."""
-    number = int(re.sub(r".*\D", "", path.name))
-    return number * steps_per_epoch if path.name.endswith(f"-ep{number}") else number
+def gathered(engine: Any, kind: str, name: str, shape: list[int]) -> Tensor:
+    """The whole of one parameter, fp32, from all ranks: what `Reader.tensor` reads. Every rank calls it."""
+    values = torch.zeros(shape, device=flats(engine)[0].weight.device)
+    for flat in _to_write(engine):
+        line = flat.weight.detach() if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)
+        for piece in (piece for piece in flat.pieces if piece.name == name):
+            part = line.view(-1)[piece.offset : piece.offset + piece.length]
+            values.view(-1)[piece.start : piece.start + piece.length] = part
+    dist.all_reduce(values)  # each element is one rank's, and zero elsewhere
+    return values
 
 
 def tidy(folder: Path, tag: str) -> None:
     """Clears up after a run that was killed while it wrote or deleted: see the head of this file."""
-    for path in folder.glob(f".{glob.escape(tag)}-*"):
-        match = re.fullmatch(rf"({NAMES}|latest)\.(partial|deleted|old)", path.name[len(tag) + 2 :])
+    for path in [Path(entry) for entry in entries(folder) if entry.name.startswith(f".{tag}-")]:
+        match = re.fullmatch(rf"({NAMES}|latest)\.(partial|deleted|old)(-\d+)?", path.name[len(tag) + 2 :])
         if match is None:
             continue
-        final, state = path.with_name(f"{tag}-{match[1]}"), match[3]
+        final = path.with_name(f"{tag}-{match[1]}")
         if path.is_symlink():
             path.unlink()
-        elif state == "old" and not final.exists():
+        elif match[3] == "old" and not final.exists():
             path.rename(final)
             print(f"{final.name} was being replaced when the run ended: its name is given back", flush=True)
-        else:
-            shutil.rmtree(path)
+        elif _delete(path):
             print(f"removed {path.name}, left by a run that was killed", flush=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -464,18 +342,35 @@ def _sync(path: Path) -> None:
 def _swap(partial: Path, final: Path) -> None:
     """Gives a finished folder its name; one of that name steps aside first and is deleted last."""
     _sync(partial)
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    old = _unused(final.with_name(f".{final.name}.old")) if final.exists() else None
+    if old:
         final.rename(old)
     partial.rename(final)
     _sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old:
+        _delete(old)
 
 
-def _delete(path: Path) -> None:
-    """Takes the name away first: a folder of this name is whole or not there."""
-    going = path.with_name(f".{path.name}.deleted")
-    shutil.rmtree(going, ignore_errors=True)
-    path.rename(going)
-    shutil.rmtree(going)
+def _unused(path: Path) -> Path:
+    """This name or, where it is taken, the first one with a number behind it that is not."""
+    names = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(name for name in chain([path], names) if not os.path.lexists(name))
+
+
+def _delete(path: Path) -> bool:
+    """Deletes a folder if it is there and lets itself be deleted; what is old must not stop what is new.
+
+    A checkpoint loses its name first: a folder of such a name is whole or not there.
+    """
+    try:
+        if not path.name.startswith("."):
+            going = _unused(path.with_name(f".{path.name}.deleted"))
+            path.rename(going)
+            path = going
+        shutil.rmtree(path)
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        print(f"{path} cannot be deleted, which can wait: {error}", flush=True)
+        return False

@@ -236,7 +236,7 @@ class Logging(_Section):
     health_freq: Natural = 100  # steps
     checkpoint_freq: Natural = 50  # epochs between the checkpoints {tag}-ep{N} that are kept
     save_every: Natural | None = None  # steps between {tag}-latest; null: every epoch
-    keep_last: Natural = 3
+    keep_last: Natural = 3  # of the steps' checkpoints; at least two
     tensorboard: bool = False
     wandb: Text | None = None  # the project's name
 
@@ -355,6 +355,17 @@ class Config(_Section):
         if self.has_projector:
             law["accumulation"] = accumulation
         return law
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides beside `law` what a step computes, as it was resolved; the optimizer's numbers apart."""
+        data = ("crop_size", "crop_scale", "mean", "std", "use_horizontal_flip")
+        sections = {
+            "data": {key: self[f"data.{key}"] for key in data},
+            "mask": self.mask.model_dump(exclude={"cut"}),
+            "loss": self.loss.model_dump(),
+        }
+        recipe = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+        return {"encoder": self.vit, "predictor": self.predictor, "engine.precision": self.precision, **recipe}
 
     def _batch_problem(self, wanted: int, world_size: int) -> str:
         micro, steps = self.data.batch_size, self.engine.gradient_accumulation_steps

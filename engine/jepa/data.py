@@ -43,10 +43,12 @@ Frame = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Batch(NamedTuple):
-    """`images`: uint8 [B, S, S, 3], RGB, on the loader's device. `files`: their names."""
+    """`images`: uint8 [B, S, S, 3], RGB, on the loader's device. `files`: their names. `replaced`: how many of them
+    stand in for one that cannot be used."""
 
     images: Tensor
     files: list[str]
+    replaced: int = 0
 
 
 def _random_words(seed: int, stream: int, index: int, first: int, number: int) -> np.ndarray:
@@ -277,7 +279,8 @@ class Loader:
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Micro-batch `micro` of the 0-based step `step`: a function of these, the seed and the rank alone.
 
-        Raises ValueError when more than `max_bad_fraction` of the files seen so far are bad.
+        Raises ValueError when more than `max_bad_fraction` of the files seen so far are bad, and when the storage fails
+        (`ImageSource.read`).
         """
         epoch, place = divmod(step, self.steps_per_epoch)
         order = self._order(epoch)
@@ -286,18 +289,21 @@ class Loader:
         uniform_BK = (words >> 11).reshape(-1, WORDS) * 2.0**-53
         start = place * self.global_batch_size + first
         slots = range(start, start + self.batch_size)
-        picks = [int(i) for i in order[start : start + self.batch_size]]
-        self._seen[picks] = True
+        wanted = [int(i) for i in order[start : start + self.batch_size]]
+        self._seen[wanted] = True
         # Those known to be bad are tried apart, so that the others need decoding only once.
-        for b in (b for b, index in enumerate(picks) if index in self.bad):
-            picks[b] = self._first_good(order, slots[b], uniform_BK[b])
+        picks = [
+            self._first_good(order, slot, uniform_K) if index in self.bad else index
+            for index, slot, uniform_K in zip(wanted, slots, uniform_BK, strict=True)
+        ]
         try:
             images = self._crops(picks, uniform_BK)
         except (OSError, RuntimeError):
             picks = [self._first_good(order, slot, u_K) for slot, u_K in zip(slots, uniform_BK, strict=True)]
             images = self._crops(picks, uniform_BK)
         _use_here(images)
-        return Batch(images, [self.source.name(i) for i in picks])
+        replaced = sum(pick != index for pick, index in zip(picks, wanted, strict=True))
+        return Batch(images, [self.source.name(i) for i in picks], replaced)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, Batch]]:
         """(step, micro-batch, Batch) from step `start`, for ever or to before `stop`, made ahead of use.

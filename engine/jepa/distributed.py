@@ -7,12 +7,22 @@ plain `python` sets nothing and is a run of one.
 import os
 import re
 import socket
+import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+MEETING = 10.0  # minutes in which all ranks must have come; machines that start slowly need some
+LAUNCHER = rb"deepspeed.launcher.launch|torchrun|torch.distributed.run"
+
+
+class NotMet(RuntimeError):
+    """Ranks that did not come, or cannot be reached; the message names them."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,11 @@ class Ranks:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of Slurm's short form: "gpu[003-007,9],cpu1" -> "gpu003"."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
+    """The first host of Slurm's short form: "gpu[003-007,9],cpu1" -> "gpu003", "rack[1-2]n[3-4]" -> "rack1n3"."""
+    match = re.match(r"(?:[^\[,]|\[\d[^\]]*\])+", nodelist)
     if match is None:
         raise ValueError(f"SLURM_JOB_NODELIST: given {nodelist!r}, wanted a host list; set MASTER_ADDR yourself")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def launch_environment(given: dict[str, str]) -> dict[str, str]:
@@ -63,13 +73,23 @@ def launch_environment(given: dict[str, str]) -> dict[str, str]:
     }
 
 
+def require_alike(ranks: Ranks, value: str, hint: str) -> None:
+    """Raises ValueError on every rank, with the names of those whose value is not that of the most."""
+    everyone: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(everyone, (value, socket.gethostname()), group=ranks.cpu_group)
+    usual = Counter(found for found, _ in everyone).most_common(1)[0][0]
+    others = [f"rank {r} on {host} has {found}" for r, (found, host) in enumerate(everyone) if found != usual]
+    if others:
+        raise ValueError(f"the ranks differ: {'; '.join(others[:8])}; most have {usual}; {hint}")
+
+
 def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool = False) -> Ranks:
     """Joins the run's process group (NCCL on GPUs, gloo on CPUs) and takes this process's device.
 
     `device`: "auto" (the GPU where there is one), "cuda" or "cpu". `deterministic`: torch, cuDNN and cuBLAS choose
     only algorithms that give the same bits every time; where there is none, torch raises RuntimeError. DALI needs no
     switch: its CPU decoding is exact, and all JPEGs of a GPU go through the one engine (jepa.data.Decoder).
-    Raises ValueError when a GPU is asked for and there is none for this process, and when the ranks do not meet.
+    Raises ValueError when a GPU is asked for and there is none for this process, NotMet when the ranks do not meet.
     """
     # The collectives' newer names are unknown to torch 2.10.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -94,17 +114,73 @@ def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool
     else:
         place = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    store = _meet(environment, rank, world_size, min(MEETING, timeout_minutes))
     # Longer than the watchdog's, which says more than a collective that gives up.
     limit = timedelta(minutes=timeout_minutes + 5)
+    store.set_timeout(limit)
+    backend, bound = ("nccl", place) if place.type == "cuda" else ("gloo", None)
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-        backend = "nccl" if place.type == "cuda" else "gloo"
-        training = dist.PrefixStore("training", store)
-        bound = place if place.type == "cuda" else None
         dist.init_process_group(
-            backend, store=training, rank=rank, world_size=world_size, timeout=limit, device_id=bound
+            backend,
+            store=dist.PrefixStore("training", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=limit,
+            device_id=bound,
         )
-    except dist.DistError as error:
-        where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
-        raise ValueError(f"the {environment['WORLD_SIZE']} ranks did not meet at {where}: {error}") from error
-    return Ranks(rank, world_size, place, store, dist.new_group(backend="gloo", timeout=limit))
+        cpu_group = dist.new_group(backend="gloo", timeout=limit)
+    except RuntimeError as error:
+        raise NotMet(f"the ranks all came, but could not be connected: {_first_line(error)}") from error
+    return Ranks(rank, world_size, place, store, cpu_group)
+
+
+def _meet(environment: dict[str, str], rank: int, world_size: int, minutes: float) -> dist.Store:
+    """The ranks' store, once all are there. Raises NotMet."""
+    where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+    limit = timedelta(minutes=minutes)
+    try:
+        # The rendezvous is told of a single rank, or it would wait for the others and not say for which.
+        store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=1, timeout=limit))
+        store.set(f"here/{rank}", socket.gethostname())
+    except RuntimeError as error:
+        what = "cannot listen" if rank == 0 else "or the launcher, is not to be found"
+        raise NotMet(f"rank 0, {what} at {where}: {_first_line(error)}") from error
+    keys = [f"here/{other}" for other in range(world_size)]
+    try:
+        store.wait(keys, limit)
+        return store
+    except RuntimeError as error:
+        try:
+            missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+        except RuntimeError:
+            raise NotMet(f"rank 0, or the launcher, has gone from {where}: {_first_line(error)}") from error
+        if rank == 0:
+            time.sleep(2)  # the store ends with this process, and the others have the same question
+        raise NotMet(
+            f"{world_size - len(missing)} of {world_size} ranks came to {where} in {60 * minutes:.0f} s: rank "
+            f"{', '.join(missing)} did not"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def launchers() -> list[int]:
+    """The processes of the launcher above this one, the nearest first, as long as they live.
+
+    `deepspeed` is two, one below the other, and ends at a SIGTERM without telling the one below.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return []
+    parent = os.getppid()
+    try:
+        with open(f"/proc/{parent}/cmdline", "rb") as line, open(f"/proc/{parent}/stat") as state:
+            if re.search(LAUNCHER, name := line.read()) is None:
+                return []
+            above = int(state.read().rpartition(")")[2].split()[1])
+        with open(f"/proc/{above}/cmdline", "rb") as line:
+            return [parent, above] if b"deepspeed" in name and b"deepspeed" in line.read() else [parent]
+    except OSError:
+        return []

@@ -17,13 +17,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .distributed import Ranks
+from .distributed import Ranks, launchers
 
 STOPPED, RANK_LOST = os.EX_TEMPFAIL, os.EX_UNAVAILABLE
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -44,7 +45,8 @@ class StopRequest:
 
     `ask` begins to reduce one number between the ranks' CPUs, `agreed` takes the result: the exchange runs beside the
     step and no GPU is waited for. A second signal ends the process at once, even inside a collective: signals are read
-    by a thread, not by Python's handlers, which wait for the main thread.
+    by a thread, not by Python's handlers, which wait for the main thread. A launcher that is gone is a signal as well:
+    `deepspeed` passes none on.
     """
 
     def __init__(self, ranks: Ranks, max_minutes: float | None = None) -> None:
@@ -52,9 +54,11 @@ class StopRequest:
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
         self.reason, self.stopping = "", False
         self._signalled: float | None = None
+        self._launchers = launchers()
 
     def __enter__(self) -> "StopRequest":
         self._inbox, outbox = socket.socketpair()
+        self._inbox.settimeout(PULSE)
         outbox.setblocking(False)
         self._outbox = outbox
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
@@ -82,17 +86,25 @@ class StopRequest:
 
     def _listen(self) -> None:
         with self._inbox:
-            while numbers := self._inbox.recv(64):
+            while True:
+                try:
+                    numbers = self._inbox.recv(64)
+                except TimeoutError:
+                    if self._signalled is None and launchers() != self._launchers:
+                        self._hear("the launcher is gone", signal.SIGTERM)
+                    continue
+                if not numbers:
+                    return
                 for number in (signal.Signals(n) for n in numbers if n in SIGNALS):
-                    self._hear(number)
+                    self._hear(number.name, number)
 
-    def _hear(self, number: signal.Signals) -> None:
+    def _hear(self, what: str, number: int) -> None:
         now = time.monotonic()
         if self._signalled is None:
-            self._signalled, self.reason = now, number.name
-            _say(self.rank, f"{number.name}: saving after this step; a second signal ends at once")
+            self._signalled, self.reason = now, what
+            _say(self.rank, f"{what}: saving after the step that begins next; a second signal ends at once")
         elif now - self._signalled > RELAYED:
-            _say(self.rank, f"{number.name} again: ending without saving")
+            _say(self.rank, f"{what} again: ending without saving")
             os._exit(128 + number)
 
 
@@ -103,10 +115,11 @@ class Watchdog:
     doing there; rank 0's thread reads them all and gives the verdict, which the others read. A rank is lost when it
     gave no sign of life for `minutes` (killed, stopped, its machine gone), when no rank moved on for `minutes` (one
     of them hangs; the one furthest behind is named), or when it said itself that it failed. All of it works while the
-    main thread is stuck in a collective.
+    main thread is stuck in a collective. `at_end` is called before the process ends, and not waited for long.
     """
 
-    def __init__(self, ranks: Ranks, minutes: float) -> None:
+    def __init__(self, ranks: Ranks, minutes: float, at_end: Callable[[], None] = lambda: None) -> None:
+        self.at_end = at_end
         self.rank, self.world_size = ranks.rank, ranks.world_size
         # A connection of its own: one that waits blocks those who share it.
         self.store = ranks.store.clone()  # type: ignore[attr-defined]
@@ -121,7 +134,10 @@ class Watchdog:
         self._publish()
         if self.rank == 0:
             self.store.set("verdict", "")
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            self._end(f"another rank was lost as the run began: {error}")
         self.clock = 0.0  # stands still while this process does: a run that is suspended as a whole loses nobody
         for work in (self._keep_watch, self._keep_time):
             threading.Thread(target=work, name="jepa-watchdog", daemon=True).start()
@@ -228,6 +244,9 @@ class Watchdog:
         here = f"here: {_place(self.me)}"
         _say(self.rank, f"{verdict}; {here}. Exit code {RANK_LOST}: --resume goes on from the last checkpoint")
         sys.stdout.flush()
+        last = threading.Thread(target=self.at_end, daemon=True)
+        last.start()
+        last.join(PULSE)  # what is wrong may be the disk
         os._exit(RANK_LOST)
 
 

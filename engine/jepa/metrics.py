@@ -111,7 +111,7 @@ class RunLog:
     ) -> None:
         self.steps_per_epoch, self.global_batch, self.last_step = steps_per_epoch, global_batch, last_step
         self.on_gpu = device.type == "cuda"
-        self.pending: list[tuple[int, Tensor, int, int, Any, float]] = []
+        self.pending: list[tuple[int, Tensor, int, int, Any, float, int]] = []
         self.writes = dist.get_rank() == 0
         self.last_line = 0.0
         if self.writes:
@@ -136,10 +136,19 @@ class RunLog:
         """Leaves the time since the last step (a checkpoint, an evaluation) out of the images per second."""
         self.last_mark = self._mark()
 
-    def step(self, step: int, losses: list[Losses], context_tokens: int, target_tokens: int, data_wait: float) -> None:
-        """Notes a step: its micro-batches' losses on the device, the kept tokens, the seconds of waiting for images."""
+    def step(
+        self,
+        step: int,
+        losses: list[Losses],
+        context_tokens: int,
+        target_tokens: int,
+        data_wait: float,
+        bad_images: int = 0,
+    ) -> None:
+        """Notes a step: its micro-batches' losses on the device, the kept tokens, the seconds of waiting for images,
+        and how many of this rank's images stand in for others that cannot be used."""
         terms = torch.stack([torch.stack(micro).detach() for micro in losses]).mean(0)
-        self.pending.append((step, terms, context_tokens, target_tokens, self._mark(), data_wait))
+        self.pending.append((step, terms, context_tokens, target_tokens, self._mark(), data_wait, bad_images))
         self.bar.update()
 
     def flush(self, skipped: Mapping[int, dict[str, Any]] | None = None, **more: Any) -> None:
@@ -147,11 +156,13 @@ class RunLog:
         the last step in the JSONL, with `more`, and one for each step of `skipped`, with what is known of it."""
         if not self.pending:
             return
-        steps, terms, contexts, targets, marks, waits = zip(*self.pending, strict=True)
+        steps, terms, contexts, targets, marks, waits, bad = zip(*self.pending, strict=True)
         self.pending, skipped = [], skipped or {}
         table = torch.stack(terms)
+        table = torch.cat([table, table.new_tensor(bad)[:, None]], 1)
         dist.all_reduce(table)
-        values = (table / dist.get_world_size()).tolist()
+        bad_images = round(sum(table[:, -1].tolist()))
+        values = (table[:, :-1] / dist.get_world_size()).tolist()
         seconds = [self._seconds(*span) for span in pairwise((self.last_mark, *marks))]
         self.last_mark = marks[-1]
         if not self.writes:
@@ -168,6 +179,7 @@ class RunLog:
             "step_ms": 1000 * sum(seconds) / len(steps),
             "data_wait_ms": 1000 * sum(waits) / len(steps),
             "context_tokens": contexts[-1],
+            "bad_images": bad_images,
             **{key: value for key, value in more.items() if value is not None},
         }
         for step in steps:
@@ -216,7 +228,8 @@ class RunLog:
 def _continue_file(path: Path, step_of: Callable[[str], int], first_step: int, header: str = "") -> TextIO:
     """Opens a log for appending, behind its rows of the steps before `first_step`.
 
-    Rows of later steps go, and so do those that cannot be read: the last one, where the run was killed as it wrote.
+    Rows of later steps, which are taken again, go to the end of a file of the same name with .aside behind it; and so
+    do those that cannot be read: the last one, where the run was killed as it wrote.
     """
 
     def keep(line: str) -> bool:
@@ -226,8 +239,15 @@ def _continue_file(path: Path, step_of: Callable[[str], int], first_step: int, h
             return False
 
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    kept: list[str] = []
+    later: list[str] = []
+    for line in lines:
+        (kept if keep(line) else later).append(line)
+    if later := [line for line in later if line != header]:
+        with path.with_name(f"{path.name}.aside").open("a") as aside:
+            aside.writelines(later)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join([header, *filter(keep, lines)]))
+    partial.write_text("".join([header, *kept]))
     os.replace(partial, path)
     return path.open("a")
 

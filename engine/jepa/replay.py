@@ -1,11 +1,12 @@
 """Steps whose loss or gradient is not finite: what made them so, told when they are skipped and by a replay alone.
 
 A step is a pure function of its number and the weights, so one that went wrong can be looked at later: `--replay-step`
-takes the weights of a checkpoint, and the images, crops and masks of the step, and changes nothing.
+takes the images, crops and masks of the step, and the weights of a checkpoint before it, from which engine/train.py
+takes the steps in between again. Nothing is written.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checkpoint import CheckpointError, Reader, candidates, find_whole, read_state, refuse_change, shapes_of
 from .config import Config
 from .data import Loader
 from .distributed import Ranks
 from .masks import Masks, sample_masks, thin
 from .objective import JepaModel, Losses
+from .restore import CheckpointError, candidates, find_whole, on_first, refuse_change, shapes_of
 from .tokens import tokens
 from .vit import build_encoder
 
@@ -51,24 +52,45 @@ def blame(losses: list[Losses], files: list[str]) -> dict[str, Any]:
     return {"skipped": True, "bad_ranks": bad, "files": [name for rank in whose for name in everyone[rank][1]]}
 
 
-def replay(config: Config, ranks: Ranks, loader: Loader, step: int, which: str | None = None) -> None:
-    """Runs `step` forwards and backwards with the weights of a checkpoint, prints what it finds, and saves nothing.
+def start_of_replay(
+    config: Config, loader: Loader, step: int, which: str | None, accept_changes: bool
+) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint whose weights lead to step `step`, and its state: the one named, or the newest whole one that is
+    not of a later step. Every rank calls it. Raises CheckpointError as `Saver.resume` does."""
+    folder, tag = Path(config.logging.folder), config.logging.write_tag
+    if which:
+        paths = [Path(which)]
+    else:
+        found = on_first(folder, lambda: candidates(folder, tag, loader.steps_per_epoch))
+        paths = [path for at, path in found if at <= step]
+    if not paths:
+        raise CheckpointError(f"--replay-step: no checkpoint of step {step} or before in {folder}")
+    path, state = find_whole(paths)
+    refuse_change(path, state, config, shapes_of(JepaModel(config)), loader.source.law, accept_changes)
+    return path, state
 
-    `which`: a checkpoint; by default the newest whole one that is not of a later step. Every rank calls it, and holds
-    the whole model: nothing is sharded. Raises CheckpointError as `Saver.resume` does.
+
+def replay(
+    config: Config,
+    ranks: Ranks,
+    loader: Loader,
+    step: int,
+    read: Callable[[str, str, list[int]], Tensor],
+    averaged: bool,
+    head: str,
+) -> None:
+    """Runs `step` forwards and backwards, prints what it finds under `head`, and saves nothing.
+
+    `read` gives a kind ("weight", "ema") of a parameter by name and shape; `averaged`: whether there is an average yet.
+    Every rank calls it, and holds the whole model: nothing is sharded.
     """
-    path, state = _checkpoint(config, step, which)
-    refuse_change(path, state, config)
     low = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model, teacher = JepaModel(config), build_encoder(config)
-    if shapes_of(model) != state["shapes"]:
-        raise CheckpointError(f"{path} holds another model than the config describes")
-    reader, average = Reader(path, state), "ema" if state["applied"] else "weight"
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(reader.tensor("weight", name, list(weight.shape)))
+            weight.copy_(read("weight", name, list(weight.shape)))
         for name, weight in teacher.named_parameters():
-            weight.copy_(reader.tensor(average, f"encoder.{name}", list(weight.shape)))
+            weight.copy_(read("ema" if averaged else "weight", f"encoder.{name}", list(weight.shape)))
     model.to(ranks.device)
     for weight in model.parameters():  # as DeepSpeed does, which leaves buffers as they are
         weight.data = weight.data.to(low)
@@ -77,7 +99,7 @@ def replay(config: Config, ranks: Ranks, loader: Loader, step: int, which: str |
     found: dict[str, list[str]] = {"losses": [], "target features of": [], "predictions for": [], "gradients of": []}
     losses = []
     for micro in range(loader.accumulation):
-        images, files = loader.batch(step, micro)
+        images, files, _ = loader.batch(step, micro)
         masks = masks_of(config, ranks, step, micro)
         rows = tokens(masks, config, ranks.device)
         with torch.no_grad():
@@ -94,32 +116,11 @@ def replay(config: Config, ranks: Ranks, loader: Loader, step: int, which: str |
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     found["losses"] = [name for name, value in terms.items() if not math.isfinite(value)]
     found["gradients of"] = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    _tell(f"step {step} with the weights that {path} holds, of step {state['step']}", terms, found, gradients)
-
-
-def _checkpoint(config: Config, step: int, which: str | None) -> tuple[Path, dict[str, Any]]:
-    if which:
-        paths = [Path(which)]
-    else:
-        folder = Path(config.logging.folder)
-        paths = [path for path in candidates(folder, config.logging.write_tag) if _steps(path) <= step]
-        if not paths:
-            raise CheckpointError(f"--replay-step: no checkpoint of step {step} or before in {folder}")
-    path, state, damage = find_whole(paths)
-    if damage and dist.get_rank() == 0:
-        print("skipped: " + "; ".join(damage), flush=True)
-    return path, state
+    _tell(head, terms, found, gradients)
 
 
 def _not_finite(files: list[str], rows: Tensor) -> list[str]:
     return [name for name, row in zip(files, rows, strict=True) if not row.isfinite().all()]
-
-
-def _steps(path: Path) -> int:
-    try:
-        return read_state(path)["step"]
-    except CheckpointError:
-        return 0  # it is said to be damaged
 
 
 def _tell(head: str, terms: dict[str, float], found: dict[str, list[str]], gradients: dict[str, Tensor]) -> None:

@@ -4,21 +4,28 @@ Whichever it was, it becomes one list of (file, offset, size) in an order that d
 image i means the same bytes on every rank and after every restart. Nothing is decoded here.
 """
 
+import errno
 import glob
+import hashlib
 import logging
 import os
 import re
 import secrets
 import tarfile
+import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NoReturn
 
 import numpy as np
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 INDEX_FORMAT = 1
+PAUSES = (0.2, 1.0, 5.0)  # seconds before a file is read again whose storage failed
+# Of an error that one image has, however often it is read; None: it is empty or cut short.
+ITS_OWN_FAULT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +55,46 @@ class ImageSource:
         file = self.files[self.file[i]]
         return file if self.members is None else f"{file}/{os.fsdecode(self.members[i])}"
 
+    @cached_property
+    def law(self) -> dict[str, int | str]:
+        """What all ranks and all later starts of a run must find alike: how many images there are, and which, in their
+        order: a digest of their names below the folder that all share and, in tars, of their places. Nothing is read.
+        """
+        digest, ends = hashlib.sha256(), (min(self.files), max(self.files))
+        shared = len(os.path.commonpath([os.path.dirname(name) for name in ends]))
+        for first in range(0, len(self.files), 1 << 16):
+            names = "\0".join(name[shared:] for name in self.files[first : first + (1 << 16)])
+            digest.update(os.fsencode(names + "\0"))
+        for column in () if self.members is None else (self.members, self.file, self.offset, self.size):
+            digest.update(column.tobytes())
+        return {"images": len(self), "list of images": digest.hexdigest()[:16]}
+
     def read(self, i: int) -> np.ndarray:
-        """The encoded bytes of image i, uint8. Raises OSError when they are not (all) there."""
+        """The encoded bytes of image i, uint8.
+
+        Raises OSError when they are not (all) there, and ValueError where that is not for the image itself to answer
+        for: the disk, the network or this process fails, and goes on doing so when asked again.
+        """
+        for pause in (*PAUSES, None):
+            try:
+                return self._read(i)
+            except OSError as error:
+                if error.errno in ITS_OWN_FAULT:
+                    raise
+                if pause is None:
+                    raise ValueError(
+                        f"images: {self.name(i)} cannot be read: {error}, {len(PAUSES) + 1} times in {sum(PAUSES)} s. "
+                        "That is not the image's fault: the storage or this machine has one"
+                    ) from error
+                logger.warning("%s: %s; it is read again in %s s", self.name(i), error, pause)
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def _read(self, i: int) -> np.ndarray:
         size, offset = int(self.size[i]), int(self.offset[i])
-        data = np.fromfile(self.files[self.file[i]], np.uint8, count=size, offset=offset)
+        with open(self.files[self.file[i]], "rb") as file:  # np.fromfile takes a read that fails for a short one
+            file.seek(offset)
+            data = np.frombuffer(bytearray(file.read(size)), np.uint8)
         if len(data) == 0:
             raise OSError("the file is empty")
         if size >= 0 and len(data) < size:

@@ -1,0 +1,299 @@
+"""Checkpoints, read: which there are, which of them is whole, and any part of any parameter in one.
+
+jepa.checkpoint writes them and says what they look like. Nothing is taken on trust: see jepa.manifest.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import stat
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+from torch import Tensor
+
+from . import manifest
+from .config import Config, ConfigError, parse_config
+
+NAMES = r"(step\d{8,}|ep\d+)"  # what follows {tag}-
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which file, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [start, start + length) of a parameter, at `offset` in the `index`-th flat tensors of a rank's file."""
+
+    name: str
+    start: int
+    length: int
+    file: str
+    index: int
+    offset: int
+
+
+def find_whole(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first of `paths` that is whole, and its state.json; what is wrong with those before it is said.
+
+    Every rank calls it, and checks its share of the files. Raises CheckpointError where none is whole.
+    """
+    damage: list[str] = []
+    for path in paths:
+        try:
+            state = together(partial(_checked, path))[0]
+        except OSError as error:
+            damage.append(str(error))
+            continue
+        if damage and dist.get_rank() == 0:
+            print("skipped: " + "; ".join(damage), flush=True)
+        return path, state
+    raise CheckpointError("--resume: no whole checkpoint: " + "; ".join(damage))
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    state = read_state(path)
+    verify(path, state["files"][dist.get_rank() :: dist.get_world_size()])
+    return state
+
+
+def refuse_change(
+    path: Path,
+    state: dict[str, Any],
+    config: Config,
+    shapes: dict[str, list[int]],
+    images: dict[str, int | str],
+    accept: bool = False,
+) -> None:
+    """Raises CheckpointError where a step of this run is not what the same step was in the run that wrote `path`.
+
+    Refused, and not only warned of: the losses of a run that changes its own law look like those of one that learns.
+    Model, seed and global batch cannot be accepted: weights would not fit, steps would hold other images. What may well
+    change on the way, the optimizer's numbers and the software, is only said. `images`: `ImageSource.law`.
+    """
+    if shapes != state["shapes"]:
+        names = sorted(set(shapes) ^ set(state["shapes"])) or [n for n in shapes if shapes[n] != state["shapes"][n]]
+        raise CheckpointError(
+            f"{path} holds another model than the config describes; they differ in {len(names)} parameters, such as "
+            f"{names[0]}: there {state['shapes'].get(names[0])}, here {shapes.get(names[0])}"
+        )
+    ranks = dist.get_world_size()
+    law, recipe, pace = config.law(ranks) | images, config.recipe(), config.optimization.model_dump()
+    try:
+        before = parse_config(state["config"], source=str(path / "state.json"))
+        old_recipe, old_pace = before.recipe(), before.optimization.model_dump()
+    except ConfigError as error:
+        old_recipe, old_pace = {"config": f"one that this version does not read ({error.problems[0]})"}, pace
+    if dist.get_rank() == 0:
+        for what, old, new in (("optimization", old_pace, pace), ("versions", state["versions"], versions())):
+            for line in _differences(old, new).values():
+                print(f"changed since {path.name}: {what}, {line}", flush=True)
+    changed = _differences(state["law"] | old_recipe, law | recipe)
+    if not changed:
+        return
+    message = f"{path} was trained with {', '.join(changed.values())} (on {ranks} ranks)"
+    if {"engine.seed", "global batch"} & set(changed):
+        raise CheckpointError(
+            f"{message}: the same steps would hold other images. Set it as it was "
+            "(engine.global_batch_size, engine.seed)"
+        )
+    if not accept:
+        moved = {"mask.cut", "data.batch_size", "accumulation"} & set(changed)
+        hint = (
+            " Only a run that has mask.cut=global from its first step can move to another number of ranks, and with "
+            "VICReg only if data.batch_size x ranks stays."
+        )
+        raise CheckpointError(
+            f"{message}: the same steps would compute another loss. Set it as it was, or add --accept-changes."
+            + (hint if moved else "")
+        )
+    if dist.get_rank() == 0:
+        print(f"accepted: {message}", flush=True)
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
+    """In words, by key."""
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return {key: f"{key} {there.get(key, 'any')}, this run has {here.get(key, 'any')}" for key in keys}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what computes a step, for the record. The commit is given where the engine lies in a git checkout."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    for package in ("deepspeed", "numpy", "nvidia-dali-cuda130", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found["commit"] = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    return found
+
+
+def shapes_of(model: torch.nn.Module) -> dict[str, list[int]]:
+    """The parameters' shapes by name; ZeRO-3 empties the parameters themselves."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+
+
+def on_first(folder: Path, work: Callable[[], Any]) -> Any:
+    """What `work` returns on the first rank, whose view of the folder counts. Raises CheckpointError on all."""
+    return on_all(folder, lambda: work() if dist.get_rank() == 0 else None)[0]
+
+
+def on_all(folder: Path, work: Callable[[], Any]) -> list[Any]:
+    """What `work` returns on each rank. Raises CheckpointError on all."""
+    try:
+        return together(work)
+    except OSError as error:
+        raise CheckpointError(f"logging.folder {folder} cannot be used: {error}") from error
+
+
+def together(work: Callable[[], Any]) -> list[Any]:
+    """What `work` returned on each rank. Raises OSError on all ranks where it raised one on any: none waits in vain."""
+    outcome: tuple[Any, str | None]
+    try:
+        outcome = work(), None
+    except (OSError, safetensors.SafetensorError, CheckpointError) as error:
+        outcome = None, f"rank {dist.get_rank()}: {error}"
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    if failures := [failure for _, failure in outcomes if failure]:
+        raise OSError("; ".join(failures))
+    return [result for result, _ in outcomes]
+
+
+class Reader:
+    """Reads any range of any parameter from the rank files of a checkpoint.
+
+    Raises CheckpointError where a file cannot be read or does not have what state.json says it has.
+    """
+
+    def __init__(self, path: Path, state: dict[str, Any]) -> None:
+        self.files: dict[str, Any] = {}
+        self.parts: dict[str, list[Part]] = {}
+        kinds = KINDS if state["applied"] else KINDS[:1]
+        for file in state["files"]:
+            where = path / file["name"]
+            try:
+                opened = self.files[file["name"]] = safetensors.safe_open(where, framework="pt")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise CheckpointError(f"{where} cannot be read: {str(error)[:300]}") from error
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            found = {key: (s.get_dtype(), s.get_shape()) for key, s in slices.items()}
+            for name, start, length, index, offset in file["pieces"]:
+                for key in [f"{kind}.{index}" for kind in kinds if kind != "ema" or name.startswith("encoder.")]:
+                    dtype, shape = found.get(key, (None, []))
+                    if dtype != "F32" or len(shape) != 1 or shape[0] < offset + length:
+                        raise CheckpointError(f"{where}: {key} is not the fp32 line that holds a piece of {name}")
+                self.parts.setdefault(name, []).append(Part(name, start, length, file["name"], index, offset))
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
+        """Yields (first element, fp32 values) until elements [start, start + length) of the parameter are covered."""
+        missing = length
+        for part in self.parts.get(name, []):
+            begin, end = max(start, part.start), min(start + length, part.start + part.length)
+            if begin < end:
+                shift = part.offset - part.start
+                yield (
+                    begin,
+                    self.files[part.file].get_slice(f"{kind}.{part.index}")[begin + shift : end + shift],
+                )
+                missing -= end - begin
+        if missing:
+            raise CheckpointError(f"{missing} elements of {kind} of {name} are in none of the checkpoint's files")
+
+    def tensor(self, kind: str, name: str, shape: list[int]) -> Tensor:
+        """The whole of one parameter, fp32."""
+        values = torch.empty(shape)
+        for start, part in self.read(kind, name, 0, values.numel()):
+            values.view(-1)[start : start + len(part)] = part
+        return values
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises CheckpointError for all that `manifest.State` does not let through."""
+    file = path / "state.json"
+    try:
+        # A pipe of this name would wait for somebody to write.
+        with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise OSError(f"{file} is not a file")
+            text = opened.read(manifest.MAX_BYTES)
+        if not manifest.is_sealed(text):
+            raise CheckpointError(f"{file} is damaged, or of another version: it does not end with its own SHA-256")
+        return manifest.State.model_validate_json(text).model_dump()
+    except ValidationError as error:
+        first, *more = error.errors(include_url=False, include_input=False)
+        place = ".".join(map(str, first["loc"])) or "its JSON"
+        reason = f"{place}: {first['msg']}" + (f"; {len(more)} more problems" if more else "")
+        raise CheckpointError(f"{file} is not a state that this version reads: {reason}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
+
+
+def verify(path: Path, files: list[dict[str, Any]]) -> None:
+    """Compares rank files with the sizes and the SHA-256 in state.json. Raises OSError at a difference."""
+    for file in files:
+        part = path / file["name"]
+        if not part.is_file() or part.stat().st_size != file["bytes"]:
+            found = f"{part.stat().st_size} bytes" if part.is_file() else "missing"
+            raise OSError(f"{part} is damaged: wanted {file['bytes']} bytes, found {found}")
+        if sha256_of(part) != file["sha256"]:
+            raise OSError(f"{part} is damaged: its contents do not match the SHA-256 in state.json")
+
+
+def candidates(folder: Path, tag: str, steps_per_epoch: int) -> list[tuple[int, Path]]:
+    """The checkpoints of a run, with their steps, the newest first: damaged ones too, which are to be told of.
+
+    Raises OSError where the folder cannot be listed; one that does not exist has none.
+    """
+    found = [
+        (step_of(Path(entry), steps_per_epoch), Path(entry))
+        for entry in entries(folder)
+        if entry.name.startswith(f"{tag}-") and re.fullmatch(NAMES, entry.name[len(tag) + 1 :])
+        if entry.is_dir(follow_symlinks=False)
+    ]
+    return sorted(found, reverse=True)
+
+
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder. Path.glob takes one that cannot be listed for an empty one."""
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except FileNotFoundError:
+        return []
+
+
+def step_of(path: Path, steps_per_epoch: int) -> int:
+    """The step of a checkpoint, from its name; an epoch may once have had another length, as the state knows."""
+    kind, number = re.fullmatch(r".*-(step|ep)(\d+)", path.name).groups()  # type: ignore[union-attr]
+    if kind == "ep":
+        try:
+            return read_state(path)["step"]
+        except CheckpointError:
+            return int(number) * steps_per_epoch
+    return int(number)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
