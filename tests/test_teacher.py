@@ -174,6 +174,7 @@ def follow_any(stage: int, case: dict[str, Any]) -> list[str]:
     average = {n: w.double() for n, w in weights.items() if n.startswith("encoder.")}
     for step, momentum in enumerate(case["momenta"]):
         zero.schedule(engine, torch.tensor([0.1 * (step + 1), 0.1, momentum], dtype=torch.float64))
+        assert teacher.encoder  # a step begins with its features
         for micro in range(case["accumulation"]):
             x = torch.tensor(1.0 + step + 0.1 * micro + 0.01 * rank)
             if step == case["bad_step"] and micro == rank % case["accumulation"] and rank == world - 1:

@@ -63,7 +63,8 @@ class Teacher:
     @torch.no_grad()
     def follow(self) -> None:
         """Takes over what the optimizer has written. Every rank calls it, after every step: one that was skipped wrote
-        nothing, and the same weights come again."""
+        nothing, and the same weights come again. The next step begins with the teacher's features: what is under way
+        here has arrived before the optimizer writes again."""
         for flat, part in self.unwritten:
             if flat.weight in self.optimizer.state:  # not yet, where the first step was skipped
                 part.copy_(self.average(flat))
