@@ -242,20 +242,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", choices=SIZES, help="default: vit_huge_14 on a GPU, vit_small_16 on a CPU")
-    parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 8 on a CPU)")
+    parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, vit_giant_16: 16; 8 on a CPU)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, CPU: float32")
     parser.add_argument("--seconds", type=float, default=1, help="for each figure (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="default: %(default)s")
     args = parser.parse_args()
     gpu = args.device == "cuda"
     model = args.model or ("vit_huge_14" if gpu else "vit_small_16")
-    size = replace(SIZES[model], B=args.batch or (128 if gpu else 8))
+    size = replace(SIZES[model], B=args.batch or (SIZES[model].B if gpu else 8))
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     heads = MODELS[model.rpartition("_")[0]].num_heads
     torch.manual_seed(0)
     device = torch.device(args.device)
     result = provenance(device) | {"model": model, "batch": size.B, "dtype": str(dtype)}
-    result |= {"memory": ceilings(args.device)[0], "matmul": matmul_flops(device, dtype)}
+    result |= {"memory": ceilings(args.device, 2 * args.seconds)[0], "matmul": matmul_flops(device, dtype)}
     try:
         result["attention"] = attention(size, heads, dtype, args)
         result["weight_gradients"] = weight_gradients(size, dtype, args)

@@ -41,6 +41,7 @@ class Size:
     Kt: int
     Dp: int = 384
     B: int = 128
+    hidden: int | None = None  # of the MLP; None: 4 D
 
     @property
     def N(self) -> int:
@@ -48,8 +49,8 @@ class Size:
 
     def weights(self) -> list[tuple[int, ...]]:
         """The shapes of the encoder's parameters."""
-        D = self.D
-        block = [(D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (4 * D, D), (4 * D,), (D, 4 * D), (D,)]
+        D, F = self.D, self.hidden or 4 * self.D
+        block = [(D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (F, D), (F,), (D, F), (D,)]
         return [(D, 3, self.patch, self.patch), (D,), *block * self.depth, (D,), (D,)]
 
 
@@ -59,6 +60,7 @@ SIZES = {
     "vit_base_16": Size(768, 12, 16, 51, 33),
     "vit_large_16": Size(1024, 24, 16, 51, 33),
     "vit_huge_14": Size(1280, 32, 14, 69, 44),
+    "vit_giant_16": Size(1408, 40, 16, 51, 33, B=16, hidden=6144),
 }
 
 

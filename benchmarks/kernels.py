@@ -49,7 +49,7 @@ def main() -> None:
     if not gpu and not in_cpp:
         sys.exit("jepa_kernels has no CPU kernels here: build them with `python setup.py build_ext --inplace`")
     size_name = args.size or ("vit_huge_14" if gpu else "vit_small_16")
-    size = replace(SIZES[size_name], B=args.batch or (128 if gpu else 16))
+    size = replace(SIZES[size_name], B=args.batch or (SIZES[size_name].B if gpu else 16))
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     torch.manual_seed(0)
     if gpu:

@@ -18,7 +18,7 @@ def run(monkeypatch):
     def run(script: str, *words: str) -> None:
         monkeypatch.syspath_prepend(str(BENCHMARKS))
         monkeypatch.setattr(sys, "argv", [script, *words])
-        monkeypatch.setattr(torch, "compile", lambda f: f)  # a minute of compiling tells nothing here
+        monkeypatch.setattr(torch, "compile", lambda f, **_: f)  # a minute of compiling tells nothing here
         runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
 
     return run
@@ -54,3 +54,26 @@ def test_the_plain_loop_and_the_one_with_kernels_have_equal_losses(run, capsys):
     words = {"steps": 2, "batch": 2, "image": 64, "width": 64, "depth": 1}
     run("plain_ijepa.py", "--device", "cpu", *(f"--{name}={value}" for name, value in words.items()))
     assert "largest relative difference" in capsys.readouterr().out
+
+
+def test_blocks_are_compared(run, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        run(
+            "blocks.py",
+            "--device",
+            "cpu",
+            "--model",
+            "vit_tiny_16",
+            "--batch",
+            "2",
+            "--seconds",
+            "0",
+            "--out",
+            str(tmp_path),
+        )
+    assert ended.value.code == 0
+    result = json.loads((tmp_path / "blocks-cpu-vit_tiny_16.json").read_text())
+    for row in result["attention"]:
+        assert all(row["times"][by]["both"] > 0 for by in ("sdpa", "math")) and row["flops"] > 0
+    assert all(min(row["times"].values()) > 0 for row in result["weight_gradients"])
+    assert "| attention | by |" in (tmp_path / "blocks-cpu-vit_tiny_16.md").read_text()

@@ -87,15 +87,34 @@ def test_asking_for_what_is_missing_says_how_to_get_it(name: str) -> None:
 
 
 def with_and_without_joined_passes(seed: int) -> list[str]:
-    """Where the step in one pass leaves other bits than DeepSpeed's own, in bf16."""
+    """Where the step in one pass leaves other bits than DeepSpeed's own."""
     wrong, join = [], zero._join_passes
-    for stage in (1, 2):
+    for stage, bf16 in itertools.product((1, 2), ("true", "false")):
         zero._join_passes = join
-        ours = train("adamw_ema", stage, seed, "meta.use_bfloat16=true")[0]
+        ours = train("adamw_ema", stage, seed, f"meta.use_bfloat16={bf16}")[0]
         zero._join_passes = lambda engine: None
-        theirs = train("adamw_ema", stage, seed, "meta.use_bfloat16=true")[0]
-        wrong += [f"ZeRO-{stage}: {name}" for name in ours if not torch.equal(ours[name], theirs[name])]
+        theirs = train("adamw_ema", stage, seed, f"meta.use_bfloat16={bf16}")[0]
+        wrong += [f"ZeRO-{stage}, bf16 {bf16}: {name}" for name in ours if not torch.equal(ours[name], theirs[name])]
     return wrong
+
+
+def with_and_without_overlap(seed: int) -> list[str]:
+    wrong = []
+    for stage, bf16 in itertools.product((1, 2), ("true", "false")):
+        runs = [
+            train("adamw_ema", stage, seed, f"engine.overlap_comm={overlap}", f"meta.use_bfloat16={bf16}")[0]
+            for overlap in ("true", "false")
+        ]
+        wrong += [
+            f"ZeRO-{stage}, bf16 {bf16}: {name}" for name in runs[0] if not torch.equal(runs[0][name], runs[1][name])
+        ]
+    return wrong
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_reducing_beside_the_backward_changes_no_bit(world_size: int) -> None:
+    for wrong in run_ranks(world_size, with_and_without_overlap, int(torch.randint(2**31, ()))):
+        assert not wrong
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

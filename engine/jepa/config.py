@@ -639,7 +639,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.engine.zero_stage}
     if config.engine.zero_stage:
         zero |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-        zero |= {"overlap_comm": config.engine.overlap_comm} if config.engine.zero_stage < 3 else {}
+        zero |= {"overlap_comm": config.engine.overlap_comm and world_size > 1} if config.engine.zero_stage < 3 else {}
     if config.engine.zero_stage == 3:
         zero |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE}
     return {

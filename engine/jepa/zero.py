@@ -57,16 +57,16 @@ def start(model: JepaModel, config: Config) -> Any:
     if config.engine.zero_stage in (1, 2):
         if dist.get_world_size() == 1:  # the mean of one gradient is itself: 12 bytes a parameter not moved
             engine.optimizer.average_tensor = lambda tensor, dtype: None
-        if optimizer.reads_tensors and config.precision == "bf16":
+        if optimizer.reads_tensors:
             _join_passes(engine)
     return engine
 
 
 def _join_passes(engine: Any) -> None:
-    """ZeRO 1 and 2 in bf16: AdamWEMA reads the 16-bit gradient as it is, and writes the 16-bit weights in its one pass.
+    """ZeRO 1 and 2: AdamWEMA reads the gradient as it is, and writes the weights that the model computes with as well.
 
-    DeepSpeed's own step writes the gradient once more in fp32 before, and reads the fp32 weights once more behind:
-    12 bytes a parameter that this leaves out, and not a bit changes.
+    DeepSpeed's own step writes a 16-bit gradient once more in fp32 before, and reads the fp32 weights once more behind:
+    in bf16 12 bytes a parameter that this leaves out, and not a bit changes.
     """
     from deepspeed.runtime.utils import all_gather_dp_groups
 
@@ -93,7 +93,7 @@ def _join_passes(engine: Any) -> None:
 
     wrapper.step = step
     for flat in flats(engine):
-        flat.weight.grad_dtype = torch.bfloat16
+        flat.weight.grad_dtype = wrapper.dtype
         engine.basic_optimizer.set_copies(flat.weight, weight=flat.low)
 
 
@@ -174,8 +174,8 @@ class Piece:
 class Flat:
     """One fp32 tensor that the optimizer updates on this rank, and the pieces of parameters that it holds.
 
-    `group` is the optimizer's param group, `low` the 16-bit weights of the same elements, where the optimizer writes
-    them (`_join_passes`).
+    `group` is the optimizer's param group, `low` the same elements of the weights that the model computes with, where
+    the optimizer writes them (`_join_passes`).
     """
 
     weight: Tensor

@@ -197,10 +197,10 @@ class AdamWEMA(torch.optim.Optimizer):
             else:  # again only where something has changed: with hundreds of parameters it would be half of a step
                 marks = (
                     *(p.data_ptr(), p.dtype, p.shape, layout, g.dtype, g.shape, layout_of_g),
-                    *(step.data_ptr(), step.dtype, m.data_ptr(), m.dtype, v.data_ptr(), v.dtype),
-                    e is not None and (e.data_ptr(), e.dtype),
-                    weight is not None and (weight.data_ptr(), weight.dtype),
-                    average is not None and (average.data_ptr(), average.dtype),
+                    *(step.data_ptr(), step.dtype, m.data_ptr(), m.dtype, m.numel(), v.data_ptr(), v.dtype, v.numel()),
+                    e is not None and (e.data_ptr(), e.dtype, e.numel()),
+                    weight is not None and (weight.data_ptr(), weight.dtype, weight.numel()),
+                    average is not None and (average.data_ptr(), average.dtype, average.numel()),
                 )
                 found = self._checked.get(p)
                 if found is None or found[0] != marks:
