@@ -251,9 +251,10 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
     base = start(partial(ours("engine", []), config), images, args.warmup, device)
     rows, longer = [], {}
     others = len(references) + len(levers)
-    steps = args.steps * (1 + 2 * others) + min(args.steps, 5) * (1 + others)
+    steps = args.steps * max(1, 2 * others) + min(args.steps, 5) * (1 + others)
     with tqdm(total=steps, unit="step", disable=args.quiet) as bar:
-        measure([base], images, args.warmup, args.steps, args.block, bar)
+        if not others:
+            measure([base], images, args.warmup, args.steps, args.block, bar)
         rate.append(matmul_flops(device, dtype))
         rates = {"of_measured": statistics.mean(rate), "of_datasheet": datasheet_flops(device, dtype)}
         with base.timing_parts():
@@ -261,13 +262,14 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
         waits = host_waits(base, images, args.warmup)
         for name, make in (references | levers).items():
             other: Contender | None = None
+            before = len(base.times.seconds)
             try:
                 other = start(partial(make, config), images, args.warmup, device)
                 measure([base, other], images, args.warmup, args.steps, args.block, bar)
                 longer[name] = paired(other, base)
                 with other.timing_parts():
                     measure([other], images, args.warmup, min(args.steps, 5), args.block, bar)
-                rows.append(figures(other, rates))
+                rows.append(figures(other, rates) | {"beside": base.times.seconds[before:]})
             except torch.OutOfMemoryError:
                 rows.append({"contender": name, "failed": "out of memory"})
             finally:
@@ -275,7 +277,8 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
                     other.close()
                 other = None
                 free()
-    rows.insert(0, figures(base, rates))  # over its steps beside all the others
+    base.times.seconds, base.times.tokens = base.times.seconds[: args.steps], base.times.tokens[: args.steps]
+    rows.insert(0, figures(base, rates))  # in turns with the first of the others
     base.close()
     limit = rates["of_measured"] / (rows[0]["gflop_per_image"] * 1e9)
     return {
