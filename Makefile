@@ -27,7 +27,7 @@ demo: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# Breaks real runs on purpose, for about ten minutes: kills, damaged files, moves to other numbers of ranks.
+# Breaks real runs on purpose, for seven to ten minutes: kills, damaged files, moves to other numbers of ranks.
 soak: setup
 	PYTHONPATH=kernels:engine OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
