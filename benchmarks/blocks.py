@@ -260,6 +260,7 @@ def main() -> int:
         result["attention"] = attention(size, heads, dtype, args)
         result["weight_gradients"] = weight_gradients(size, dtype, args)
         result["between"] = between(size, dtype, args)
+        result["matmul"] = max(result["matmul"], matmul_flops(device, dtype))  # the best that was seen is the limit
     except Wrong as error:
         print(f"benchmarks/blocks.py: {error}: not timed", file=sys.stderr)
         return 1
