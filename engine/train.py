@@ -126,8 +126,7 @@ def train(
         owed = owed or saver.due(taken)
         saving = owed or finished or stopping
         examining, probing = due(taken, config.logging.health_freq), due(taken, config.eval.every)
-        logging = due(taken, config.logging.log_freq) or len(unread.steps) == config.engine.max_skipped
-        if not (saving or examining or probing or logging):
+        if not (saving or examining or probing or due(taken, config.logging.log_freq)):
             continue  # without waiting for the device: its queue never runs dry
 
         skipped, applied = unread.settle(log.say)

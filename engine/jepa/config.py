@@ -218,7 +218,8 @@ class Engine(_Section):
     global_batch_size: Natural | None = None  # null: data.batch_size x accumulation x ranks
     gradient_accumulation_steps: Natural | None = None  # null: what global_batch_size needs, else 1
     max_steps: Natural | None = None  # stop early; the schedules do not change
-    max_skipped: Natural = 10  # steps skipped in a row (a gradient that is not finite) before the run stops
+    max_skipped: Natural = 10  # steps skipped in a row (a gradient that is not finite) before the run stops; the host
+    # looks at them every logging.log_freq steps
     timeout_minutes: Positive = 30.0  # without a sign of life of a rank, or a move of any, before the others stop
     attention: Literal["sdpa", "math", "flash_attn", "xformers"] = "sdpa"
     overlap_comm: bool = False  # ZeRO 1 and 2: gradients are reduced beside the backward, for one host wait a step
