@@ -213,7 +213,7 @@ def table(result: dict[str, Any]) -> str:
         name = f"{s['name']}: {s['batch']} x {s['H']} heads of {s['C']}, {s['Kq']} queries, {s['K']} keys"
         for by, t in row["times"].items():
             if "why" in t:
-                cells = [f"not here: {t['why']}", "", "", ""]
+                cells = [f"not timed: {t['why']}", "", "", ""]
             else:
                 rates = (row["flops"] / t["forward"] / 1e9, 3.5 * row["flops"] / t["both"] / 1e9)
                 cells = [f"{t['forward']:.3f}", f"{rates[0]:.3f}", f"{t['both']:.3f}", f"{rates[1]:.3f}"]
