@@ -12,14 +12,17 @@ struct Step {  // a row of the coefficients
     float decay, lr, rsqrt_bias2, weight, scale, apply;
 };
 
-JEPA_VECTOR_CLONES void adamw(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v,
-                              int64_t n, const Step& s, float beta1_c, float beta2_c, float eps) {
-    const float decay = s.decay, lr = s.lr, rsqrt_bias2 = s.rsqrt_bias2, scale = s.scale;
+// Without an average, `e` is not touched.
+template <bool EMA>
+JEPA_VECTOR_CLONES void update(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v,
+                               float* __restrict e, int64_t n, const Step& s, float beta1_c, float beta2_c, float eps) {
+    const float decay = s.decay, lr = s.lr, rsqrt_bias2 = s.rsqrt_bias2, weight = s.weight, scale = s.scale;
     for (int64_t i = 0; i < n; ++i) {
         const float gradient = scale * g[i];
-        m[i] = lerp(m[i], gradient, beta1_c);
-        v[i] = lerp(v[i], gradient * gradient, beta2_c);
-        p[i] -= decay * p[i] + lr * m[i] / (std::sqrt(v[i]) * rsqrt_bias2 + eps);
+        const float m_i = m[i] = lerp(m[i], gradient, beta1_c);
+        const float v_i = v[i] = lerp(v[i], gradient * gradient, beta2_c);
+        const float p_i = p[i] -= decay * p[i] + lr * m_i / (std::sqrt(v_i) * rsqrt_bias2 + eps);
+        if constexpr (EMA) e[i] = lerp(e[i], p_i, weight);
     }
 }
 
@@ -57,23 +60,23 @@ void adamw_ema(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
                std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> emas, std::vector<Tensor> weight_copies,
                std::vector<Tensor> ema_copies, Tensor coefficients, double beta1, double beta2, double eps) {
     check_flat(coefficients, static_cast<int64_t>(params.size()) * 6, ScalarType::Float, "adamw_ema_: coefficients");
-    check_lists("adamw_ema_", params, {&grads, &exp_avgs, &exp_avg_sqs}, {&emas, &weight_copies, &ema_copies});
-    for (const auto* wide : {&params, &exp_avgs, &exp_avg_sqs, &emas}) {
-        for (const Tensor& t : *wide) check_flat(t, t.numel(), ScalarType::Float, "adamw_ema_: a weight or state");
-    }
+    const char* op = "adamw_ema_";
+    const Flats p = flats(op, params), g = flats(op, grads, p), m = flats(op, exp_avgs, p),
+                v = flats(op, exp_avg_sqs, p);
+    const Flats e = flats(op, emas, p, true), p_copies = flats(op, weight_copies, p, true);
+    const Flats e_copies = flats(op, ema_copies, p, true);
+    for (const Flats* wide : {&p, &m, &v, &e}) check_wide(op, *wide);
     const auto* steps = pointer<const Step>(coefficients);
-    for_each_piece(params, [&](size_t i, int64_t from, int64_t n) {
+    const auto update = e.empty() ? jepa::update<false> : jepa::update<true>;
+    for_each_piece(p, [&](size_t i, int64_t from, int64_t n) {
         if (steps[i].apply == 0) return;
+        const auto at = [&](const Flats& list) { return static_cast<float*>(list[i].data) + from; };
         float buffer[kPiece];
-        float* p = pointer<float>(params[i]) + from;
-        adamw(p, read(grads[i], from, n, buffer), pointer<float>(exp_avgs[i]) + from,
-              pointer<float>(exp_avg_sqs[i]) + from, n, steps[i], static_cast<float>(1 - beta1),
-              static_cast<float>(1 - beta2), static_cast<float>(eps));
-        if (!weight_copies.empty()) write(weight_copies[i], from, n, p);
-        if (emas.empty()) return;
-        float* e = pointer<float>(emas[i]) + from;
-        lerp(e, p, steps[i].weight, n);
-        if (!ema_copies.empty()) write(ema_copies[i], from, n, e);
+        float* average = e.empty() ? nullptr : at(e);
+        update(at(p), read(g[i], from, n, buffer), at(m), at(v), average, n, steps[i], static_cast<float>(1 - beta1),
+               static_cast<float>(1 - beta2), static_cast<float>(eps));
+        if (!p_copies.empty()) write(p_copies[i], from, n, at(p));
+        if (!e_copies.empty()) write(e_copies[i], from, n, average);
     });
 }
 

@@ -5,14 +5,14 @@
 namespace jepa {
 
 void ema(std::vector<Tensor> targets, std::vector<Tensor> sources, Tensor weight) {
-    check_lists("ema_", targets, {&sources}, {});
+    const Flats to = flats("ema_", targets), from = flats("ema_", sources, to);
     check_flat(weight, 1, ScalarType::Float, "ema_: weight");
     const float w = *pointer<const float>(weight);
-    for_each_piece(targets, [&](size_t i, int64_t from, int64_t n) {
+    for_each_piece(to, [&](size_t i, int64_t first, int64_t n) {
         float target_buffer[kPiece], source_buffer[kPiece];
-        float* target = read(targets[i], from, n, target_buffer);
-        lerp(target, read(sources[i], from, n, source_buffer), w, n);
-        write(targets[i], from, n, target);
+        float* target = read(to[i], first, n, target_buffer);
+        lerp(target, read(from[i], first, n, source_buffer), w, n);
+        write(to[i], first, n, target);
     });
 }
 

@@ -27,29 +27,30 @@ JEPA_VECTOR_CLONES void lerp(float* __restrict target, const float* __restrict s
     for (int64_t i = 0; i < n; ++i) target[i] = lerp(target[i], source[i], weight);
 }
 
-float* read(const Tensor& t, int64_t from, int64_t n, float* buffer) {
-    switch (t.scalar_type()) {
+float* read(const Flat& t, int64_t from, int64_t n, float* buffer) {
+    switch (t.dtype) {
         case ScalarType::Float:
-            return pointer<float>(t) + from;
+            return static_cast<float*>(t.data) + from;
         case ScalarType::BFloat16:
-            from_bfloat16(pointer<const uint16_t>(t) + from, buffer, n);
+            from_bfloat16(static_cast<const uint16_t*>(t.data) + from, buffer, n);
             return buffer;
         default:
-            std::copy_n(pointer<const Half>(t) + from, n, buffer);
+            std::copy_n(static_cast<const Half*>(t.data) + from, n, buffer);
             return buffer;
     }
 }
 
-void write(const Tensor& t, int64_t from, int64_t n, const float* values) {
-    switch (t.scalar_type()) {
+void write(const Flat& t, int64_t from, int64_t n, const float* values) {
+    switch (t.dtype) {
         case ScalarType::Float:
-            if (values != pointer<float>(t) + from) std::copy_n(values, n, pointer<float>(t) + from);
+            if (values != static_cast<float*>(t.data) + from)
+                std::copy_n(values, n, static_cast<float*>(t.data) + from);
             break;
         case ScalarType::BFloat16:
-            to_bfloat16(values, pointer<uint16_t>(t) + from, n);
+            to_bfloat16(values, static_cast<uint16_t*>(t.data) + from, n);
             break;
         default:
-            std::copy_n(values, n, pointer<Half>(t) + from);
+            std::copy_n(values, n, static_cast<Half*>(t.data) + from);
     }
 }
 
@@ -57,24 +58,31 @@ void check_flat(const Tensor& t, int64_t numel, ScalarType dtype, const char* na
     STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.numel() == numel, name, " has another dtype or size");
 }
 
-void check_lists(const char* op, const std::vector<Tensor>& tensors,
-                 std::initializer_list<const std::vector<Tensor>*> lists,
-                 std::initializer_list<const std::vector<Tensor>*> optional) {
-    const auto check = [&](const std::vector<Tensor>& list) {
-        STD_TORCH_CHECK(list.size() == tensors.size(), op, ": lists of ", tensors.size(), " and ", list.size());
-        for (size_t i = 0; i < list.size(); ++i) {
-            const auto dtype = list[i].scalar_type();
-            STD_TORCH_CHECK(
-                list[i].is_cpu() && list[i].numel() == tensors[i].numel() &&
-                    (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half),
-                op, ": tensors ", i, " do not go together");
-        }
-    };
-    check(tensors);
-    for (const auto* list : lists) check(*list);
-    for (const auto* list : optional) {
-        if (!list->empty()) check(*list);
+Flats flats(const char* op, const std::vector<Tensor>& tensors) {
+    Flats found;
+    found.reserve(tensors.size());
+    for (const Tensor& t : tensors) {
+        found.push_back({t.data_ptr(), t.numel(), t.scalar_type()});
+        const ScalarType dtype = found.back().dtype;
+        STD_TORCH_CHECK(
+            t.is_cpu() && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half),
+            op, ": tensor ", found.size() - 1, " is not float32, bfloat16 or float16 on the CPU");
     }
+    return found;
+}
+
+Flats flats(const char* op, const std::vector<Tensor>& tensors, const Flats& like, bool optional) {
+    Flats found = flats(op, tensors);
+    if (optional && found.empty()) return found;
+    STD_TORCH_CHECK(found.size() == like.size(), op, ": lists of ", like.size(), " and ", found.size());
+    for (size_t i = 0; i < found.size(); ++i) {
+        STD_TORCH_CHECK(found[i].numel == like[i].numel, op, ": tensors ", i, " do not go together");
+    }
+    return found;
+}
+
+void check_wide(const char* op, const Flats& tensors) {
+    for (const Flat& t : tensors) STD_TORCH_CHECK(t.dtype == ScalarType::Float, op, ": weights and states are float32");
 }
 
 }  // namespace jepa

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 #include <vector>
 
 #include "cpu.h"
@@ -20,31 +19,39 @@ inline float lerp(float a, float b, float weight) {
 // The same for n elements: target[i] = lerp(target[i], source[i], weight).
 void lerp(float* target, const float* source, float weight, int64_t n);
 
-// Elements [from, from + n) of a float32, bfloat16 or float16 tensor, as float32: in place, or converted into
-// `buffer`.
-float* read(const Tensor& t, int64_t from, int64_t n, float* buffer);
-// Stores them. Does nothing where `values` already is the tensor's memory.
-void write(const Tensor& t, int64_t from, int64_t n, const float* values);
+// A tensor as its memory: what is asked of a stable tensor is a call into libtorch, too dear for every piece.
+struct Flat {
+    void* data;
+    int64_t numel;
+    ScalarType dtype;
+};
+using Flats = std::vector<Flat>;
 
+// Checked: on the CPU, float32, bfloat16 or float16, as many of each as in `like`; or, if `optional`, none at all.
+Flats flats(const char* op, const std::vector<Tensor>& tensors);
+Flats flats(const char* op, const std::vector<Tensor>& tensors, const Flats& like, bool optional = false);
+// Throws unless all are float32.
+void check_wide(const char* op, const Flats& tensors);
 // What a kernel is about to take for `numel` elements of `dtype` in the CPU's memory.
 void check_flat(const Tensor& t, int64_t numel, ScalarType dtype, const char* name);
-// Lists that go with `tensors`, element by element, in dtypes that `read` knows; those in `optional` may be empty.
-void check_lists(const char* op, const std::vector<Tensor>& tensors,
-                 std::initializer_list<const std::vector<Tensor>*> lists,
-                 std::initializer_list<const std::vector<Tensor>*> optional);
+
+// Elements [from, from + n) as float32: in place, or converted into `buffer`.
+float* read(const Flat& t, int64_t from, int64_t n, float* buffer);
+// Stores them. Does nothing where `values` already is the tensor's memory.
+void write(const Flat& t, int64_t from, int64_t n, const float* values);
 
 // body(i, from, n) for every piece of every tensor i, in parallel. Elements are counted in the order of
 // memory.
 template <class Body>
-void for_each_piece(const std::vector<Tensor>& tensors, const Body& body) {
+void for_each_piece(const Flats& tensors, const Body& body) {
     std::vector<int64_t> first{0};  // pieces before tensor i
-    for (const Tensor& t : tensors) first.push_back(first.back() + (t.numel() + kPiece - 1) / kPiece);
+    for (const Flat& t : tensors) first.push_back(first.back() + (t.numel + kPiece - 1) / kPiece);
     torch::stable::parallel_for(0, first.back(), 8, [&](int64_t begin, int64_t end) {
         size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
         for (int64_t k = begin; k < end; ++k) {
             while (k >= first[i + 1]) ++i;
             const int64_t from = (k - first[i]) * kPiece;
-            body(i, from, std::min<int64_t>(kPiece, tensors[i].numel() - from));
+            body(i, from, std::min<int64_t>(kPiece, tensors[i].numel - from));
         }
     });
 }
