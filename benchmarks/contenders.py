@@ -180,7 +180,16 @@ def vicreg(size: Size, device: str, dtype: torch.dtype) -> Case:
 
 
 def ema(size: Size, device: str, dtype: torch.dtype) -> Case:
-    """float32 averages of weights in the device's dtype."""
+    """float32 averages of float32 weights."""
+    return averages(size, device, torch.float32)
+
+
+def ema_bf16(size: Size, device: str, dtype: torch.dtype) -> Case:
+    """float32 averages of bfloat16 weights."""
+    return averages(size, device, torch.bfloat16)
+
+
+def averages(size: Size, device: str, dtype: torch.dtype) -> Case:
     momentum = 0.996
 
     def eager(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -381,5 +390,9 @@ def rms(x: Tensor) -> float:
 
 
 OPS = {
-    f.__name__: f for f in (gather, patchify, predictor_tokens, prediction_loss, vicreg, ema, adamw_ema, adamw_ema_bf16)
+    f.__name__: f
+    for f in (
+        *(gather, patchify, predictor_tokens, prediction_loss, vicreg),
+        *(ema, ema_bf16, adamw_ema, adamw_ema_bf16),
+    )
 }

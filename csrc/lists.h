@@ -9,7 +9,7 @@
 
 namespace jepa {
 
-constexpr int64_t kPiece = 4096;  // elements: five float32 arrays of this length fit any second-level cache
+constexpr int64_t kPiece = 1024;  // elements: the buffers of what is converted stay in the first-level cache
 
 // a + weight * (b - a) from the nearer end, as torch.lerp: exact at both.
 inline float lerp(float a, float b, float weight) {
@@ -46,7 +46,7 @@ template <class Body>
 void for_each_piece(const Flats& tensors, const Body& body) {
     std::vector<int64_t> first{0};  // pieces before tensor i
     for (const Flat& t : tensors) first.push_back(first.back() + (t.numel + kPiece - 1) / kPiece);
-    torch::stable::parallel_for(0, first.back(), 8, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, first.back(), 32, [&](int64_t begin, int64_t end) {
         size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
         for (int64_t k = begin; k < end; ++k) {
             while (k >= first[i + 1]) ++i;
