@@ -110,6 +110,11 @@ EXTRAS = {
     "overlap_comm": Lever("gradients reduced beside the backward", ("engine.overlap_comm=true",)),
     "global_cut": Lever("contexts of one length on all ranks", ("mask.cut=global",), same=False),
     "packed": Lever("contexts of unequal length, nothing cut", ("mask.mode=packed",), same=False),
+    "token_budget": Lever(
+        "packed contexts that always fill half of the patches, padded or thinned",
+        ("mask.mode=packed", "mask.token_budget=0.5"),
+        same=False,
+    ),
     "flash_attn": Lever("FlashAttention 4, 3 or 2", ("engine.attention=flash_attn",)),
     "xformers": Lever("xformers' attention", ("engine.attention=xformers",)),
     "deepspeed_adam": Lever("DeepSpeed's FusedAdam, then the average", ("engine.optimizer=deepspeed",)),

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "kernels")]
@@ -103,6 +104,15 @@ def peak(config: Config) -> int:
     target_encoder = copy.deepcopy(model.encoder)
     engine = zero.start(model, config)
     teacher = Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    if config.engine.zero_stage in (1, 2):
+        flatten = engine.optimizer.flatten_dense_tensors_aligned
+
+        def flatten_and_look(*args: Any) -> Tensor:
+            flat = flatten(*args)
+            look()
+            return flat
+
+        engine.optimizer.flatten_dense_tensors_aligned = flatten_and_look
     for step in range(2):
         if step:
             for block in model.encoder.blocks[::2]:
@@ -138,6 +148,7 @@ def rank(me: int, world_size: int, folder: str, cases: list[tuple[int, str, int]
         figures.append((float(found), budget.memory_per_rank(config, world_size, TOKENS).total))
     if me == 0:
         torch.save(figures, f"{folder}/figures")
+    time.sleep(0.5)  # gloo's threads again: they need the interpreter for it
     dist.destroy_process_group()
 
 

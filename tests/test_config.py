@@ -278,7 +278,7 @@ names = st.one_of(st.sampled_from(KEYS), st.text(max_size=12))
 def only_config_errors(load: Callable[[], Config]) -> None:
     try:
         config = load()
-        deepspeed_config(config, 3)
+        deepspeed_config(config, 3, 1000)
     except ConfigError as error:
         assert error.problems and str(error)
 
@@ -417,12 +417,16 @@ def test_deepspeed_reads_every_key(stage: int, bf16: bool) -> None:
     mapping = small(
         engine__zero_stage=stage, meta__use_bfloat16=bf16, optimization__clip_grad=clip, engine__global_batch_size=24
     )
-    given = _Read(deepspeed_config(parse_config(mapping), 1))
+    config = parse_config(mapping)
+    given = _Read(deepspeed_config(config, 1, 1000))
     parsed = DeepSpeedConfig(given)
     assert given.read >= set(given)
     assert parsed.zero_config.stage == stage and parsed.bfloat16_config.enabled is bf16
     assert parsed.train_micro_batch_size_per_gpu == 8 and parsed.gradient_accumulation_steps == 3
-    assert parsed.train_batch_size == 24 and parsed.gradient_clipping == (clip or 0)
+    assert parsed.train_batch_size == 24 and parsed.gradient_clipping == (0 if config.gated else clip or 0)
+    assert config.gated == (stage in (1, 2) or (stage == 0 and not bf16))
+    assert not (stage and config.gated and parsed.zero_config.compute_grad_norm)
+    assert stage == 0 or parsed.zero_config.reduce_bucket_size == 1000
     assert parsed.optimizer_name is None and parsed.scheduler_name is None and parsed.zero_allow_untested_optimizer
 
 

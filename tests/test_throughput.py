@@ -85,7 +85,7 @@ def test_every_lever_is_moved_beside_the_engine(result: dict[str, Any]) -> None:
     off = ("optimizer", "kernels", "sampler", "attention", "dead_compute", "shared_context")
     names = [
         *(f"without {name}" for name in off),
-        *(f"with {name}" for name in ("checkpointing", "deterministic", "packed")),
+        *(f"with {name}" for name in ("checkpointing", "deterministic", "packed", "token_budget")),
     ]
     model = result["model"]
     assert [row["contender"] for row in model["rows"]] == ["engine", *names]

@@ -149,7 +149,7 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
         moments=8 * count.total / sharded,
         ema=4 * count.encoder / sharded,
         teacher=size * count.encoder * (2 if stage == 3 and ranks > 1 else 1),
-        buckets=size * min(BUCKET, count.total) if stage else 0,
+        buckets=size * min(BUCKET, count.total) if stage == 3 or (stage and ranks > 1) else 0,
         gathered=size * min(count.total, LIVE) if stage == 3 and ranks > 1 else 0,
         gradients=gradients * (2 if stage == 2 and config.batch(ranks).accumulation > 1 else 1),
         activations=trained + B * N * (2 * config.vit.embed_dim + 2 * _hidden(config.vit)) * size,
@@ -170,7 +170,7 @@ def report(config: Config, world_size: int) -> str:
     return "\n\n".join(
         [
             config.to_yaml().rstrip(),
-            "DeepSpeed: " + dumps(deepspeed_config(config, world_size), indent=2),
+            "DeepSpeed: " + dumps(deepspeed_config(config, world_size, counts.total), indent=2),
             f"{batch.micro_batch} images x {batch.accumulation} accumulated x {ranks} = {batch.global_batch} a step\n"
             f"{config.grid**2} patches an image; on average {tokens.context:.1f} in a context, "
             f"{tokens.target:.1f} in a target, {tokens.rows:.1f} rows of the target encoder wanted",

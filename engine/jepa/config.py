@@ -325,6 +325,18 @@ class Config(_Section):
         """Whether a loss reads the target encoder's output at patches that are in no target."""
         return self.has_projector and self.loss.vicreg_on == "context"
 
+    @property
+    def gated(self) -> bool:
+        """Whether the gradient's norm, clipping and the decision to skip a step are taken here, on the device.
+
+        DeepSpeed's own way reads several numbers back to the host in a step, each of which empties the GPU's queue. It
+        can be told not to at stages 1 and 2, and at stage 0 in fp32 it has none. At stage 3, at stage 0 in bf16, and
+        with an optimizer that cannot be gated, its way stands.
+        """
+        stage = self.engine.zero_stage
+        here = stage in (1, 2) or (stage == 0 and self.precision == "fp32")
+        return here and self.engine.optimizer in ("adamw_ema", "torch")
+
     def compiles(self, device_type: str) -> bool:
         default = device_type == "cuda" and self.engine.zero_stage < 3
         return default if self.engine.compile is None else self.engine.compile
@@ -630,29 +642,35 @@ LIVE = (
 )
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's config (0.19) of this run on `world_size` ranks. Raises ConfigError as `Config.batch` does.
+def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's config (0.19) of this run of so many parameters on `world_size` ranks. Raises ConfigError as
+    `Config.batch` does.
 
-    Optimizer and schedules are not in it: both are the engine's own (jepa.optimizer, jepa.schedules). Gradients are
-    reduced in the training precision. DeepSpeed's throughput timer is off: it waits for the GPU twice a step.
+    Optimizer and schedules are not in it: both are the engine's own (jepa.optimizer, jepa.schedules), and so are norm,
+    overflow check and clipping where `Config.gated`. Gradients are reduced in the training precision. DeepSpeed's
+    throughput timer is off: it waits for the GPU twice a step.
     """
-    batch = config.batch(world_size)
-    zero: dict[str, Any] = {"stage": config.engine.zero_stage}
-    if config.engine.zero_stage:
-        zero |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-        zero |= {"overlap_comm": config.engine.overlap_comm and world_size > 1} if config.engine.zero_stage < 3 else {}
-    if config.engine.zero_stage == 3:
+    batch, stage, bf16 = config.batch(world_size), config.engine.zero_stage, config.precision == "bf16"
+    zero: dict[str, Any] = {"stage": stage}
+    half: dict[str, Any] = {"enabled": bf16}
+    if stage:  # buckets are memory: no more than the model needs
+        zero |= {"reduce_bucket_size": min(BUCKET, parameters), "allgather_bucket_size": BUCKET}
+    if stage in (1, 2):  # buckets and their stream are for sending: one rank sends nothing
+        zero |= {"overlap_comm": config.engine.overlap_comm and world_size > 1, "contiguous_gradients": world_size > 1}
+    if stage == 3:
         zero |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE}
+    if stage and config.gated:
+        zero["compute_grad_norm"] = half["check_grad_overflow"] = False
     return {
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
         "train_batch_size": batch.global_batch,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": half,
         "communication_data_type": config.precision,
         "timers": {"throughput": {"enabled": False}},
-        "gradient_clipping": config.optimization.clip_grad or 0.0,
+        "gradient_clipping": 0.0 if config.gated else config.optimization.clip_grad or 0.0,
         "wall_clock_breakdown": False,
     }
 

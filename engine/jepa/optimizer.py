@@ -1,8 +1,9 @@
 """Which AdamW a run uses (`engine.optimizer`): our one-pass AdamWEMA, or a stock one with the average beside it.
 
 To the rest of the engine they are the same: `state[p]` holds `exp_avg`, `exp_avg_sq` and `ema` in fp32, `set_copies`
-names where the rounded average is written too, and `gate`, where there is one (`gated`), says what the next step
-multiplies the gradient by and whether it may happen at all. Both are read on the device: the host waits for neither.
+names where the rounded average is written too, and `gate`, where it is used (`gated`, `Config.gated`), says what the
+next step multiplies the gradient by and whether it may happen at all. Both are read on the device: the host waits for
+neither.
 `reads_tensors`: learning rate, weight decay and momentum may be tensors, which are read there as well.
 """
 
@@ -28,7 +29,8 @@ HOW_TO_GET = {
 class Gated(AdamWEMA):
     """AdamWEMA whose `gate` outlasts the way through DeepSpeed, which calls `step()` without arguments."""
 
-    gated = reads_tensors = True
+    gated: bool
+    reads_tensors = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,7 +47,8 @@ class Gated(AdamWEMA):
 class Averaged:
     """Put before a stock AdamW: it also keeps `state[p]["ema"]` where the group says so, by a second pass."""
 
-    gated = reads_tensors = False
+    gated: bool
+    reads_tensors = False
     param_groups: list[dict[str, Any]]
     state: Any
 
@@ -78,8 +81,6 @@ class Averaged:
 class FusedAdamW(Averaged, torch.optim.AdamW):
     """torch's fused AdamW, which reads `grad_scale` and `found_inf` off itself."""
 
-    gated = True
-
     def gate(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """As `Gated.gate`. (torch divides by its scale.)"""
         self.grad_scale = None if grad_scale is None else 1 / grad_scale
@@ -97,12 +98,16 @@ def make_optimizer(config: Config, groups: list[dict[str, Any]], device: torch.d
     """
     name, settings = config.engine.optimizer, config.optimization
     options: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0}
-    if name == "adamw_ema":
-        return Gated(groups, **options, capturable=True)
     stock = [group | {"momentum": 0.0} for group in groups]
-    if name == "torch":
-        return FusedAdamW(stock, **options, fused=True)
-    return foreign(name, device)(stock, **options)
+    optimizer: Any
+    if name == "adamw_ema":
+        optimizer = Gated(groups, **options, capturable=True)
+    elif name == "torch":
+        optimizer = FusedAdamW(stock, **options, fused=True)
+    else:
+        optimizer = foreign(name, device)(stock, **options)
+    optimizer.gated = config.gated
+    return optimizer
 
 
 def foreign(name: str, device: torch.device) -> type:

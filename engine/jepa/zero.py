@@ -41,22 +41,15 @@ def start(model: JepaModel, config: Config) -> Any:
     deepspeed.utils.logger.setLevel(logging.ERROR)  # what it warns of, a foreign optimizer and skipped steps, is meant
     # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing; it is forgotten here.
     optimizer: Any = make_optimizer(config, param_groups(model), next(model.parameters()).device)
-    settings = deepspeed_config(config, dist.get_world_size())
-    if bucket := settings["zero_optimization"].get("reduce_bucket_size"):  # it is memory: no more than the model needs
-        settings["zero_optimization"]["reduce_bucket_size"] = min(bucket, sum(p.numel() for p in model.parameters()))
-    if _is_gated_here(optimizer, config.engine.zero_stage, config.precision == "bf16"):
-        settings["gradient_clipping"] = 0.0
-        if config.engine.zero_stage:
-            settings["zero_optimization"]["compute_grad_norm"] = False
-            settings["bf16"]["check_grad_overflow"] = False
+    settings = deepspeed_config(config, dist.get_world_size(), sum(p.numel() for p in model.parameters()))
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     optimizer.state.clear()
     for group in optimizer.param_groups:
         group.pop("step", None)
     if config.engine.zero_stage in (1, 2):
-        if dist.get_world_size() == 1:  # the mean of one gradient is itself: 12 bytes a parameter not moved
-            engine.optimizer.average_tensor = lambda tensor, dtype: None
+        if dist.get_world_size() == 1:  # the mean of one gradient is itself: it stays where the backward wrote it
+            engine.optimizer.buffered_reduce_fallback = lambda *args, **kwargs: None
         if optimizer.reads_tensors:
             _join_passes(engine)
     return engine
@@ -110,8 +103,7 @@ def pacemaker(engine: Any, device: torch.device) -> torch.device:
     """Where the scheduled numbers are looked up: on the device, where the step is gated there and its optimizer reads
     them there, else on the CPU."""
     optimizer = engine.basic_optimizer
-    gated = _is_gated_here(optimizer, engine.zero_optimization_stage(), engine.bfloat16_enabled())
-    return device if gated and optimizer.reads_tensors else torch.device("cpu")
+    return device if optimizer.gated and optimizer.reads_tensors else torch.device("cpu")
 
 
 def schedule(engine: Any, numbers: Tensor) -> None:
@@ -128,7 +120,7 @@ def step(engine: Any, clip_grad: float | None = None) -> Outcome | None:
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
-    if not _is_gated_here(engine.basic_optimizer, engine.zero_optimization_stage(), engine.bfloat16_enabled()):
+    if not engine.basic_optimizer.gated:
         engine.step()
         norm = engine.get_global_grad_norm()
         norm = None if norm is None else torch.as_tensor(float(norm))
@@ -138,16 +130,6 @@ def step(engine: Any, clip_grad: float | None = None) -> Outcome | None:
     engine.basic_optimizer.gate(scale, (~norm.isfinite()).float())
     engine.step()
     return Outcome(norm.isfinite(), norm)
-
-
-def _is_gated_here(optimizer: Any, stage: int, bf16: bool) -> bool:
-    """Whether the gradient's norm, clipping and the decision to skip are taken here, on the device.
-
-    DeepSpeed's own way reads several numbers back to the host in a step, each of which empties the GPU's queue. It can
-    be told not to at stages 1 and 2, and at stage 0 in fp32 it has none. At stage 3, at stage 0 in bf16, and with an
-    optimizer that cannot be gated, its way stands.
-    """
-    return optimizer.gated and (stage in (1, 2) or (stage == 0 and not bf16))
 
 
 def _gradient_norm(engine: Any) -> Tensor:
