@@ -30,7 +30,6 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from jepa import budget, zero
-from jepa import config as config_module
 from jepa.config import Config, load_config, parse_config
 from jepa.masks import sample_masks
 from jepa.objective import JepaModel
@@ -138,8 +137,8 @@ def rank(me: int, world_size: int, folder: str, cases: list[tuple[int, str, int]
     dist.init_process_group("gloo", store=store, rank=me, world_size=world_size)
     torch.set_num_threads(1)
     # A fraction of this model, as the buffers are of the large ones.
-    config_module.BUCKET = budget.BUCKET = 500_000
-    config_module.LIVE = budget.LIVE = 1_000_000
+    zero.BUCKET = budget.BUCKET = 500_000
+    zero.LIVE = budget.LIVE = 1_000_000
     figures = []
     for case in cases:
         config = small(*case)

@@ -36,11 +36,11 @@ import torch.multiprocessing as mp
 from machine import ROOT, provenance
 from runners import Synthetic
 
-from jepa import config as config_module
 from jepa import distributed, zero
 from jepa.budget import flops_per_image, parameters
-from jepa.config import LIVE, Config, load_config, parse_config
+from jepa.config import Config, load_config, parse_config
 from jepa.objective import JepaModel
+from jepa.zero import LIVE
 from train import start_model, take_step
 
 IMAGENET, EPOCHS, PAPER_HOURS, PAPER_GPUS = 1_281_167, 300, 72, 16  # arXiv 2301.08243: "in under 72 hours"
@@ -74,7 +74,7 @@ class Sent:
 
 
 def traffic(config: Config, ranks: int, accumulation: int, live: int = LIVE) -> list[Sent]:
-    """What a rank of `ranks` takes part in during a step of `accumulation` micro-batches; `live`: jepa.config.LIVE."""
+    """What a rank of `ranks` takes part in during a step of `accumulation` micro-batches; `live`: jepa.zero.LIVE."""
     count, size, stage = parameters(config), 2 if config.precision == "bf16" else 4, config.engine.zero_stage
     whole = size * count.total
     if ranks == 1 and stage in (1, 2):
@@ -166,7 +166,7 @@ def one_rank(rank: int, world_size: int, folder: str, configs: list[Config]) -> 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-    config_module.LIVE = 1  # as a large model meets it: nothing is kept from the forward to the backward
+    zero.LIVE = 1  # as a large model meets it: nothing is kept from the forward to the backward
     seen: Counter[str] = Counter()
     count_collectives(seen)
     store = dist.FileStore(f"{folder}/store", world_size)

@@ -443,6 +443,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     say(f"{provenance(ranks.device)['hardware']}, {ranks.world_size} rank(s), {config.precision}")
     result = provenance(ranks.device) | {"ranks": ranks.world_size, "batch": config.data.batch_size}
+    if args.against:  # where it lies is nobody's business
+        result["command"] = result["command"].replace(args.against, "reference=CHECKOUT")
     result["config"] = config.model_dump(mode="json")
     if "model" not in args.mode and (args.against or args.more or {*args.without} - {"all", "prefetch"}):
         raise ConfigError(["--against, --with, --without: but for prefetch they show in --mode model only"])

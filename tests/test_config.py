@@ -12,7 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa.config import KEYS, SECTIONS, Config, ConfigError, deepspeed_config, load_config, parse_config
+from jepa.config import KEYS, SECTIONS, Config, ConfigError, load_config, parse_config
+from jepa.zero import deepspeed_config
 
 CONFIGS = Path(__file__).parents[1] / "engine/configs"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))

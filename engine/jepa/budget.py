@@ -14,9 +14,10 @@ from itertools import pairwise
 from json import dumps
 from typing import NamedTuple
 
-from .config import BUCKET, LIVE, Config, Size, deepspeed_config
+from .config import Config, Size
 from .masks import MaskSpec, sample_masks
 from .tokens import target_rows
+from .zero import BUCKET, LIVE, deepspeed_config
 
 
 class Kept(NamedTuple):

@@ -1,4 +1,4 @@
-"""DeepSpeed: how a run starts it, and where it keeps the fp32 weights of each parameter at any ZeRO stage.
+"""DeepSpeed: its config, how a run starts it, and where it keeps the fp32 weights of each parameter at any ZeRO stage.
 
 An optimizer under ZeRO sees flat fp32 tensors, not the model's parameters. `flats` is the map between the two: each
 rank's fp32 tensors, and which part of which named parameter lies where in them. The optimizer's state (moments, EMA)
@@ -17,9 +17,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .config import Config, deepspeed_config
+from .config import Config
 from .objective import JepaModel
 from .optimizer import make_optimizer
+
+BUCKET = 50_000_000  # elements; DeepSpeed's default, 5e8, makes one buffer larger than most of these models
+LIVE = 100_000_000  # elements that ZeRO-3 keeps gathered; by default, 1e9, it would keep a ViT-H until its backward
+
+
+def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's config (0.19) of this run of so many parameters on `world_size` ranks. Raises ConfigError as
+    `Config.batch` does.
+
+    Optimizer and schedules are not in it: both are the engine's own (jepa.optimizer, jepa.schedules), and so are norm,
+    overflow check and clipping where `Config.gated`. Gradients are reduced in the training precision. DeepSpeed's
+    throughput timer is off: it waits for the GPU twice a step.
+    """
+    batch, stage, bf16 = config.batch(world_size), config.engine.zero_stage, config.precision == "bf16"
+    zero: dict[str, Any] = {"stage": stage}
+    half: dict[str, Any] = {"enabled": bf16}
+    if stage:  # buckets are memory: no more than the model needs
+        zero |= {"reduce_bucket_size": min(BUCKET, parameters), "allgather_bucket_size": BUCKET}
+    if stage in (1, 2):  # buckets and their stream are for sending: one rank sends nothing
+        zero |= {"overlap_comm": config.engine.overlap_comm and world_size > 1, "contiguous_gradients": world_size > 1}
+    if stage == 3:
+        zero |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE}
+    if stage and config.gated:
+        zero["compute_grad_norm"] = half["check_grad_overflow"] = False
+    return {
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.accumulation,
+        "train_batch_size": batch.global_batch,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": half,
+        "communication_data_type": config.precision,
+        "timers": {"throughput": {"enabled": False}},
+        "gradient_clipping": 0.0 if config.gated else config.optimization.clip_grad or 0.0,
+        "wall_clock_breakdown": False,
+    }
 
 
 def param_groups(model: JepaModel) -> list[dict[str, Any]]:
