@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := kernels engine benchmarks tests setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test soak lint bench sanitize clean
+.PHONY: setup demo test soak lint bench bench-gpu sanitize clean
 
 setup: .venv/installed
 
@@ -44,6 +44,14 @@ sanitize: setup
 bench: setup
 	$(BIN)/python benchmarks/kernels.py --device cpu
 	$(BIN)/python benchmarks/masks.py
+
+# On a GPU, CHECKOUT being one of the published code: fills benchmarks/results.
+bench-gpu: setup
+	$(BIN)/python benchmarks/kernels.py --device cuda
+	for model in vit_huge_14 vit_large_16 vit_giant_16; do $(BIN)/python benchmarks/blocks.py --device cuda --model $$model; done
+	$(BIN)/python benchmarks/throughput.py --config engine/configs/in1k_vith14_ep300_ijepa.yaml --device cuda \
+		--without all --with all --against reference=$(CHECKOUT) --reference-sdpa --reference-compile \
+		engine.global_batch_size=null data.root_path=images
 
 clean:
 	rm -rf .venv build runs/demo data/demo

@@ -110,6 +110,7 @@ def main() -> None:
     for name, default in {"steps": 20, "batch": 32, "image": 128, "width": 192, "depth": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     args = parser.parse_args()
+    torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # which only the plain loop's convolution would use
     grid = args.image // PATCH
     kinds = {"off": [Plain], "on": [Kernels], "both": [Plain, Kernels]}[args.kernels]
@@ -130,7 +131,8 @@ def main() -> None:
             losses[i].append(loss.item())
             times[i].append((middle - start, end - middle, end - start))
     print("plain: every patch embedded, indexing, AdamW(fused=True), torch._foreach_lerp_")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {args}")
+    sizes = f"{args.batch} images of {args.image} px, width {args.width}, depth {args.depth}, {args.steps} steps"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {args.device}: {sizes}")
     if len(sides) == 2:
         worst = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
         print(f"loss {losses[0][0]:.6f} ... {losses[0][-1]:.6f}, largest relative difference in a step {worst:.1e}")

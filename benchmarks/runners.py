@@ -97,9 +97,14 @@ class Engine:
 
     @contextlib.contextmanager
     def timing_parts(self) -> Iterator[None]:
-        """Times the end of a step, and its optimizer's share, for as long as this is open; these steps do not count."""
-        spans: dict[str, list[tuple[Any, Any]]] = {"optimizer and average": [], "whole end of step": []}
-        wrapped = [(self.engine.basic_optimizer, "optimizer and average"), (self.engine, "whole end of step")]
+        """Times the end of a step, from its backward to its teacher, and the optimizer's share, for as long as this is
+        open; these steps do not count."""
+        marks: dict[str, list[tuple[Any, Any]]] = {"backward": [], "optimizer and average": [], "teacher": []}
+        wrapped = [
+            (self.engine, "backward", "backward"),
+            (self.engine.basic_optimizer, "step", "optimizer and average"),
+            (self.teacher, "follow", "teacher"),
+        ]
 
         def timed(call: Callable[..., Any], into: list[tuple[Any, Any]]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -110,15 +115,20 @@ class Engine:
 
             return run
 
-        for owner, part in wrapped:
-            owner.step = timed(owner.step, spans[part])
-        steps = len(self.times.seconds)
+        for owner, name, part in wrapped:
+            setattr(owner, name, timed(getattr(owner, name), marks[part]))
+        before = len(self.times.seconds)
         yield
-        for owner, part in wrapped:
-            del owner.step
-            total = sum(self.clock.seconds(*span) for span in spans[part])
-            self.times.parts[part] = total / max(1, len(self.times.seconds) - steps)
-        del self.times.seconds[steps:], self.times.tokens[steps:]
+        for owner, name, _ in wrapped:
+            delattr(owner, name)
+        steps = len(marks["teacher"])
+        micro_batches = self.config.batch(self.ranks.world_size).accumulation
+        backwards = marks["backward"][micro_batches - 1 :: micro_batches]  # the last one of each step
+        optimizer = sum(self.clock.seconds(*span) for span in marks["optimizer and average"])
+        end = sum(self.clock.seconds(a[1], b[1]) for a, b in zip(backwards, marks["teacher"], strict=True))
+        self.times.parts["optimizer and average"] = optimizer / max(1, steps)
+        self.times.parts["whole end of step"] = end / max(1, steps)
+        del self.times.seconds[before:], self.times.tokens[before:]
 
     def close(self) -> None:
         self.engine.destroy()
@@ -152,7 +162,7 @@ class Reference:
         steps, self.ends = len(self.times.seconds), []
         yield
         ends = [self.clock.seconds(*span) for span in self.ends]
-        self.times.parts["optimizer and average"] = sum(ends) / max(1, len(ends))
+        self.times.parts["whole end of step"] = sum(ends) / max(1, len(ends))
         del self.times.seconds[steps:], self.times.tokens[steps:]
 
     def close(self) -> None:

@@ -132,7 +132,8 @@ def figures(contender: Contender, rates: dict[str, float | None]) -> dict[str, A
     config, times, ranks = contender.config, contender.times, contender.ranks
     micro, accumulation, _ = config.batch(ranks.world_size)
     images = micro * accumulation
-    work = [images * flops_per_image(config, tokens).total for tokens in times.tokens]
+    needed = parse_config(config.model_dump(), ["engine.dead_compute=false"])  # what no loss reads counts for nobody
+    work = [images * flops_per_image(needed, tokens).total for tokens in times.tokens]
     seconds = statistics.mean(times.seconds)
     row = {
         "contender": contender.name,
@@ -270,8 +271,10 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
                 with other.timing_parts():
                     measure([other], images, args.warmup, min(args.steps, 5), args.block, bar)
                 rows.append(figures(other, rates) | {"beside": base.times.seconds[before:]})
-            except torch.OutOfMemoryError:
-                rows.append({"contender": name, "failed": "out of memory"})
+            except (
+                Exception
+            ) as error:  # what was measured of the others is kept, and the exit code says that one failed
+                rows.append({"contender": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]})
             finally:
                 if other is not None:
                     other.close()
@@ -306,13 +309,17 @@ def run_train(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
 
 def report(result: dict[str, Any]) -> str:
     """The tables, in Markdown."""
-    lines = [f"{result['hardware']}; torch {result['versions']['torch']}, commit {result['commit']}"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    driver = f", driver {result['driver']}" if result["driver"] else ""
+    lines = [f"{result['hardware']}{driver}; {versions}; commit {result['commit']}"]
     lines += [f"`{result['command']}`, {result['ranks']} rank(s), {result['batch']} images a step and rank"]
     for mode in ("model", "train"):
         if mode not in result:
             continue
         part = result[mode]
-        head = ["", "images/s", "step ms", "p50", "p95", "of matmul", "of data sheet", "peak MB", "data wait ms"]
+        pairs = part.get("times_longer", {})
+        head = ["", "images/s", "step ms", "p50", "p95", "of matmul", "of data sheet", "peak MB"]
+        head += ["x engine's step, in pairs", "recompiled"] if mode == "model" else ["data wait ms", "recompiled"]
         lines += ["", f"**{mode}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row in part["rows"]:
             if "failed" in row:
@@ -323,7 +330,8 @@ def report(result: dict[str, Any]) -> str:
             cells += [
                 *shares,
                 f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else "",
-                f"{row['data_wait_ms']:.2f}",
+                f"{pairs.get(row['contender'], 1):.3f}" if mode == "model" else f"{row['data_wait_ms']:.2f}",
+                str(row["recompiled"]),
             ]
             lines.append("| " + " | ".join([row["contender"], *cells]) + " |")
     if "model" in result:
@@ -335,6 +343,8 @@ def report(result: dict[str, Any]) -> str:
             f"{part['limit_images_per_second']:.2f} images/s at {row['gflop_per_image']:.2f} GFLOP an image "
             f"({row['context_tokens']:.1f} context tokens, {row['target_tokens']:.1f} in a target).",
             FORMULA,
+            "Contenders were timed one after another, each in turns with the engine, whose row is of the first turns: "
+            "compare the pairs.",
             "",
             "losses of 3 steps, relative to the engine's in fp32: "
             + ", ".join(f"{name} {error:.1e}" for name, error in part["loss_errors"].items()),
@@ -478,7 +488,11 @@ def main() -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if any(result.get(mode, {}).get("recompilations") for mode in ("model", "train")):
+    rows = [row for mode in ("model", "train") for row in result.get(mode, {}).get("rows", [])]
+    if failed := [row["contender"] for row in rows if "failed" in row]:
+        print(f"failed, as the table says: {', '.join(failed)}", file=sys.stderr)
+        return 1
+    if any(row["recompiled"] for row in rows):
         print("recompiled after the warm-up: give more --warmup, or mark what varies as dynamic", file=sys.stderr)
         return 1
     return 0

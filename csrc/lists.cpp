@@ -19,7 +19,29 @@ JEPA_VECTOR_CLONES void to_bfloat16(const float* __restrict from, uint16_t* __re
     }
 }
 
-using torch::headeronly::Half;
+// float16 as bits: its exponent's bias is 112 smaller, and its subnormals are put right by one sum of floats.
+JEPA_VECTOR_CLONES void from_float16(const uint16_t* __restrict from, float* __restrict to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t half = from[i], bits = (half & 0x7fff) << 13, exponent = bits & 0x0f800000;
+        const uint32_t normal = bits + (112u << 23) + (exponent == 0x0f800000 ? 112u << 23 : 0);  // or inf, or NaN
+        const float small = std::bit_cast<float>(bits + (113u << 23)) - std::bit_cast<float>(113u << 23);
+        const uint32_t size = exponent == 0 ? std::bit_cast<uint32_t>(small) : normal;
+        to[i] = std::bit_cast<float>(size | (half & 0x8000) << 16);
+    }
+}
+
+JEPA_VECTOR_CLONES void to_float16(const float* __restrict from, uint16_t* __restrict to, int64_t n) {
+    constexpr uint32_t kRound = 126u << 23;  // 0.5: the last bit of a sum with it is float16's smallest number
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = std::bit_cast<uint32_t>(from[i]), size = bits & 0x7fffffff;
+        const uint32_t normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+        const float sum = std::bit_cast<float>(size) + std::bit_cast<float>(kRound);
+        const uint32_t small = std::bit_cast<uint32_t>(sum) - kRound;
+        const uint32_t large = size > 0x7f800000 ? 0x7e00 : 0x7c00;
+        const uint32_t half = size >= 0x47800000 ? large : size < (113u << 23) ? small : normal;
+        to[i] = static_cast<uint16_t>(half | (bits & 0x80000000) >> 16);
+    }
+}
 
 }  // namespace
 
@@ -35,7 +57,7 @@ float* read(const Flat& t, int64_t from, int64_t n, float* buffer) {
             from_bfloat16(static_cast<const uint16_t*>(t.data) + from, buffer, n);
             return buffer;
         default:
-            std::copy_n(static_cast<const Half*>(t.data) + from, n, buffer);
+            from_float16(static_cast<const uint16_t*>(t.data) + from, buffer, n);
             return buffer;
     }
 }
@@ -50,7 +72,7 @@ void write(const Flat& t, int64_t from, int64_t n, const float* values) {
             to_bfloat16(values, static_cast<uint16_t*>(t.data) + from, n);
             break;
         default:
-            std::copy_n(values, n, static_cast<Half*>(t.data) + from);
+            to_float16(values, static_cast<uint16_t*>(t.data) + from, n);
     }
 }
 

@@ -62,9 +62,14 @@ JEPA_VECTOR_CLONES A row_loss(const P* p, A* y, P* grad, int64_t D, A fraction) 
     return total(losses);
 }
 
-template <class T>
-JEPA_VECTOR_CLONES void multiply(T* x, Wide<T> weight, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) x[i] = static_cast<T>(static_cast<Wide<T>>(x[i]) * weight);
+// Where the loss is linear every element is +- fraction, and off by its rounding: there it is multiplied unrounded.
+template <class T, class A = Wide<T>>
+JEPA_VECTOR_CLONES void multiply(T* x, A weight, A fraction, int64_t n) {
+    const A stored = static_cast<A>(static_cast<T>(fraction));
+    for (int64_t i = 0; i < n; ++i) {
+        const A y = static_cast<A>(x[i]);
+        x[i] = static_cast<T>((y == stored ? fraction : y == -stored ? -fraction : y) * weight);
+    }
 }
 
 // 1 / numel as the fraction that the gradient is stored with and, for float16, the power of two that it is not.
@@ -128,14 +133,15 @@ void prediction_loss_scale_(const Tensor& grad, const Tensor& grad_losses_M) {
     const Tensor grad_losses = torch::stable::contiguous(grad_losses_M);
     STD_TORCH_CHECK(grad.is_contiguous() && grad_losses.scalar_type() == wide_of(grad) && block * M == grad.numel(),
                     "prediction_loss_scale_: grad must be contiguous, M blocks of it, and grad_losses wide");
-    const double power = unit(grad).second * static_cast<double>(M);
+    const std::pair<double, double> one = unit(grad);
+    const double power = one.second * static_cast<double>(M);
     dispatch(grad.scalar_type(), [&](auto type) {
         using T = decltype(type);
         for (int64_t m = 0; m < M; ++m) {
             const auto weight = static_cast<Wide<T>>(pointer<const Wide<T>>(grad_losses)[m] * power);
             if (weight == 1) continue;
             torch::stable::parallel_for(0, block, kGrain, [&](int64_t begin, int64_t end) {
-                multiply(pointer<T>(grad) + m * block + begin, weight, end - begin);
+                multiply(pointer<T>(grad) + m * block + begin, weight, static_cast<Wide<T>>(one.first), end - begin);
             });
         }
     });

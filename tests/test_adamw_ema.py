@@ -290,6 +290,59 @@ def test_copies_follow(dtype):
     assert torch.equal(copies[0][2], old) and not torch.equal(old, params[2].detach().to(dtype))
 
 
+def test_a_state_of_another_layout_is_refused_at_the_same_address_too(device):
+    p = Parameter(torch.randn(64, 32, device=device))
+    optimizer = AdamWEMA([p])
+    for _ in range(2):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    before = [x.clone() for x in everything(optimizer)]
+    for name in ("exp_avg", "exp_avg_sq", "ema"):
+        right = optimizer.state[p][name]
+        optimizer.state[p][name] = right.view(32, 64).T  # the same memory, read in another order
+        with pytest.raises(ValueError, match=f"state '{name}'"):
+            optimizer.step()
+        optimizer.state[p][name] = right
+    assert equal(before, everything(optimizer))
+
+
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+def test_a_teachers_weight_stays_the_average_when_a_state_is_loaded(device):
+    student, teacher = (torch.nn.Linear(7, 5, device=device) for _ in range(2))
+    optimizer = AdamWEMA(student.parameters())
+    for p, average in zip(student.parameters(), teacher.parameters(), strict=True):
+        optimizer.state[p]["ema"] = average.data
+
+    def step() -> None:
+        student(torch.randn(3, 7, device=device)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    saved, averages = copy.deepcopy(optimizer.state_dict()), [x.clone() for x in teacher.parameters()]
+    step()
+    assert not equal([x.data for x in teacher.parameters()], averages)
+    optimizer.load_state_dict(saved)
+    assert equal([x.data for x in teacher.parameters()], averages)
+    step()
+    assert not equal([x.data for x in teacher.parameters()], averages)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "differentiable"])
+def test_what_only_torchs_adamw_can_do_is_refused(option):
+    p = Parameter(torch.randn(3))
+    with pytest.raises(ValueError, match=option):
+        AdamWEMA([{"params": [p], option: True}])
+    stock = torch.optim.AdamW([p], **{option: True})
+    optimizer = AdamWEMA([p])
+    optimizer.load_state_dict(stock.state_dict())
+    p.grad = torch.randn(3)
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match=option):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
 def test_any_dense_layout(device):
     """A step depends on the values, not on the strides of weight and gradient."""
     shape = (4, 3, 6, 5)

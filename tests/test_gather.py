@@ -164,7 +164,9 @@ def test_the_kernel_asserts_its_index(monkeypatch):
         (torch.ones(2, 3), torch.zeros(2, 1, dtype=torch.int64), "x"),
         (torch.ones(2, 3, 4, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64), "x"),
         (torch.ones(2, 3, 4).to(torch.float8_e4m3fn), torch.zeros(2, 1, dtype=torch.int64), "x"),
+        ([[[1.0]]], torch.zeros(1, 1, dtype=torch.int64), "x"),
         (torch.ones(2, 3, 4), torch.zeros(2, 1, dtype=torch.int32), "index"),
+        (torch.ones(2, 3, 4), [[0], [1]], "index"),
         (torch.ones(2, 3, 4), torch.zeros(3, 1, dtype=torch.int64), "index"),
         (torch.ones(2, 3, 4), torch.zeros(2, dtype=torch.int64), "index"),
         (torch.ones(2, 3, 4), torch.zeros(2, 1, dtype=torch.int64, device="meta"), "index"),
@@ -201,3 +203,9 @@ def test_addresses_beyond_32_bits_on_a_gpu():
     y = gather_triton(x, index)
     assert torch.equal(y[0, 0], x[0, N - 2]) and not y[0, 1].any()
     assert torch.equal(gather_backward_triton(y, index, N), x)
+
+
+def test_an_index_in_a_parameter_is_read_too():
+    index = torch.nn.Parameter(torch.full((2, 1), 3), requires_grad=False)
+    with pytest.raises(ValueError, match="index holds 3"):
+        gather_tokens(torch.ones(2, 3, 4), index)

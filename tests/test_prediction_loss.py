@@ -117,6 +117,30 @@ def test_gradient_of_any_mix_of_blocks(kernel, dtype):
     assert ((pred_.grad.cpu().view(3, -1) - expected).abs() <= budget).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight", [0.7, 1 / 3, -1.5, 3.0])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weighted_16_bit_gradients_are_rounded_twice_and_not_biased(kernel, dtype, weight, compiled):
+    """The first rounding is at most twice as coarse as the second: sqrt(1 + 4) of one. Where the loss is linear all
+    elements are equal, and an error of theirs would be a bias."""
+    if compiled and kernel == "triton":
+        pytest.skip("the interpreter cannot be traced")
+    torch._dynamo.reset()  # each weight is another graph
+    for shape in ((2, 2, 50, 31, 640), (3, 2, 11, 5, 24)):
+        pred, target, index = inputs(*shape, dtype)
+        expected = weight * oracle(pred, target, index)[1]
+        pred_, target_, index_ = on(kernel, pred, target, index)
+        pred_.requires_grad_()
+        scale = 2**14 if dtype == torch.float16 else 1
+
+        def loss(*args: Tensor, scale: int = scale) -> Tensor:
+            return scale * weight * prediction_loss(*args)
+
+        (torch.compile(loss, fullgraph=True) if compiled else loss)(pred_, target_, index_).backward()
+        off = pred_.grad.cpu().double() / scale - expected
+        assert rms(off) <= 5**0.5 * rms(rounding(scale * expected, dtype, kernel == "triton") / scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kept_graph_gives_its_gradient_again(kernel, dtype):
     """Under other weights each time, into a leaf that accumulates; the last backward may consume the graph."""

@@ -286,3 +286,11 @@ def test_bad_arguments_are_named(changed, name):
     inputs = random_inputs((2, 3, 4, 5, 7, 8), *DTYPES[0])
     with pytest.raises(ValueError, match=f"predictor_tokens: {name} (must be|requires)"):
         predictor_tokens(**(dict(zip(names, inputs, strict=True)) | changed))
+
+
+@torch.no_grad()
+def test_learned_positions_may_be_read_without_a_gradient():
+    context, context_index, target_index, pos, mask_token = random_inputs((2, 3, 4, 5, 7, 8), *DTYPES[0])
+    learned = torch.nn.Parameter(pos.clone())
+    tokens = predictor_tokens(context, context_index, target_index, learned, mask_token)
+    assert torch.equal(tokens, predictor_tokens(context, context_index, target_index, pos, mask_token))

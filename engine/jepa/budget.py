@@ -159,7 +159,7 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
 
 
 def report(config: Config, world_size: int) -> str:
-    """The resolved YAML, DeepSpeed's JSON, and the tables of this file, as text. Raises ConfigError."""
+    """The whole YAML, what its nulls come to, DeepSpeed's JSON, and the tables of this file. Raises ConfigError."""
     batch = config.batch(world_size)
     tokens = mean_tokens(config)
     counts, flops, memory = (
@@ -172,6 +172,8 @@ def report(config: Config, world_size: int) -> str:
         [
             config.to_yaml().rstrip(),
             "DeepSpeed: " + dumps(deepspeed_config(config, world_size, counts.total), indent=2),
+            f"encoder {_size(config.vit)}, predictor {_size(config.predictor)}, {config.precision}, contexts cut by "
+            f"{config.cut}, blocks compiled on a GPU: {'yes' if config.compiles('cuda') else 'no'}",
             f"{batch.micro_batch} images x {batch.accumulation} accumulated x {ranks} = {batch.global_batch} a step\n"
             f"{config.grid**2} patches an image; on average {tokens.context:.1f} in a context, "
             f"{tokens.target:.1f} in a target, {tokens.rows:.1f} rows of the target encoder wanted",
@@ -186,6 +188,10 @@ def report(config: Config, world_size: int) -> str:
             ),
         ]
     )
+
+
+def _size(vit: Size) -> str:
+    return f"{vit.embed_dim} x {vit.depth} with {vit.num_heads} heads, MLPs {_hidden(vit)} wide"
 
 
 def _table(title: str, rows: dict[str, float], total: float, unit: float) -> str:

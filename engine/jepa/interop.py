@@ -65,12 +65,16 @@ def open_weights(path: str | Path, config: Config | None = None) -> Weights:
     this engine does not understand; ValueError where `config` is missing, or given and not needed.
     """
     path = Path(path)
-    published = path.is_file() and zipfile.is_zipfile(path)
-    if published != (config is not None):
-        wanted = "a config is needed: it does not say which model it holds" if published else "it has its own config"
-        raise ValueError(f"{path}: {wanted}")
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; wanted a checkpoint's folder or a file of weights")
+    published = path.is_file() and zipfile.is_zipfile(path)
+    if published != (config is not None):
+        wanted = (
+            "a config is needed: it does not say which model it holds"
+            if published
+            else "it has its own config, or is no .pth.tar of the published code"
+        )
+        raise ValueError(f"{path}: {wanted}")
     if config is not None:
         return _open_published(path, config)
     return _open_checkpoint(path) if path.is_dir() else _open_safetensors(path)
@@ -327,6 +331,9 @@ def _new(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         yield partial
+        os.umask(umask := os.umask(0))
+        for file in (partial, *partial.rglob("*")):  # safetensors makes its files the owner's alone
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
         os.rename(partial, out)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)

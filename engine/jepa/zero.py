@@ -84,11 +84,17 @@ def start(model: JepaModel, config: Config) -> Any:
     for group in optimizer.param_groups:
         group.pop("step", None)
     if config.engine.zero_stage in (1, 2):
-        if dist.get_world_size() == 1:  # the mean of one gradient is itself: it stays where the backward wrote it
-            engine.optimizer.buffered_reduce_fallback = lambda *args, **kwargs: None
+        if dist.get_world_size() == 1:
+            _send_nothing(engine.optimizer)
         if optimizer.reads_tensors:
             _join_passes(engine)
     return engine
+
+
+def _send_nothing(wrapper: Any) -> None:
+    """One rank, ZeRO 1 and 2: the mean of one gradient is itself. Until the step it stays where it was written."""
+    assert not wrapper.contiguous_gradients and callable(wrapper.buffered_reduce_fallback)
+    wrapper.buffered_reduce_fallback = lambda *args, **kwargs: None
 
 
 def _join_passes(engine: Any) -> None:

@@ -55,10 +55,10 @@ class AdamWEMA(torch.optim.Optimizer):
             tensor on a GPU is not read back.)
 
     `state[p]` holds `step` (float32, 0-d) and, float32 in the layout of p, `exp_avg`, `exp_avg_sq` and `ema`. An
-    `ema` that is put there before the first step is kept: a teacher's own weight, which then is the average. (What
-    load_state_dict loads it lays out like p, in tensors of the optimizer's own.) A parameter without a gradient is left
-    out of the step, and so is its average. Weights in 16 bits are refused: AdamW's updates vanish in them. Keep float32
-    ones here and let `set_copies` write the others. copy.deepcopy and pickle take the copies along.
+    `ema` that is put there before the first step is kept: a teacher's own weight, which then is the average, and into
+    which load_state_dict writes. (The other states that it loads it lays out like p.) A parameter without a gradient is
+    left out of the step, and so is its average. Weights in 16 bits are refused: AdamW's updates vanish in them. Keep
+    float32 ones here and let `set_copies` write the others. copy.deepcopy and pickle take the copies along.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class AdamWEMA(torch.optim.Optimizer):
         return {**super().__getstate__(), "_copies": self._copies}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        linked = {p: of_p["ema"] for p, of_p in self.__dict__.get("state", {}).items() if "ema" in of_p}
         super().__setstate__(state)
         self.__dict__.setdefault("_copies", {})
         self._checked = {}
@@ -94,6 +95,10 @@ class AdamWEMA(torch.optim.Optimizer):
                     of_p[name] = torch.as_tensor(value, dtype=torch.float32)
                 elif isinstance(value, Tensor) and (value.shape, value.device) == (p.shape, p.device):
                     of_p[name] = _in_layout_of(p, value)
+            own = linked.get(p)
+            if own is not None and isinstance(of_p.get("ema"), Tensor) and own.shape == of_p["ema"].shape:
+                with torch.no_grad():
+                    of_p["ema"] = own.copy_(of_p["ema"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_options({**self.defaults, **param_group})
@@ -197,10 +202,12 @@ class AdamWEMA(torch.optim.Optimizer):
             else:  # again only where something has changed: with hundreds of parameters it would be half of a step
                 marks = (
                     *(p.data_ptr(), p.dtype, p.shape, layout, g.dtype, g.shape, layout_of_g),
-                    *(step.data_ptr(), step.dtype, m.data_ptr(), m.dtype, m.numel(), v.data_ptr(), v.dtype, v.numel()),
-                    e is not None and (e.data_ptr(), e.dtype, e.numel()),
-                    weight is not None and (weight.data_ptr(), weight.dtype, weight.numel()),
-                    average is not None and (average.data_ptr(), average.dtype, average.numel()),
+                    *(step.data_ptr(), step.dtype, step.shape),
+                    *(m.data_ptr(), m.dtype, m.shape, m.stride()),
+                    *(v.data_ptr(), v.dtype, v.shape, v.stride()),
+                    e is not None and (e.data_ptr(), e.dtype, e.shape, e.stride()),
+                    weight is not None and (weight.data_ptr(), weight.dtype, weight.shape, weight.stride()),
+                    average is not None and (average.data_ptr(), average.dtype, average.shape, average.stride()),
                 )
                 found = self._checked.get(p)
                 if found is None or found[0] != marks:
@@ -235,6 +242,9 @@ def _create(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) 
 
 
 def _check_options(options: dict[str, Any]) -> None:
+    for name in ("amsgrad", "maximize", "differentiable"):  # of a loaded state of torch's
+        if options.get(name):
+            raise ValueError(f"AdamWEMA: {name}=True is not offered here; load a state, or give a group, without it")
     for name in ("lr", "weight_decay", "momentum", "eps"):
         value = options[name]
         if isinstance(value, Tensor):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 # What "floating-point" means here. There are others, of 8 bits, that nothing is computed in.
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -12,6 +13,8 @@ ASSERTING = {"debug": True, "sanitize_overflow": False}
 
 def check_floats(op: str, name: str, x: Tensor, shape: str) -> None:
     """Raises `ValueError` unless `x` is of `FLOATS` with the axes that `shape`, "[B, N, D]", names."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor {shape}; got {type(x).__name__}")
     if x.dtype not in FLOATS or x.ndim != shape.count(",") + 1:
         raise ValueError(
             f"{op}: {name} must be float32, float64, bfloat16 or float16 {shape}; got {x.dtype} {list(x.shape)}"
@@ -24,6 +27,8 @@ def check_index(op: str, name: str, index: Tensor, sizes: tuple[int | None, ...]
     Values are read on a CPU only: on a GPU that would wait for it, so there the kernel asserts. A compiled
     call does not read them here either; the CPU kernels check again.
     """
+    if not isinstance(index, Tensor):
+        raise ValueError(f"{op}: {name} must be an int64 tensor; got {type(index).__name__}")
     fits = index.ndim == len(sizes) and all(
         want is None or have == want for have, want in zip(index.shape, sizes, strict=True)
     )
@@ -33,7 +38,7 @@ def check_index(op: str, name: str, index: Tensor, sizes: tuple[int | None, ...]
             f"{op}: {name} must be int64 of shape [{wanted}] on {like.device}; "
             f"got {index.dtype} of shape {list(index.shape)} on {index.device}"
         )
-    if torch.compiler.is_compiling() or index.device.type != "cpu" or type(index) is not Tensor:
+    if torch.compiler.is_compiling() or index.device.type != "cpu" or type(index) not in (Tensor, Parameter):
         return  # a subclass is a tracer's stand-in: it has no values
     if index.numel():
         low, high = (int(extreme) for extreme in index.aminmax())

@@ -30,7 +30,7 @@ def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float |
     Args:
         targets, sources: as many of each, pairwise of one shape, all on one device; float64, float32, bfloat16 or
             float16 in any mixture. Targets may have any dense layout (channels_last, transposed) and must not share
-            memory.
+            memory with each other or with another's source.
         momentum: in [0, 1]. A 0-d tensor on the device is read there: nothing waits for it, and a CUDA graph follows
             it. Best in float64: rounded to float32, .9999 leaves a 1 - momentum that is 2e-4 of itself off.
 

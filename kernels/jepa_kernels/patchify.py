@@ -45,6 +45,8 @@ def patchify(
         ValueError: wrong rank, dtype or device, a size that P does not divide, an index out of range (read
             on a CPU only; on a GPU the kernel asserts).
     """
+    if not isinstance(images, Tensor):
+        raise ValueError(f"patchify: images must be a uint8 tensor; got {type(images).__name__}")
     if images.ndim != 4 or images.dtype != torch.uint8 or (images.shape[1] != 3 and images.shape[3] != 3):
         raise ValueError(
             f"patchify: images must be uint8 [B, 3, H, W] or [B, H, W, 3]; got {images.dtype} {list(images.shape)}"
@@ -52,9 +54,9 @@ def patchify(
     if images.shape[1] != 3:
         images = images.permute(0, 3, 1, 2)
     B, _, H, W = images.shape
-    if patch_size < 1 or H % patch_size or W % patch_size:
+    if not isinstance(patch_size, (int, torch.SymInt)) or patch_size < 1 or H % patch_size or W % patch_size:
         raise ValueError(
-            f"patchify: patch_size must divide the image's {H} x {W} pixels; got {patch_size}. "
+            f"patchify: patch_size must be an integer that divides the image's {H} x {W} pixels; got {patch_size}. "
             "Crop or resize the images first"
         )
     if len(mean) != 3 or len(std) != 3 or not all(-math.inf < m < math.inf for m in mean):

@@ -46,8 +46,8 @@ def prediction_loss(
 
     Returns:
         A float32 scalar (float64 for float64 predictions); with `per_block` (scalar, [M] losses), the scalar
-        being their mean. Both carry gradients to `pred`. Sums are in float32 and in a fixed order. A mean
-        over nothing is NaN, as torch's is.
+        being their mean. Both carry gradients to `pred`, rounded once; a second time under a weight of the loss
+        that is no power of two. Sums are in float32 and in a fixed order. A mean over nothing is NaN, as torch's is.
 
     Raises:
         ValueError: wrong rank, dtype or device, sizes that differ, an index out of range (read on a CPU only;
@@ -97,8 +97,15 @@ def prediction_loss_ref(pred: Tensor, target_BND: Tensor, index_MBK: Tensor, wit
 def prediction_loss_scale_ref(grad: Tensor, grad_losses_M: Tensor) -> None:
     """Turns what the forward wrote into the gradient under grad_losses, in place."""
     if grad.numel():
-        M = grad_losses_M.numel()
-        grad.view(M, -1).mul_((grad_losses_M * (M * _unit(grad)[1]))[:, None])
+        M, (fraction, power) = grad_losses_M.numel(), _unit(grad)
+        rows = grad.view(M, -1)
+        rows.copy_(_unrounded(rows, grad_losses_M.new_tensor(fraction)) * (grad_losses_M * (M * power))[:, None])
+
+
+def _unrounded(grad: Tensor, fraction: Tensor) -> Tensor:
+    """Where the loss is linear all elements are +- fraction, off by its rounding: those as if not yet rounded."""
+    wide = grad.to(fraction.dtype)
+    return torch.where(wide.abs() == fraction.to(grad.dtype).to(fraction.dtype), wide.sign() * fraction, wide)
 
 
 def _unit(pred: Tensor) -> tuple[float, float]:
@@ -186,20 +193,25 @@ def _prediction_loss_kernel(
 def _prediction_loss_scale_kernel(
     grad,  # [M, R, D], R = B*K rows
     grad_losses,  # [M]
-    factor,
+    power,
     R,
     D,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    weight = tl.load(grad_losses + tl.program_id(1)) * factor
+    wide = grad_losses.dtype.element_ty
+    M = tl.num_programs(1)
+    weight = tl.load(grad_losses + tl.program_id(1)) * (M * power)
+    fraction = (1 / (R.to(tl.float64) * M * D * power)).to(wide)
+    stored = fraction.to(grad.dtype.element_ty).to(wide)
     if weight != 1:
         size = R.to(tl.int64) * D
         at = grad + tl.program_id(1) * size
         for block in range(BLOCKS):
             place = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
-            y = tl.load(at + place, place < size, other=0) * weight
-            tl.store(at + place, y.to(grad.dtype.element_ty), place < size)
+            y = tl.load(at + place, place < size, other=0).to(wide)
+            y = tl.where(y == stored, fraction, tl.where(y == -stored, -fraction, y))  # as in _unrounded
+            tl.store(at + place, (y * weight).to(grad.dtype.element_ty), place < size)
 
 
 def prediction_loss_triton(pred: Tensor, target: Tensor, index: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -223,10 +235,10 @@ def prediction_loss_triton(pred: Tensor, target: Tensor, index: Tensor, with_gra
 def prediction_loss_scale_triton(grad: Tensor, grad_losses: Tensor) -> None:
     if grad.numel():
         M = grad_losses.numel()
-        (Q, K, D), factor = grad.shape, M * _unit(grad)[1]
+        (Q, K, D), power = grad.shape, _unit(grad)[1]
         grid = triton.cdiv(Q // M * K * D, 4 * 4096), M
         with torch.cuda.device_of(grad):
-            _prediction_loss_scale_kernel[grid](grad, grad_losses.contiguous(), factor, Q // M * K, D, 4096, 4)
+            _prediction_loss_scale_kernel[grid](grad, grad_losses.contiguous(), power, Q // M * K, D, 4096, 4)
 
 
 # --- registration
@@ -271,7 +283,8 @@ class _PredictionLoss(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         if torch.compiler.is_compiling() and grad.dtype != torch.float16:  # whose power of two would be a constant
             weight = (grad_losses * len(grad_losses))[:, None].expand(-1, ctx.B).reshape(-1, 1, 1)
-            return (grad * weight).to(grad.dtype), None, None  # one kernel of the compiler's, and no copy first
+            grad = _unrounded(grad, weight.new_ones(()) / grad.numel()) * weight
+            return grad.to(ctx.saved_tensors[0].dtype), None, None  # one kernel of the compiler's, and no copy first
         if torch.compiler.is_compiling() or _graph_is_kept():
             grad = grad.clone()  # else this is its last use, and it may be scaled in place and given away
         torch.ops.jepa_kernels.prediction_loss_scale_(grad, grad_losses)

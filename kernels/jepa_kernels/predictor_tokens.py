@@ -52,11 +52,13 @@ def predictor_tokens(
                 f"{context.dtype} or float32, on {context.device}; "
                 f"got {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
             )
-    if pos.requires_grad:
+    if torch.is_grad_enabled() and pos.requires_grad:
         raise ValueError("predictor_tokens: pos requires a gradient, and gets none here; pass pos.detach()")
     check_index("predictor_tokens", "context_index", context_index, (B, Kc), pos.shape[0], context)
     check_index("predictor_tokens", "target_index", target_index, (None, B, None), pos.shape[0], context)
-    return _PredictorTokens.apply(context, context_index, target_index, pos, mask_token)
+    if torch.is_grad_enabled() and (context.requires_grad or mask_token.requires_grad):
+        return _PredictorTokens.apply(context, context_index, target_index, pos, mask_token)
+    return torch.ops.jepa_kernels.predictor_tokens(context, context_index, target_index, pos, mask_token)
 
 
 # --- reference
