@@ -234,13 +234,16 @@ def kept(config: Config, ranks: distributed.Ranks, step: int) -> Kept:
     return Kept(*(statistics.mean(column) for column in zip(*found, strict=True)))
 
 
-def host_waits(contender: Contender, images: Synthetic, first: int, steps: int = 5) -> dict[str, float] | None:
-    """What makes the host wait for the GPU, a step: CUDA's calls as the profiler sees them inside the steps, and the
-    places in the code that torch's own watch over synchronisation names. None on a CPU."""
+def host_waits(
+    contender: Contender, images: Synthetic, first: int, steps: int = 5
+) -> dict[str, dict[str, float]] | None:
+    """What makes the host wait for the GPU, a step: CUDA's `calls` as the profiler sees them inside the steps, and, the
+    same seen from elsewhere, the `places` in the code that torch's watch over synchronisation names. None on a CPU."""
     if contender.ranks.device.type != "cuda":
         return None
     torch.cuda.synchronize()
-    found: dict[str, float] = {}
+    calls: dict[str, float] = {}
+    places: dict[str, float] = {}
     with (
         profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler,
         warnings.catch_warnings(record=True) as caught,
@@ -256,9 +259,9 @@ def host_waits(contender: Contender, images: Synthetic, first: int, steps: int =
     for event in events:
         at = event.time_range.start
         if event.name in WAITS and any(span.start <= at <= span.end for span in spans):
-            found[event.name] = found.get(event.name, 0) + 1 / steps
+            calls[event.name] = calls.get(event.name, 0) + 1 / steps
     for warning in caught:
         if "synchroniz" in str(warning.message):
             place = "/".join(Path(warning.filename).parts[-3:]) + f":{warning.lineno}"
-            found[place] = found.get(place, 0) + 1 / steps
-    return found
+            places[place] = places.get(place, 0) + 1 / steps
+    return {"calls": calls, "places": places}

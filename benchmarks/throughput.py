@@ -350,7 +350,7 @@ def report(result: dict[str, Any]) -> str:
             + ", ".join(f"{name} {error:.1e}" for name, error in part["loss_errors"].items()),
             "",
             f"recompilations of the engine after the warm-up: {part['recompilations']}; host waits a step: "
-            + ("not applicable on a CPU" if waits is None else str(waits or 0)),
+            + ("not applicable on a CPU" if waits is None else _waits(**waits)),
             "",
             *(f"mask sampler {ms:.3f} ms a batch" for ms in part["parts_ms"].values()),
         ]
@@ -368,6 +368,13 @@ def report(result: dict[str, Any]) -> str:
             limit = "the model" if data >= model else "the data"
             lines.append(f"the model takes {model:.1f}: {limit} is the limit ({data / model:.2f} x)")
     return "\n".join(lines)
+
+
+def _waits(calls: dict[str, float], places: dict[str, float]) -> str:
+    named = [", ".join(f"{name} {count:.1f}" for name, count in found.items()) for found in (calls, places)]
+    return f"{sum(calls.values()):.1f}" + (
+        f" ({named[0]}; in {named[1] or 'no place that torch names'})" if calls else ""
+    )
 
 
 def picture(part: dict[str, Any], title: str, file: Path) -> None:
