@@ -45,10 +45,11 @@ bench: setup
 	$(BIN)/python benchmarks/kernels.py --device cpu
 	$(BIN)/python benchmarks/masks.py
 
-# On a GPU, CHECKOUT being one of the published code: fills benchmarks/results.
+# On a GPU: fills benchmarks/results.
 bench-gpu: setup
+	@test -d "$(CHECKOUT)/src/models" || { echo "give CHECKOUT=PATH, a checkout of facebookresearch/ijepa"; exit 2; }
 	$(BIN)/python benchmarks/kernels.py --device cuda
-	for model in vit_huge_14 vit_large_16 vit_giant_16; do $(BIN)/python benchmarks/blocks.py --device cuda --model $$model; done
+	for model in vit_huge_14 vit_large_16 vit_giant_16; do $(BIN)/python benchmarks/blocks.py --device cuda --model $$model || exit; done
 	$(BIN)/python benchmarks/throughput.py --config engine/configs/in1k_vith14_ep300_ijepa.yaml --device cuda \
 		--without all --with all --against reference=$(CHECKOUT) --reference-sdpa --reference-compile \
 		engine.global_batch_size=null data.root_path=images

@@ -271,15 +271,16 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
                 with other.timing_parts():
                     measure([other], images, args.warmup, min(args.steps, 5), args.block, bar)
                 rows.append(figures(other, rates) | {"beside": base.times.seconds[before:]})
-            except (
-                Exception
-            ) as error:  # what was measured of the others is kept, and the exit code says that one failed
+            except Exception as error:
+                # What was measured of the others is kept; the exit code says that one failed.
                 rows.append({"contender": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]})
             finally:
                 if other is not None:
                     other.close()
                 other = None
                 free()
+        if not base.times.seconds:  # every other one failed before its first turn
+            measure([base], images, args.warmup, args.steps, args.block, bar)
     base.times.seconds, base.times.tokens = base.times.seconds[: args.steps], base.times.tokens[: args.steps]
     rows.insert(0, figures(base, rates))  # in turns with the first of the others
     base.close()
@@ -372,9 +373,8 @@ def report(result: dict[str, Any]) -> str:
 
 def _waits(calls: dict[str, float], places: dict[str, float]) -> str:
     named = [", ".join(f"{name} {count:.1f}" for name, count in found.items()) for found in (calls, places)]
-    return f"{sum(calls.values()):.1f}" + (
-        f" ({named[0]}; in {named[1] or 'no place that torch names'})" if calls else ""
-    )
+    where = f" ({named[0]}; in {named[1] or 'no place that torch names'})" if calls else ""
+    return f"{sum(calls.values()):.1f}{where}"
 
 
 def picture(part: dict[str, Any], title: str, file: Path) -> None:

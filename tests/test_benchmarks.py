@@ -25,20 +25,10 @@ def run(monkeypatch):
 
 
 @pytest.mark.skipif((Path(jepa_kernels.__file__).parent / "NO_EXT").exists(), reason="it measures the CPU kernels")
-def test_every_op_is_right_and_measured(run, tmp_path):
-    run(
-        "kernels.py",
-        "--device",
-        "cpu",
-        "--size",
-        "vit_tiny_16",
-        "--batch",
-        "2",
-        "--seconds",
-        "0",
-        "--out",
-        str(tmp_path),
-    )
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_op_is_right_and_measured(run, tmp_path, dtype):
+    words = f"--device cpu --dtype {dtype} --size vit_tiny_16 --batch 2 --seconds 0 --out {tmp_path}"
+    run("kernels.py", *words.split())
     rows = json.loads((tmp_path / "kernels-cpu-vit_tiny_16.json").read_text())["rows"]
     ops = {"gather", "patchify", "predictor_tokens", "prediction_loss", "vicreg"}
     ops |= {"ema", "ema_bf16", "adamw_ema", "adamw_ema_bf16"}
@@ -59,19 +49,7 @@ def test_the_plain_loop_and_the_one_with_kernels_have_equal_losses(run, capsys):
 
 def test_blocks_are_compared(run, tmp_path):
     with pytest.raises(SystemExit) as ended:
-        run(
-            "blocks.py",
-            "--device",
-            "cpu",
-            "--model",
-            "vit_tiny_16",
-            "--batch",
-            "2",
-            "--seconds",
-            "0",
-            "--out",
-            str(tmp_path),
-        )
+        run("blocks.py", *f"--device cpu --model vit_tiny_16 --batch 2 --seconds 0 --out {tmp_path}".split())
     assert ended.value.code == 0
     result = json.loads((tmp_path / "blocks-cpu-vit_tiny_16.json").read_text())
     for row in result["attention"]:

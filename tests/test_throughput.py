@@ -1,6 +1,7 @@
 # ruff: noqa: E402  the benchmarks are no package: their folder is put on sys.path first
 """benchmarks/throughput.py and scaling.py on a tiny model: figures agree with one another and with torch's counts."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -141,6 +142,28 @@ def one_is_wrong() -> str:
 def test_nothing_is_timed_where_losses_differ() -> None:
     (said,) = run_ranks(1, one_is_wrong)
     assert "'others': '3.0e-05'" in said and "not timed" in said
+
+
+def one_fails() -> list[dict[str, Any]]:
+    """The rows where one contender cannot even start."""
+    engine = throughput.Engine
+
+    def broken(name: str, *args: Any) -> throughput.Engine:
+        if name == "with packed":
+            raise RuntimeError("no such kernel\nand a page about it")
+        return engine(name, *args)
+
+    throughput.Engine = broken
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), dist.group.WORLD)
+    asked = {"without": [], "more": ["packed"], "references": {}, "mode": ["model"], "quiet": True}
+    args = argparse.Namespace(**asked, steps=2, warmup=2, block=1)
+    return throughput.run_model(args, small_config(), ranks, lambda message: None)["rows"]
+
+
+def test_a_contender_that_fails_costs_the_others_nothing() -> None:
+    ((engine, failed),) = run_ranks(1, one_fails)
+    assert len(engine["seconds"]) == 2 and engine["images_per_second"] > 0
+    assert failed == {"contender": "with packed", "failed": "RuntimeError: no such kernel"}
 
 
 def test_a_lever_that_would_not_show_is_refused() -> None:

@@ -283,8 +283,9 @@ class _PredictionLoss(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         if torch.compiler.is_compiling() and grad.dtype != torch.float16:  # whose power of two would be a constant
             weight = (grad_losses * len(grad_losses))[:, None].expand(-1, ctx.B).reshape(-1, 1, 1)
-            grad = _unrounded(grad, weight.new_ones(()) / grad.numel()) * weight
-            return grad.to(ctx.saved_tensors[0].dtype), None, None  # one kernel of the compiler's, and no copy first
+            fraction = (weight.new_ones((), dtype=torch.float64) / grad.numel()).to(weight.dtype)
+            scaled = _unrounded(grad, fraction) * weight
+            return scaled.to(grad.dtype), None, None  # one kernel of the compiler's, and no copy first
         if torch.compiler.is_compiling() or _graph_is_kept():
             grad = grad.clone()  # else this is its last use, and it may be scaled in place and given away
         torch.ops.jepa_kernels.prediction_loss_scale_(grad, grad_losses)
