@@ -34,7 +34,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from jepa.data import Decoder, Loader, open_images, random_boxes
+from jepa.data import Decoder, Loader, random_boxes
+from jepa.sources import open_images
 
 SCALE = (0.3, 1.0)  # of the published recipe
 LARGEST_DIFFERENCE = 1.0  # mean grey levels of an image, ours against Pillow's (on a GPU: another IDCT)

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa.config import Config, ConfigError
-from jepa.data import ImageSource, eval_batches
+from jepa.config import Config
+from jepa.data import eval_batches
 from jepa.interop import load_encoder
 from jepa.probe import Encoder, extract, knn, linear_probe, open_labelled
 from jepa.restore import CheckpointError
+from jepa.sources import ImageSource, open_images
 from jepa.vit import VisionTransformer, build_encoder
 
 
@@ -38,21 +39,16 @@ def last(encoder: VisionTransformer, layers: int) -> Encoder:
     return lambda images: torch.cat(encoder.features(images, range(-layers, 0)), dim=2)
 
 
-def features(encoder: Encoder, sources: list[ImageSource], config: Config, device: torch.device) -> list[Tensor]:
-    """Mean-pooled features of the training and the validation images, without the labels."""
-    return [
-        extract(
-            encoder,
-            eval_batches(
-                source,
-                crop_size=config.data.crop_size,
-                batch_size=config.data.batch_size,
-                device=device,
-                num_workers=config.data.num_workers,
-            ),
-        )[0].cpu()
-        for source in sources
-    ]
+def features(encoder: Encoder, source: ImageSource, config: Config, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Mean-pooled features [S, D] of the images that can be used, and their numbers."""
+    batches = eval_batches(
+        source,
+        crop_size=config.data.crop_size,
+        batch_size=config.data.batch_size,
+        device=device,
+        num_workers=config.data.num_workers,
+    )
+    return extract(encoder, batches)
 
 
 def column(source: ImageSource, name: str) -> list[str]:
@@ -90,11 +86,11 @@ def labels_of(sources: list[ImageSource], name: str | None) -> list[Tensor]:
 
 
 def evaluate(
-    checkpoint: str, train: str, val: str, names: list[str | None], layers: int = 1
+    checkpoint: str, train_path: str, val_path: str, names: list[str | None], layers: int = 1
 ) -> list[dict[str, object]]:
     """One row an encoder: accuracies in percent under "<label> k-NN" and "<label> linear"."""
     encoder, config = load_encoder(checkpoint)
-    sources = open_labelled(train, val)
+    sources = open_labelled(train_path, val_path) if None in names else [open_images(train_path), open_images(val_path)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.engine.seed)
     untrained = build_encoder(config).eval()
@@ -106,11 +102,12 @@ def evaluate(
     }
     rows = []
     for what, module in encoders.items():
-        train_x, val_x = features(module, sources, config, device)
+        (train_x, train), (val_x, val) = (features(module, source, config, device) for source in sources)
         row: dict[str, object] = {"features": what}
         for name, (train_y, val_y) in labels.items():
-            row[f"{name} k-NN"] = 100 * knn(train_x, train_y, val_x, val_y, k=config.eval.knn_k)
-            row[f"{name} linear"] = 100 * linear_probe(train_x, train_y, val_x, val_y)
+            sets = train_x, train_y[train], val_x, val_y[val]
+            row[f"{name} k-NN"] = 100 * knn(*sets, k=config.eval.knn_k)
+            row[f"{name} linear"] = 100 * linear_probe(*sets)
         rows.append(row)
         print(f"{what}: done", file=sys.stderr)
     return rows
@@ -143,8 +140,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         rows = evaluate(args.checkpoint, args.train, args.val, args.label or [None], args.layers)
-    except (ValueError, ConfigError, CheckpointError, OSError) as error:
-        print(f"engine/evaluate.py: {error}", file=sys.stderr)
+    except (ValueError, CheckpointError, OSError) as error:
+        print(f"engine/evaluate.py: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(f"{args.checkpoint}, probed on {args.val}")
     print(table(rows))

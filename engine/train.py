@@ -19,7 +19,7 @@ from torch import Tensor
 from jepa import checkpoint, distributed, interrupt, zero
 from jepa.budget import report
 from jepa.config import Config, load_config
-from jepa.data import Batch, Loader, open_images
+from jepa.data import Batch, Loader
 from jepa.distributed import Ranks
 from jepa.interrupt import StopRequest, Watchdog
 from jepa.lock import Lock
@@ -29,6 +29,7 @@ from jepa.probe import OnlineProbe
 from jepa.replay import blame, masks_of, poison, replay, start_of_replay
 from jepa.restore import CheckpointError, Reader
 from jepa.schedules import Pace, Schedules
+from jepa.sources import open_images
 from jepa.teacher import Teacher
 from jepa.tokens import tokens
 from jepa.vit import compile_blocks

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from jepa import figures
-from jepa.data import eval_batches, open_images
+from jepa.data import eval_batches
 from jepa.interop import load_encoder
 from jepa.masks import sample_masks
 from jepa.restore import CheckpointError
+from jepa.sources import open_images
 
 
 def draw_encoder(checkpoint: str, images_path: str, count: int, out: Path) -> list[Path]:

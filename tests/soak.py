@@ -30,9 +30,9 @@ import yaml
 from jepa import zero
 from jepa.checkpoint import Saver
 from jepa.config import load_config
-from jepa.data import open_images
 from jepa.objective import JepaModel
 from jepa.restore import KINDS, CheckpointError, Reader, candidates, read_state, verify, versions
+from jepa.sources import open_images
 from processes import Run, rows, start, write_config, write_images
 from small import run_ranks, whole_weights
 

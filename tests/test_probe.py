@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
+from PIL import Image
 
-from evaluate import labels_of, last
-from jepa.data import open_images
-from jepa.probe import _solve, evenly, extract, knn, linear_probe
+from evaluate import features, labels_of, last, pixels
+from jepa.probe import OnlineProbe, _solve, evenly, extract, knn, linear_probe, open_labelled
+from jepa.sources import open_images
 from jepa.synthetic import write
 from jepa.vit import VisionTransformer
-from small import MAPPING
+from small import MAPPING, run_ranks, small_config
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -94,13 +97,55 @@ def test_linear_probe_finds_nothing_in_noise() -> None:
 
 
 def test_extract_pools_over_patches() -> None:
-    batches = [(torch.randint(0, 256, (n, 4, 4, 3), dtype=torch.uint8), torch.arange(n)) for n in (5, 2)]
-    features, labels = extract(lambda images: images.flatten(2).double(), batches)
+    batches = [(torch.randint(0, 256, (n, 4, 4, 3), dtype=torch.uint8), list(range(n))) for n in (5, 2)]
+    features, numbers = extract(lambda images: images.flatten(2).double(), batches)
     wanted = np.concatenate([images.numpy().reshape(-1, 4, 12).mean(1) for images, _ in batches])
     np.testing.assert_allclose(features, wanted, rtol=1e-6)
-    assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
-    with pytest.raises(ValueError, match="needs labels"):
-        extract(lambda images: images, [(batches[0][0], None)])
+    assert numbers == [0, 1, 2, 3, 4, 0, 1]
+
+
+def shades(folder: Path, splits: dict[str, int]) -> None:
+    """So many images of each of two classes, one dark and one light; the first dark one for training is damaged."""
+    for split, images in splits.items():
+        for darkest, name in ((0, "dark"), (160, "light")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(images):
+                colour = tuple(random.randint(darkest, darkest + 80) for _ in range(3))
+                Image.new("RGB", (16, 16), colour).save(folder / split / name / f"{i}.png")
+    (folder / "train/dark/0.png").write_bytes(b"not an image")
+
+
+def online(train: str, val: str) -> tuple[float, int]:
+    """A rank's accuracy by mean colours, and how many images it looked at."""
+    overrides = "eval.every=1", f"eval.train_path={train}", f"eval.val_path={val}", "eval.knn_k=3"
+    probe, seen = OnlineProbe(small_config(*overrides), dist.get_rank(), dist.get_world_size(), CPU), []
+
+    def colours(images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return images.flatten(1, 2).double()
+
+    return probe(colours)["knn"], sum(seen)
+
+
+def test_ranks_share_a_probe_however_few_its_images(tmp_path: Path) -> None:
+    """Five and two images on three ranks, one image of the five not readable: as one rank finds it alone."""
+    shades(tmp_path, {"train": 3, "val": 1})
+    train, val = str(tmp_path / "train"), str(tmp_path / "val")
+    ((alone, images),) = run_ranks(1, online, train, val)
+    assert images == 5 + 2
+    together = run_ranks(3, online, train, val)
+    assert [accuracy for accuracy, _ in together] == [alone] * 3 and sum(seen for _, seen in together) == images
+
+
+def test_labels_follow_the_images_that_can_be_read(tmp_path: Path) -> None:
+    """The pixels tell the classes apart: one label out of step would show."""
+    shades(tmp_path, {"train": 8, "val": 4})
+    (tmp_path / "val/light/2.png").write_bytes(b"not an image")
+    sources, config = open_labelled(tmp_path / "train", tmp_path / "val"), small_config()
+    read = [features(pixels, source, config, CPU) for source in sources]
+    assert [len(numbers) for _, numbers in read] == [15, 7]
+    sets = [x for (found, numbers), y in zip(read, labels_of(sources, None), strict=True) for x in (found, y[numbers])]
+    assert linear_probe(*sets) == 1.0
 
 
 def test_last_joins_the_blocks_asked_for() -> None:

@@ -1,5 +1,7 @@
 """The encoder and the predictor against a re-derivation in float64 that shares no code with them."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -76,6 +78,11 @@ def test_predictor_is_the_paper_s(depth: int, dead: bool) -> None:
     assert_equal(predictor(context, context_index, target_index), torch.stack(wanted))
 
 
-def test_images_of_another_size_are_refused(encoder: VisionTransformer) -> None:
-    with pytest.raises(ValueError, match=r"images: given \[2, 32, 32, 3\]"):
-        encoder(torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8))
+@pytest.mark.parametrize(
+    "shape", [(32, 32, 3), (32, 24, 3), (24, 32, 3), (3, 32, 24), (3, 24, 32), (24, 24, 4), (24, 24)]
+)
+def test_images_of_another_shape_are_refused(encoder: VisionTransformer, shape: tuple[int, ...]) -> None:
+    images = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
+    for index in (None, torch.zeros(2, 5, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=re.escape(f"images: given {[2, *shape]}")):
+            encoder(images, index)

@@ -26,9 +26,7 @@ import nvidia.dali.experimental.dynamic as ndd
 import torch
 from torch import Tensor
 
-from .sources import ImageSource, open_images
-
-__all__ = ["Batch", "Decoder", "ImageSource", "Loader", "eval_batches", "open_images", "random_boxes"]
+from .sources import ImageSource
 
 ORDER, CROP = 1, 2  # streams of random numbers
 WORDS = 24  # random numbers of an image: 10 areas, 10 ratios, top, left, flip, and one unused
@@ -153,7 +151,7 @@ class Decoder:
                 pixels = ndd.flip(pixels, horizontal=ndd.as_batch(flip))
             return self._deliver(ndd.as_tensor(pixels))
 
-    def blame(self, error: OSError | RuntimeError, read: Callable[[], list[np.ndarray]]) -> None:
+    def raise_unless_bad(self, error: OSError | RuntimeError, read: Callable[[], list[np.ndarray]]) -> None:
         """Raises `error` again where the GPU failed and the image is good: the CPU can decode it."""
         if isinstance(error, RuntimeError) and self.on_gpu:
             try:
@@ -342,7 +340,7 @@ class Loader:
                 self._crops([index], uniform_K[None])
                 return index
             except (OSError, RuntimeError) as error:
-                self._decode.blame(error, lambda: self._read([index]))  # noqa: B023 (called at once)
+                self._decode.raise_unless_bad(error, lambda: self._read([index]))  # noqa: B023 (called at once)
                 self._note_bad(index, _reason(error))
         raise ValueError(f"data: not one of the {len(order)} images of {self.source.path} can be decoded")
 
@@ -370,13 +368,13 @@ def eval_batches(
     device: torch.device | str = "cpu",
     decoder: str = "auto",
     num_workers: int = 4,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+) -> Iterator[tuple[Tensor, list[int]]]:
     """Images without augmentation: the shorter side resized to `resize` pixels, then the centre crop_size^2.
 
-    Yields (images uint8 [b, S, S, 3], labels int64 [b] or None), both on `device`, in the order of `indices`
-    (default: all). b is batch_size; less in the last batch, and where a file is bad: it is named and left
-    out. `resize` defaults to crop_size * 256 / 224, torchvision's habit at 224 pixels; below 96 pixels (CIFAR
-    and its like, whose subjects fill the frame) to crop_size.
+    Yields (images uint8 [b, S, S, 3] on `device`, their b numbers in the source), in the order of `indices` (default:
+    all). b is batch_size; less in the last batch, and where a file is bad: it is named and left out. `resize` defaults
+    to crop_size * 256 / 224, torchvision's habit at 224 pixels; below 96 pixels (CIFAR and its like, whose subjects
+    fill the frame) to crop_size.
     Raises ValueError when `resize` is smaller than `crop_size`.
     """
     if resize is None:
@@ -395,7 +393,7 @@ def eval_batches(
             decode(read([index]), crop_size, frame)
             return True
         except (OSError, RuntimeError) as error:
-            decode.blame(error, lambda: read([index]))
+            decode.raise_unless_bad(error, lambda: read([index]))
             logger.warning("%s cannot be used (%s); it is left out", source.name(index), _reason(error))
             return False
 
@@ -411,5 +409,4 @@ def eval_batches(
     for _, (good, images), _ in _ahead(load, chunks, depth=2):
         if images is not None:
             _use_here(images)
-            labels = None if source.labels is None else torch.from_numpy(source.labels[good]).to(images.device)
-            yield images, labels
+            yield images, good

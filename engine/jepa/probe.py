@@ -14,22 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Config
-from .data import ImageSource, eval_batches, open_images
+from .data import eval_batches
+from .sources import ImageSource, open_images
 
 Encoder = Callable[[Tensor], Tensor]
 STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the linear probe's L2 penalty, strongest first
 
 
 @torch.no_grad()
-def extract(encoder: Encoder, batches: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
-    """Mean-pooled features, fp32 [S, D], and labels, int64 [S]. Raises ValueError for images without labels."""
-    features, labels = [], []
-    for images, label in batches:
-        if label is None:
-            raise ValueError("a probe needs labels: give a folder with one sub-folder for each class")
-        features.append(encoder(images).float().mean(1))
-        labels.append(label)
-    return torch.cat(features), torch.cat(labels)
+def extract(encoder: Encoder, batches: Iterable[tuple[Tensor, list[int]]]) -> tuple[Tensor, list[int]]:
+    """Mean-pooled features, fp32 [S, D] on the CPU, and the S images' numbers, of what `eval_batches` yields.
+
+    Where no image can be used the features are [0]: they concatenate with those of other ranks.
+    """
+    features, numbers = [torch.empty(0)], []
+    for images, indices in batches:
+        features.append(encoder(images).float().mean(1).cpu())
+        numbers += indices
+    return torch.cat(features), numbers
 
 
 def knn(
@@ -144,7 +146,8 @@ class OnlineProbe:
                 decoder=self.config.data.decoder,
                 num_workers=self.config.data.num_workers,
             )
-            parts += [x.cpu() for x in extract(encoder, batches)]
+            features, indices = extract(encoder, batches)
+            parts += [features, torch.from_numpy(source.labels[indices])]
         ranks: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(ranks, parts)
         train_x, train_y, val_x, val_y = (torch.cat(rows) for rows in zip(*ranks, strict=True))

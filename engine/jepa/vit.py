@@ -219,10 +219,10 @@ class VisionTransformer(nn.Module):
         self.apply(init_weights)
 
     def embed(self, images: Tensor, index: Tensor | Ragged | None = None) -> Tensor:
-        if self.img_size not in images.shape[1:3] or self.img_size not in images.shape[2:4]:
+        S = self.img_size
+        if tuple(images.shape[1:]) not in ((S, S, 3), (3, S, S)):
             raise ValueError(
-                f"images: given {list(images.shape)}, wanted [B, {self.img_size}, {self.img_size}, 3] or "
-                f"[B, 3, {self.img_size}, {self.img_size}] (data.crop_size)"
+                f"images: given {list(images.shape)}, wanted [B, {S}, {S}, 3] or [B, 3, {S}, {S}] (data.crop_size)"
             )
         if isinstance(index, Ragged):  # the batch as one image, as high as all of them
             rows = images.permute(0, 2, 3, 1) if images.shape[1] == 3 else images
