@@ -25,8 +25,7 @@ from jepa import distributed, zero
 from jepa.budget import Kept
 from jepa.config import Config
 from jepa.data import Batch
-from jepa.replay import masks_of
-from jepa.tokens import target_rows
+from jepa.tokens import masks_of, target_rows
 from train import start_model, take_step
 
 NUMBERS = (1e-4, 0.04, 0.996)  # lr, weight decay and momentum of every step

@@ -24,19 +24,16 @@ from jepa.distributed import Ranks
 from jepa.interrupt import StopRequest, Watchdog
 from jepa.lock import Lock
 from jepa.metrics import RunLog, collapse_warning, health
-from jepa.objective import JepaModel, Losses
+from jepa.objective import JepaModel, Losses, poison
 from jepa.probe import OnlineProbe
-from jepa.replay import blame, masks_of, poison, replay, start_of_replay
+from jepa.replay import replay, start_of_replay
 from jepa.restore import CheckpointError, Reader
 from jepa.schedules import Pace, Schedules
+from jepa.skipped import Diverged, Outcomes
 from jepa.sources import open_images
 from jepa.teacher import Teacher
-from jepa.tokens import tokens
+from jepa.tokens import masks_of, tokens
 from jepa.vit import compile_blocks
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says what to do."""
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -110,7 +107,7 @@ def train(
         f"kill {os.getpid()} stops it with everything saved"
     )
     pace = Pace(schedules, progress.applied, last_step - progress.step, zero.pacemaker(engine, ranks.device))
-    unread, owed = Unread(progress, global_batch), False
+    outcomes, owed = Outcomes(progress, global_batch), False
     batches = loader.batches(progress.step, last_step)
     for step in range(progress.step, last_step):
         stop.ask()
@@ -120,22 +117,18 @@ def train(
         done = take_step(config, ranks, engine, teacher, batches, step, watchdog.at)
         pace.count(done.applied)
         log.step(step, done.losses, *done.kept, loader.wait_seconds - waited_before, done.replaced)
-        unread.add(step, done)
+        outcomes.add(step, done.applied, done.losses, done.files)
 
         taken, stopping = step + 1, stop.agreed()
-        finished = taken == last_step
+        ending = stopping or taken == last_step
         owed = owed or saver.due(taken)
-        saving = owed or finished or stopping
+        saving = owed or ending
         examining, probing = due(taken, config.logging.health_freq), due(taken, config.eval.every)
         if not (saving or examining or probing or due(taken, config.logging.log_freq)):
             continue  # without waiting for the device: its queue never runs dry
 
-        skipped, applied = unread.settle(log.say)
-        found: dict[str, Any] = {}
-        if examining and applied:
-            found |= health(done.target_BND, done.predicted_RD) | {"teacher_distance": teacher.distance()}
-            if ranks.is_first and (warning := collapse_warning(found)):
-                log.say(f"step {step}: {warning}")
+        skipped, applied = outcomes.read(log.say)
+        found = examine(step, done, teacher, log) if examining and applied else {}
         if probe and probing:
             watchdog.at(step, "evaluating")
             found |= (accuracy := probe(teacher.encoder))
@@ -143,17 +136,12 @@ def train(
         lr, weight_decay, momentum = numbers.tolist()
         grad_norm = None if done.grad_norm is None else float(done.grad_norm)
         log.flush(skipped, lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=grad_norm, **found)
-        if unread.longest >= config.engine.max_skipped:
-            raise TrainingError(
-                f"{unread.longest} steps in a row had a gradient that is not finite; stopped at step {step}. "
-                "Lower optimization.lr or set optimization.clip_grad, and "
-                + (f"--resume: {saver.newest} is of before these steps" if saver.newest else "begin again")
-            )
-        if finished or stopping or (owed and not unread.in_a_row):  # weights from which no step is finite can wait
+        outcomes.check(step, config.engine.max_skipped, saver.newest)
+        if ending or (owed and not outcomes.skipped_in_a_row):  # weights from which no step is finite can wait
             watchdog.at(step, "saving")
-            log.say(f"saved {saver.save(progress, rotate=not unread.in_a_row)}")
+            log.say(f"saved {saver.save(progress, rotate=not outcomes.skipped_in_a_row)}")
             owed = False
-        if stopping and not finished:
+        if stopping and taken < last_step:
             log.say(f"stopped on request after step {step}: --resume goes on. Exit code {interrupt.STOPPED}")
             break
         if probing or saving:
@@ -161,6 +149,14 @@ def train(
 
     log.close()
     return 0 if progress.step >= last_step else interrupt.STOPPED
+
+
+def examine(step: int, done: "Step", teacher: Teacher, log: RunLog) -> dict[str, float]:
+    """The health of the features and the teacher's distance; warns of a collapse. Every rank calls it."""
+    found = health(done.h_BUD, done.predicted_RD)  # nothing, except on the first rank
+    if found and (warning := collapse_warning(found)):
+        log.say(f"step {step}: {warning}")
+    return found | {"teacher_distance": teacher.distance()}
 
 
 def replay_step(config: Config, args: argparse.Namespace, ranks: Ranks, loader: Loader, watchdog: Watchdog) -> None:
@@ -214,40 +210,10 @@ class Step(NamedTuple):
     grad_norm: Tensor | None
     losses: list[Losses]  # one a micro-batch
     kept: tuple[int, int]  # tokens of a context, of a target
-    target_BND: Tensor  # features and predictions of the last micro-batch
+    h_BUD: Tensor  # features and predictions of the last micro-batch
     predicted_RD: Tensor
     files: list[str]  # of all micro-batches
     replaced: int  # of these, stand in for one that cannot be used
-
-
-class Unread:
-    """The steps that were taken and of which the host does not know yet whether they moved the weights."""
-
-    def __init__(self, progress: checkpoint.Progress, global_batch: int) -> None:
-        self.progress, self.global_batch = progress, global_batch
-        self.steps: list[tuple[int, Tensor, list[Losses], list[str]]] = []
-        self.in_a_row = self.longest = 0  # skipped up to now; the most at any time
-
-    def add(self, step: int, done: Step) -> None:
-        self.steps.append((step, done.applied, done.losses, done.files))
-
-    def settle(self, say: Callable[[str], None]) -> tuple[dict[int, dict[str, Any]], bool]:
-        """Waits for the device and brings the progress up to date. Every rank calls it.
-
-        Returns what is known of the skipped steps, by their numbers, and whether the last step was applied.
-        """
-        skipped: dict[int, dict[str, Any]] = {}
-        outcomes = torch.stack([applied for _, applied, _, _ in self.steps]).tolist()
-        for (step, _, losses, files), applied in zip(self.steps, outcomes, strict=True):
-            self.progress.count(applied, self.global_batch)
-            self.in_a_row = 0 if applied else self.in_a_row + 1
-            self.longest = max(self.longest, self.in_a_row)
-            if not applied:
-                found = skipped[step] = blame(losses, files)
-                what = f"the loss of rank(s) {found['bad_ranks']}" if found["bad_ranks"] else "its gradient"
-                say(f"step {step} skipped: {what} is not finite; --replay-step {step} looks at it alone")
-        self.steps = []
-        return skipped, outcomes[-1]
 
 
 def take_step(
@@ -328,7 +294,7 @@ def main() -> int:
         if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
             args.resume = config.meta.read_checkpoint or "latest"
         return run(config, args)
-    except (CheckpointError, TrainingError, distributed.NotMet, ValueError, OSError) as error:
+    except (CheckpointError, Diverged, distributed.NotMet, ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"engine/train.py, rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         return interrupt.RANK_LOST if isinstance(error, distributed.NotMet) else 1

@@ -12,8 +12,7 @@ from jepa.config import ConfigError
 from jepa.distributed import Ranks
 from jepa.masks import Masks, sample_masks, thin
 from jepa.objective import JepaModel, Losses
-from jepa.replay import masks_of
-from jepa.tokens import ROUNDING, Ragged, pack, target_rows, tokens
+from jepa.tokens import ROUNDING, Ragged, masks_of, pack, target_rows, tokens
 from plain import MEAN, STD, criterion, embedded, encoded, predicted
 from small import run_ranks, small_config
 

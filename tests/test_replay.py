@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jepa.config import load_config
-from jepa.replay import poison
+from jepa.objective import poison
 from jepa.schedules import Schedules
 from processes import rows, start, write_config, write_images
 

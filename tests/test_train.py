@@ -115,7 +115,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_checkpoint_before(config: Path,
     absurd = ("engine.max_skipped=3", "optimization.lr=1e30", "optimization.start_lr=1e30")
     done = start(1, folder, "--config", config, "--resume", *absurd, *often)
     assert done.wait() == [1] and "3 steps in a row" in done.text() and "Traceback" not in done.text()
-    assert f"--resume: {folder}/jepa-step00000003 is of before these steps" in done.text()
+    assert f"--resume: {folder}/jepa-step00000003 is from before these steps" in done.text()
     assert "optimization, lr 0.001, this run has 1e+30" in done.text()
     assert len(re.findall(r"step \d+ skipped: (its gradient|the loss of rank.*) is not finite", done.text())) == 3
     assert {path.name for path in folder.glob("jepa-step*")} == {"jepa-step00000002", "jepa-step00000003"}

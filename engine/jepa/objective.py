@@ -34,6 +34,11 @@ class Losses(NamedTuple):
     cov: Tensor
 
 
+def poison(loss: Tensor) -> Tensor:
+    """The loss, bit for bit, with a gradient that is NaN wherever the loss itself is not finite."""
+    return loss * (1 + 0 * loss.detach())
+
+
 class Output(NamedTuple):
     losses: Losses
     predicted_RD: Tensor

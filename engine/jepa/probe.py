@@ -147,6 +147,7 @@ class OnlineProbe:
                 num_workers=self.config.data.num_workers,
             )
             features, indices = extract(encoder, batches)
+            assert source.labels is not None  # open_labelled
             parts += [features, torch.from_numpy(source.labels[indices])]
         ranks: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(ranks, parts)

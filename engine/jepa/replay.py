@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: what made them so, told when they are skipped and by a replay alone.
+"""A step looked at alone, after the run: which of its numbers are not finite, and from which files they come.
 
 A step is a pure function of its number and the weights, so one that went wrong can be looked at later: `--replay-step`
 takes the images, crops and masks of the step, and the weights of a checkpoint before it, from which engine/train.py
@@ -17,39 +17,10 @@ from torch import Tensor
 from .config import Config
 from .data import Loader
 from .distributed import Ranks
-from .masks import Masks, sample_masks, thin
-from .objective import JepaModel, Losses
+from .objective import JepaModel, Losses, poison
 from .restore import CheckpointError, candidates, find_whole, on_first, refuse_change, shapes_of
-from .tokens import tokens
+from .tokens import masks_of, tokens
 from .vit import build_encoder
-
-
-def poison(loss: Tensor) -> Tensor:
-    """The loss, bit for bit, with a gradient that is NaN wherever the loss itself is not finite."""
-    return loss * (1 + 0 * loss.detach())
-
-
-def masks_of(config: Config, ranks: Ranks, step: int, micro: int) -> Masks:
-    """The masks of this rank's `micro`-th micro-batch of a step."""
-    batch, _, whole = config.batch(ranks.world_size)
-    first = (micro * ranks.world_size + ranks.rank) * batch
-    cut, seed = (0, whole) if config.cut == "global" else None, config.engine.seed
-    masks = sample_masks(config.mask_spec, seed=seed, step=step, first=first, batch=batch, cut=cut)
-    budget = config.token_budget  # of which a row is padding, if only one
-    return masks if budget is None else thin(masks, budget - 1, seed=seed, step=step, first=first)
-
-
-def blame(losses: list[Losses], files: list[str]) -> dict[str, Any]:
-    """For the log of a skipped step: the ranks whose losses are not finite, and the files of their images.
-
-    Where all losses are, the gradient alone is not, and the files are those of all ranks. Every rank calls it.
-    """
-    mine = all(math.isfinite(value) for micro in losses for value in torch.stack(micro).tolist())
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (mine, files))
-    bad = [rank for rank, (fine, _) in enumerate(everyone) if not fine]
-    whose = bad or range(len(everyone))
-    return {"skipped": True, "bad_ranks": bad, "files": [name for rank in whose for name in everyone[rank][1]]}
 
 
 def start_of_replay(

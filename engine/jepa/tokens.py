@@ -1,4 +1,5 @@
-"""What a micro-batch's masks mean for the model: which rows of which matrix. Made on the CPU, moved without waiting.
+"""A micro-batch's masks, and what they mean for the model: which rows of which matrix. Made on the CPU, moved without
+waiting.
 
 Legend: B images, N patches, M target blocks of Kt patches, U rows of an image in its targets, T rows of all contexts.
 """
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from .attention import Sequences, to_device
 from .config import Config
-from .masks import Masks
+from .distributed import Ranks
+from .masks import Masks, sample_masks, thin
 
 ROUNDING = 128  # packed rows are made a multiple of 1/128 of all patches of the batch
 
@@ -57,6 +59,17 @@ class Tokens(NamedTuple):
     """Where the targets lie in those rows."""
     mean_context: int
     """Patches in a context, on average."""
+
+
+def masks_of(config: Config, ranks: Ranks, step: int, micro: int) -> Masks:
+    """The masks of this rank's `micro`-th micro-batch of a step."""
+    batch, _, whole = config.batch(ranks.world_size)
+    first = (micro * ranks.world_size + ranks.rank) * batch
+    cut, seed = (0, whole) if config.cut == "global" else None, config.engine.seed
+    masks = sample_masks(config.mask_spec, seed=seed, step=step, first=first, batch=batch, cut=cut)
+    if config.token_budget is None:
+        return masks
+    return thin(masks, config.token_budget - 1, seed=seed, step=step, first=first)  # one row is reserved for padding
 
 
 def tokens(masks: Masks, config: Config, device: torch.device, *, whole: bool = False) -> Tokens:
