@@ -98,7 +98,7 @@ LEVERS = {
     "prefetch": Lever("batches made ready ahead; without: when they are asked for", mode="train"),
     "compile": Lever("torch.compile; without: eager", ("engine.compile=false",)),
     "attention": Lever("attention that is not materialised; without: plain products", ("engine.attention=math",)),
-    "dead_compute": Lever("rows that no loss reads are left out; without: computed", ("engine.dead_compute=true",)),
+    "skip_unread": Lever("rows that no loss reads are left out; without: computed", ("engine.skip_unread=false",)),
     "shared_context": Lever(
         "keys and values of a context made once for all blocks; without: once for each", context=apart
     ),

@@ -132,7 +132,7 @@ def figures(contender: Contender, rates: dict[str, float | None]) -> dict[str, A
     config, times, ranks = contender.config, contender.times, contender.ranks
     micro, accumulation, _ = config.batch(ranks.world_size)
     images = micro * accumulation
-    needed = parse_config(config.model_dump(), ["engine.dead_compute=false"])  # what no loss reads counts for nobody
+    needed = parse_config(config.model_dump(), ["engine.skip_unread=true"])  # what no loss reads counts for nobody
     work = [images * flops_per_image(needed, tokens).total for tokens in times.tokens]
     seconds = statistics.mean(times.seconds)
     row = {

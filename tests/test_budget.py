@@ -101,7 +101,7 @@ def step(given: Config) -> tuple[JepaModel, tuple[Tensor, ...], tuple[int, int, 
 @pytest.mark.parametrize("skip", [True, False])
 def test_flops_are_those_that_torch_counts(contexts: int, skip: bool) -> None:
     mask = {"min_keep": 4, "num_enc_masks": contexts, "num_pred_masks": random.randint(1, 4)}
-    given = small(mask=mask, engine={"dead_compute": not skip})
+    given = small(mask=mask, engine={"skip_unread": skip})
     model, inputs, kept = step(given)
     expected = flops_per_image(given, kept)
     counter = FlopCounterMode(display=False)
@@ -129,7 +129,7 @@ def test_flops_are_those_that_torch_counts(contexts: int, skip: bool) -> None:
     ],
 )
 def test_flops_under_the_published_masks(model: str, patch: int, crop: int, batch: int, gflop: float) -> None:
-    plain = config(model, patch, crop, batch, engine={"dead_compute": True})
+    plain = config(model, patch, crop, batch, engine={"skip_unread": False})
     assert flops_per_image(plain).total / 1e9 == pytest.approx(gflop, rel=0.015)
 
 
@@ -144,7 +144,7 @@ def test_mean_target_size_is_the_published_laws() -> None:
 
 
 def test_activations_are_what_autograd_keeps() -> None:
-    given = small(engine={"dead_compute": True})
+    given = small(engine={"skip_unread": False})
     model, inputs, kept = step(given)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     own |= {tensor.untyped_storage().data_ptr() for tensor in [*inputs, *model.buffers()]}

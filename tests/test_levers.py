@@ -67,8 +67,8 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-PLAIN = "engine.dead_compute=true"
-LEVERS = ["engine.dead_compute=false", "engine.activation_checkpointing=true"]
+PLAIN = "engine.skip_unread=false"
+LEVERS = ["engine.skip_unread=true", "engine.activation_checkpointing=true"]
 
 
 @pytest.mark.parametrize("mode", MODES)

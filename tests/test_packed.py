@@ -65,7 +65,7 @@ def wanted_losses(model: JepaModel, pixels: Tensor, masks: Masks, h: Tensor) -> 
         ("loss.objective=ijepa",),
         ("loss.objective=ijepa", "mask.num_enc_masks=2", "engine.activation_checkpointing=true"),
         (),
-        ("mask.num_enc_masks=2", "mask.num_pred_masks=3", "engine.dead_compute=true"),
+        ("mask.num_enc_masks=2", "mask.num_pred_masks=3", "engine.skip_unread=false"),
         ("loss.vicreg_on=context",),
         ("loss.regularizer=cosine",),
     ],

@@ -61,11 +61,11 @@ def test_encoder_makes_the_rows_that_are_asked_for(encoder: VisionTransformer) -
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("dead", [False, True])
-def test_predictor_is_the_paper_s(depth: int, dead: bool) -> None:
+@pytest.mark.parametrize("skip", [False, True])
+def test_predictor_is_the_paper_s(depth: int, skip: bool) -> None:
     B, M, Kc, Kt, D, width = 3, 4, 9, 5, 16, 12
     predictor = Predictor(6, D, width, depth=depth, num_heads=3)
-    predictor.dead_compute = dead
+    predictor.skip_unread = skip
     w = random_weights(predictor)
     context = torch.randn(B, Kc, D)
     context_index = torch.stack([torch.randperm(36)[:Kc] for _ in range(B)])

@@ -4,7 +4,7 @@ Operations are of the matrix products only, 2 per multiply-add. A block of width
     n (8 D^2 + 4 D F)    queries, keys, values 6 D^2, output 2 D^2, the two layers of the MLP 4 D F
     + 4 n^2 D            scores and their product with the values
 A backward costs twice its forward: a product for the input's gradient and one for the weight's. Patches need none.
-Without engine.dead_compute a last block on n tokens, u of them wanted, costs 4 n D^2 + u (4 D^2 + 4 D F) + 4 u n D,
+With engine.skip_unread a last block on n tokens, u of them wanted, costs 4 n D^2 + u (4 D^2 + 4 D F) + 4 u n D,
 and the first predictor layer's queries, keys and values of a context, 6 Dp^2 a token, are made once instead of M times.
 """
 
@@ -106,7 +106,7 @@ def flops_per_image(config: Config, tokens: tuple[float, ...] = ()) -> Flops:
     widths = _projector_widths(config)
     project = sum(2 * n * m for n, m in pairwise(widths))
     covariance = 2 * widths[-1] ** 2 if widths else 0
-    skip = not config.engine.dead_compute
+    skip = config.engine.skip_unread
     blocks = M * _block_flops(config.predictor, context + target, target if skip else None)
     if skip and config.predictor.depth > 1:
         blocks -= (M - 1) * context * 6 * Dp**2

@@ -225,7 +225,7 @@ class Engine(_Section):
     overlap_comm: bool = False  # ZeRO 1 and 2: gradients are reduced beside the backward, for one host wait a step
     compile: bool | None = None  # the blocks, by torch.compile; null: on a GPU, where ZeRO's stage is below 3
     activation_checkpointing: bool = False  # blocks are computed again in the backward instead of kept
-    dead_compute: bool = False  # compute what no loss reads as well; no result changes
+    skip_unread: bool = True  # what no loss reads is not computed; no result changes
 
 
 class Logging(_Section):

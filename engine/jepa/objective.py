@@ -129,7 +129,7 @@ class JepaModel(nn.Module):
             if isinstance(module, Attention):
                 module.backend = config.engine.attention
         self.encoder.checkpointing = self.predictor.checkpointing = config.engine.activation_checkpointing
-        self.predictor.dead_compute = config.engine.dead_compute
+        self.predictor.skip_unread = config.engine.skip_unread
 
     def forward(
         self,

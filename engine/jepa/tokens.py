@@ -88,7 +88,7 @@ def tokens(masks: Masks, config: Config, device: torch.device, *, whole: bool = 
         context = [one.to(device) for one in ragged]
     mean = masks.context.numel() // (config.mask.num_enc_masks * target.shape[1])
     on_device = to_device(target, device)
-    if config.engine.dead_compute or config.needs_all_targets:
+    if not config.engine.skip_unread or config.needs_all_targets:
         return Tokens(context, on_device, (), on_device, mean)
     order, places, used = target_rows(target, N)
     groups = (order[:, :used], order[:, used:]) if whole else (order[:, :used],)

@@ -280,7 +280,7 @@ class Predictor(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        self.checkpointing = self.dead_compute = False
+        self.checkpointing, self.skip_unread = False, True
         self.predictor_embed = nn.Linear(embed_dim, predictor_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, predictor_embed_dim))
         self.predictor_pos_embed: Tensor
@@ -309,14 +309,14 @@ class Predictor(nn.Module):
 
         joined, asking = (ragged.joined, ragged.targets) if ragged else (None, None)
         for i, block in enumerate(self.predictor_blocks):
-            if self.dead_compute:
+            if not self.skip_unread:
                 x = run(block, self.checkpointing, x, None, None, joined, joined)
             elif i == len(self.predictor_blocks) - 1:
                 x = run(block, self.checkpointing, x, targets(x), None, asking, joined)
             else:
                 first = shared if i == 0 and self.shares_context else None
                 x = run(block, self.checkpointing, x, None, first, joined, joined)
-        if self.dead_compute:
+        if not self.skip_unread:
             x = targets(x)
         if ragged:  # without the image of padding, if there is one
             x = x.view(M, -1, target_MBK.shape[2], x.shape[-1])[:, :B].flatten(0, 1)
