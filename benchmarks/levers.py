@@ -11,7 +11,8 @@ import torch
 
 from jepa import masks, vit
 from jepa.attention import require
-from jepa.config import Config, ConfigError, parse_config
+from jepa.config import Config, ConfigError
+from jepa.config_file import parse_config
 from jepa.distributed import Ranks
 from jepa.optimizer import foreign
 

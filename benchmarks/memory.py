@@ -30,7 +30,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from jepa import budget, zero
-from jepa.config import Config, load_config, parse_config
+from jepa.config import Config
+from jepa.config_file import load_config, parse_config
 from jepa.masks import sample_masks
 from jepa.objective import JepaModel
 from jepa.teacher import Teacher

@@ -18,7 +18,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 from published import as_floats, checkout
 from torch import Tensor, nn
 
-from jepa.config import ConfigError, parse_config
+from jepa.config import ConfigError
+from jepa.config_file import parse_config
 from jepa.objective import JepaModel
 
 TOLERANCE = 1e-5

@@ -38,7 +38,8 @@ from runners import Synthetic
 
 from jepa import distributed, zero
 from jepa.budget import flops_per_image, parameters
-from jepa.config import Config, load_config, parse_config
+from jepa.config import Config
+from jepa.config_file import load_config, parse_config
 from jepa.objective import JepaModel
 from jepa.zero import LIVE
 from train import start_model, take_step

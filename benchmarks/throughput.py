@@ -43,7 +43,8 @@ from tqdm import tqdm
 
 from jepa import distributed
 from jepa.budget import flops_per_image
-from jepa.config import Config, ConfigError, load_config, parse_config
+from jepa.config import Config, ConfigError
+from jepa.config_file import load_config, parse_config
 from jepa.masks import sample_masks
 from train import open_loader
 

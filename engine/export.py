@@ -23,7 +23,8 @@ import sys
 from pathlib import Path
 
 from jepa import interop
-from jepa.config import ConfigError, load_config
+from jepa.config import ConfigError
+from jepa.config_file import load_config
 from jepa.restore import CheckpointError
 
 FORMATS = ("safetensors", "published", "timm", "huggingface")

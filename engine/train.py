@@ -18,7 +18,8 @@ from torch import Tensor
 
 from jepa import checkpoint, distributed, interrupt, zero
 from jepa.budget import report
-from jepa.config import Config, load_config
+from jepa.config import Config
+from jepa.config_file import load_config
 from jepa.data import Batch, Loader
 from jepa.distributed import Ranks
 from jepa.interrupt import StopRequest, Watchdog

@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from jepa import zero
-from jepa.config import Config, parse_config
+from jepa.config import Config
+from jepa.config_file import parse_config
 
 MAPPING = {
     "meta": {

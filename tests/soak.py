@@ -29,7 +29,7 @@ import yaml
 
 from jepa import zero
 from jepa.checkpoint import Saver
-from jepa.config import load_config
+from jepa.config_file import load_config
 from jepa.objective import JepaModel
 from jepa.restore import KINDS, CheckpointError, Reader, candidates, read_state, verify, versions
 from jepa.sources import open_images

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jepa.budget import flops_per_image, mean_tokens, memory_per_rank, parameters, report
-from jepa.config import Config, load_config, parse_config
+from jepa.config import Config
+from jepa.config_file import load_config, parse_config
 from jepa.objective import JepaModel
 from jepa.vit import build_encoder
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import export
 from jepa import zero
 from jepa.checkpoint import Saver
+from jepa.config_file import to_yaml
 from jepa.interop import ENCODERS, PARTS, load_encoder, open_weights
 from jepa.masks import sample_masks
 from jepa.objective import JepaModel
@@ -92,7 +93,7 @@ def test_safetensors_hold_what_was_trained(run: Any, tmp_path: Path, monkeypatch
 
 def test_the_published_layout_and_back(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, wanted = run
-    (tmp_path / "config.yaml").write_text(small_config().to_yaml())
+    (tmp_path / "config.yaml").write_text(to_yaml(small_config()))
     there, back = tmp_path / "jepa.pth.tar", tmp_path / "back.safetensors"
     assert run_export(monkeypatch, checkpoint, "--to", "published", "--out", there) == 0
     content = torch.load(there, weights_only=True)
@@ -231,7 +232,7 @@ class Attack:
 def test_a_pickle_with_code_in_it_does_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.yaml").write_text(small_config().to_yaml())
+    (tmp_path / "config.yaml").write_text(to_yaml(small_config()))
     content = {"target_encoder": {"module.norm.bias": Attack(tmp_path / "marker")}, "epoch": 1}
     torch.save(content, tmp_path / "zipped")
     torch.save(content, tmp_path / "legacy", _use_new_zipfile_serialization=False)
@@ -293,7 +294,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("a.jpg", "no tensor")
     safetensors.torch.save_file({"norm.weight": torch.zeros(3)}, tmp_path / "theirs.safetensors")
-    (tmp_path / "config.yaml").write_text(small_config().to_yaml())
+    (tmp_path / "config.yaml").write_text(to_yaml(small_config()))
     torch.save({part: values for part, values in published(run, tmp_path).items() if part == "encoder"}, tmp_path / "e")
     config = ("--config", tmp_path / "config.yaml")
     for word, args in {

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa import interop, manifest
-from jepa.config import KEYS, ConfigError
+from jepa.config import ConfigError
+from jepa.config_file import KEYS
 from jepa.objective import JepaModel
 from jepa.restore import CheckpointError, read_state
 from small import small_config

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa.config import load_config
+from jepa.config_file import load_config
 from jepa.objective import poison
 from jepa.schedules import Schedules
 from processes import rows, start, write_config, write_images

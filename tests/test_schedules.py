@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from jepa.config import Config, parse_config
+from jepa.config import Config
+from jepa.config_file import parse_config
 from jepa.schedules import Pace, Schedules
 
 

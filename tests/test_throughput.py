@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import jepa_kernels
 from jepa import distributed, masks, zero
 from jepa.budget import memory_per_rank
-from jepa.config import ConfigError, parse_config
+from jepa.config import ConfigError
+from jepa.config_file import parse_config
 from processes import write_config, write_images
 from small import run_ranks, small_config
 

@@ -15,6 +15,7 @@ from json import dumps
 from typing import NamedTuple
 
 from .config import Config, Size
+from .config_file import to_yaml
 from .masks import MaskSpec, sample_masks
 from .tokens import target_rows
 from .zero import BUCKET, LIVE, deepspeed_config
@@ -170,7 +171,7 @@ def report(config: Config, world_size: int) -> str:
     ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
     return "\n\n".join(
         [
-            config.to_yaml().rstrip(),
+            to_yaml(config).rstrip(),
             "DeepSpeed: " + dumps(deepspeed_config(config, world_size, counts.total), indent=2),
             f"encoder {_size(config.vit)}, predictor {_size(config.predictor)}, {config.precision}, contexts cut by "
             f"{config.cut}, blocks compiled on a GPU: {'yes' if config.compiles('cuda') else 'no'}",

@@ -2,28 +2,18 @@
 
 Sections and key names are those of the published I-JEPA configs (`meta data mask optimization logging`), so such a
 file loads as it is; `loss`, `engine` and `eval` are this engine's own. A key that has a default may be left out;
-`section.key=value` on the command line overrides the file. All that is wrong is reported at once, in a ConfigError.
+`section.key=value` on the command line overrides the file (jepa.config_file). All that is wrong is reported at once,
+in a ConfigError.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from difflib import SequenceMatcher
+from collections.abc import Sequence
 from pathlib import Path
-from reprlib import Repr
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
-from .masks import MAX_SIDE, MaskSpec
+from .conflicts import conflicts, show
+from .masks import MaskSpec
 
 
 class ConfigError(ValueError):
@@ -266,7 +256,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
-        problems = [f"{key} = {_show(self[key])}: {reason}" for key, reason in _conflicts(self)]
+        problems = [f"{key} = {show(self[key])}: {reason}" for key, reason in conflicts(self)]
         if problems:
             raise ConfigError(problems)
         return self
@@ -392,257 +382,3 @@ class Config(_Section):
             f"engine.global_batch_size = {wanted}: must equal data.batch_size {micro} x accumulation "
             f"{steps or '(1, 2, ...)'} x ranks {world_size}; give {' or '.join(ways)}"
         )
-
-    def to_yaml(self) -> str:
-        """Every key with its value; `load_config` reads it back."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
-
-
-SECTIONS = cast(dict[str, type[_Section]], {name: field.annotation for name, field in Config.model_fields.items()})
-MAX_CHARACTERS = 2**18  # of a config's file; a complete one has about 3000
-KEYS = [f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields]
-
-
-# --- loading
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file, with overrides `section.key=value`, values in YAML. Raises ConfigError."""
-    source = str(path)
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            text = file.read(MAX_CHARACTERS)
-    except OSError as error:
-        raise ConfigError([f"cannot be read: {error.strerror or error}"], source) from error
-    except ValueError as error:
-        raise ConfigError([f"is not a text file: {error}"], source) from error
-    try:
-        if len(text) == MAX_CHARACTERS:
-            raise ValueError(f"it has {MAX_CHARACTERS} characters or more")
-        mapping = _parse_yaml(text)
-    except ValueError as error:
-        raise ConfigError([f"is not YAML: {error}"], source) from error
-    return parse_config(mapping, overrides, source)
-
-
-def parse_config(mapping: object, overrides: Sequence[str] = (), source: str = "config") -> Config:
-    """The config in nested mappings, as YAML gives them; `source` names it in errors. Raises ConfigError."""
-    if not isinstance(mapping, Mapping):
-        raise ConfigError([f"must map the sections {', '.join(SECTIONS)}; got {_show(mapping)}"], source)
-    # A section without keys is null in YAML.
-    given = {name: {} for name in SECTIONS} | {name: {} if body is None else body for name, body in mapping.items()}
-    problems = [*_override(given, overrides), *_drop_unknown(given)]
-    try:
-        config = Config.model_validate(given)
-    except ValidationError as error:
-        problems += [line for detail in error.errors() for line in _explain(detail)]
-    if problems:
-        raise ConfigError(problems, source)
-    return config
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error, and so is a merge (`<<`): a few nested ones fill the memory."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(problem="merge keys (<<) are not read", problem_mark=key.start_mark)
-        super().flatten_mapping(node)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):
-                if key in seen:
-                    problem = f"the key {key} is given twice"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Block style, but lists on one line."""
-
-
-_Dumper.add_representer(
-    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
-)
-
-
-def _parse_yaml(text: str) -> object:
-    """Raises ValueError, on one line, for all that is no YAML."""
-    try:
-        return yaml.load(text, _Loader)
-    # PyYAML lets errors of its constructors escape, for example from `!!bool x` or a date in month 13.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
-def _override(given: dict, overrides: Sequence[str]) -> Iterator[str]:
-    """Writes the overrides into `given`, copying the sections it changes, and yields what is wrong with them."""
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        section, _, key = name.strip().partition(".")
-        if not (equals and section and key):
-            yield f"{_show(override)}: an override is written section.key=value"
-            continue
-        try:
-            value = _parse_yaml(text) if text.strip() else ""
-        except ValueError as error:
-            yield f"{_show(override)}: the value is not YAML: {error}"
-            continue
-        body = given.get(section, {})
-        if isinstance(body, Mapping):
-            given[section] = {**body, key: value}
-
-
-def _drop_unknown(given: dict) -> Iterator[str]:
-    """Takes unknown keys out of `given`, so that the rest can be checked, and yields a line for each."""
-    for section, body in list(given.items()):
-        known = SECTIONS[section].model_fields if section in SECTIONS else {}
-        names = [f"{section}.{key}" for key in body if key not in known] if isinstance(body, Mapping) else []
-        if section not in SECTIONS:
-            del given[section]
-            names = names or [str(section)]
-        elif names:
-            given[section] = {key: value for key, value in body.items() if key in known}
-        yield from (f"{name}: unknown key; the nearest known key is {_nearest(name)}" for name in _few(names))
-
-
-def _few(names: list[str]) -> Iterator[str]:
-    """Enough of them to see what is wrong: a foreign file may have any number of keys of any length."""
-    for name in names[:20]:
-        yield name if len(name) <= 80 else f"{name[:40]}...{name[-36:]}"
-
-
-def _nearest(name: str) -> str:
-    """The known key most like `name`. What follows the dot counts most: it may stand in another section."""
-    section, _, key = name.rpartition(".")
-
-    def likeness(known: str) -> float:
-        known_section, _, known_key = known.partition(".")
-        same = SequenceMatcher(None, key.lower(), known_key).ratio() + (key == known_key)
-        return same + 0.25 * SequenceMatcher(None, section.lower(), known_section).ratio()
-
-    return max(KEYS, key=likeness)
-
-
-def _explain(detail: Any) -> Iterator[str]:
-    """The lines of a ConfigError for one of pydantic's errors."""
-    cause = detail.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):
-        yield from cause.problems
-        return
-    section, *rest = detail["loc"]
-    name = ".".join([section, *(str(part) for part in rest[:1])]) + "".join(f"[{i}]" for i in rest[1:])
-    if detail["type"] == "missing":
-        yield f"{name}: is missing, and it has no default"
-        return
-    reason = str(cause) if cause else detail["msg"].replace("Input should be", "must be")
-    kinds = {
-        "model_type": "must be a mapping of keys to values",
-        "string_type": "must be text; quote what would be something else in YAML",
-        "tuple_type": "must be a list",
-    }
-    yield f"{name} = {_show(detail['input'])}: {kinds.get(detail['type'], reason)}"
-
-
-# --- what single values allow, but not together
-
-
-def _conflicts(c: Config) -> Iterator[tuple[str, str]]:
-    """Combinations that cannot run: the key to change and what it must be.
-
-    ZeRO has none: accumulation, clipping, several contexts and ragged masks run at stage 3 as at stage 1.
-    """
-    if c.data.crop_size % c.mask.patch_size:
-        sizes = [n for n in range(1, c.data.crop_size + 1) if c.data.crop_size % n == 0]
-        near = sorted(sorted(sizes, key=lambda n: abs(n - c.mask.patch_size))[:3])
-        yield "mask.patch_size", f"must divide data.crop_size {c.data.crop_size}, as {near} do"
-    elif not 2 <= c.grid <= MAX_SIDE:
-        yield "mask.patch_size", f"must leave 2 to {MAX_SIDE} patches along data.crop_size {c.data.crop_size}"
-    else:
-        yield from _mask_conflicts(c)
-
-    for size, width, heads in (
-        (c.vit, "meta.embed_dim", "meta.num_heads"),
-        (c.predictor, "meta.pred_emb_dim", "meta.pred_num_heads"),
-    ):
-        if size.embed_dim % 4:
-            yield width, "must be divisible by 4, for the 2-D sine-cosine positions"
-        if size.embed_dim % size.num_heads:
-            yield heads, f"{size.num_heads} heads must divide {width} {size.embed_dim}"
-
-    for key in ("use_color_distortion", "use_gaussian_blur", "color_jitter_strength"):
-        if getattr(c.data, key):
-            yield f"data.{key}", "must be off: this engine does not augment colours, nor did I-JEPA's runs"
-    if c.meta.copy_data:
-        yield "meta.copy_data", "must be false: copy the images yourself and give data.root_path=<the copy>"
-    for key, path in (("data.root_path", c.data.root_path), ("logging.folder", c.logging.folder)):
-        if path.startswith("$"):
-            yield key, f"is not filled in: give {key}=<path> on the command line"
-
-    length = c.optimization.epochs * c.optimization.ipe_scale
-    if c.optimization.warmup > length:
-        yield (
-            "optimization.warmup",
-            f"must be at most optimization.epochs x ipe_scale = {length:g}; to stop sooner, give engine.max_steps",
-        )
-    if c.engine.precision and (c.engine.precision == "bf16") != c.meta.use_bfloat16:
-        other = str(not c.meta.use_bfloat16).lower()
-        yield (
-            "engine.precision",
-            f"contradicts meta.use_bfloat16: give meta.use_bfloat16={other} too, or null here",
-        )
-    unit = c.data.batch_size * (c.engine.gradient_accumulation_steps or 1)
-    if (c.engine.global_batch_size or 0) % unit:
-        yield "engine.global_batch_size", f"must be a multiple of data.batch_size x accumulation = {unit}"
-    if c.loss.objective == "cjepa" and c.loss.vicreg_on == "predictions" and c.mask.num_pred_masks < 2:
-        yield "mask.num_pred_masks", "must be at least 2: C-JEPA compares an image's blocks"
-    if c.token_budget is not None and c.mask.mode != "packed":
-        yield "mask.token_budget", "must be null: only mask.mode packed has contexts of unequal length"
-    elif c.token_budget is not None and c.token_budget <= c.data.batch_size:
-        yield "mask.token_budget", f"leaves {c.token_budget} rows for the contexts of {c.data.batch_size} images"
-    if c.engine.compile and c.engine.zero_stage == 3:
-        yield "engine.compile", "does not go with engine.zero_stage 3, which swaps weights in and out of a block"
-    if c.engine.attention == "flash_attn" and (c.precision == "fp32" or c.engine.device == "cpu"):
-        yield "engine.attention", "runs in bf16 on a GPU only: give sdpa, or meta.use_bfloat16=true on a GPU"
-    if c.engine.attention == "xformers" and c.mask.mode == "packed":
-        yield "engine.attention", "is not offered for mask.mode packed: give sdpa or flash_attn"
-    if (c.engine.device, c.data.decoder) == ("cpu", "gpu"):
-        yield "data.decoder", "needs a GPU, but engine.device is cpu"
-    if c.eval.every and not (c.eval.train_path and c.eval.val_path):
-        yield "eval.every", "needs eval.train_path and eval.val_path, folders of labelled images"
-
-
-def _mask_conflicts(c: Config) -> Iterator[tuple[str, str]]:
-    try:
-        spec = c.mask_spec
-    except ValueError as error:
-        key, _, reason = str(error).partition(" ")
-        yield f"mask.{key}", reason
-        return
-    target, context = (sum(scale) / 2 for scale in (spec.pred_mask_scale, spec.enc_mask_scale))
-    left = context * c.grid**2 * (1 - target) ** spec.num_pred_masks
-    if not spec.allow_overlap and left <= spec.min_keep:
-        yield (
-            "mask.num_pred_masks",
-            f"so many targets leave about {left:.1f} of {c.grid**2} patches as context, which is not more than "
-            f"mask.min_keep {spec.min_keep}",
-        )
-
-
-class _Short(Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = self.maxlong = 60
-        self.maxlevel = 2
-
-    def repr_int(self, x: int, level: int) -> str:
-        return super().repr_int(x, level) if x.bit_length() < 1000 else "a number of over 300 digits"
-
-
-def _show(value: object) -> str:
-    return _Short().repr(value)

@@ -24,7 +24,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .config import Config, parse_config
+from .config import Config
+from .config_file import parse_config
 from .restore import CheckpointError, Reader, read_state, verify
 from .vit import LAYER_NORM_EPS, VisionTransformer, build_encoder, build_predictor, sincos_positions
 

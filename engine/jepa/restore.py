@@ -24,7 +24,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from . import manifest
-from .config import Config, ConfigError, parse_config
+from .config import Config, ConfigError
+from .config_file import parse_config
 
 NAMES = r"(step\d{8,}|ep\d+)"  # what follows {tag}-
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
