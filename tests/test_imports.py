@@ -65,7 +65,7 @@ def named(paths: list[Path]) -> pytest.MarkDecorator:
 @named(KERNELS)
 def test_the_kernels_import_torch_and_triton_and_no_other_op(path):
     assert outside(path) <= {"torch", "triton"}
-    if path.name != "__init__.py":
+    if is_op(path):
         beside = {i.module.removeprefix(".") or i.name for i in imports(path) if not i.top}
         assert beside.isdisjoint(p.stem for p in KERNELS if is_op(p))
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from .adamw_ema import AdamWEMA
 from .ema import ema_
 from .gather import gather_tokens
+from .optimizer import AdamWEMA
 from .patchify import patchify
 from .prediction_loss import prediction_loss
 from .predictor_tokens import predictor_tokens
