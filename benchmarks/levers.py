@@ -16,7 +16,7 @@ from jepa.config_file import parse_config
 from jepa.distributed import Ranks
 from jepa.optimizer import foreign
 
-OPS = ("patchify", "gather", "predictor_tokens", "prediction_loss", "vicreg")
+MODULES = ("patchify", "gather", "predictor_tokens", "prediction_loss", "covariance")
 
 
 @contextlib.contextmanager
@@ -56,19 +56,25 @@ class Lever:
     same: bool = True
 
 
+def definitions() -> dict[str, Callable[..., object]]:
+    """Of each op: x_ref defines the op x, or x_ where it works in place."""
+    found = {}
+    for module in (importlib.import_module(f"jepa_kernels.{name}") for name in MODULES):
+        for name, definition in vars(module).items():
+            for op in (name.removesuffix("ref"), name.removesuffix("_ref")) if name.endswith("_ref") else ():
+                if hasattr(torch.ops.jepa_kernels, op):
+                    found[op] = definition
+    return found
+
+
 @contextlib.contextmanager
 def references(device: torch.device) -> Iterator[None]:
     """The ops of jepa_kernels by their plain PyTorch definitions."""
     library = torch.library.Library("jepa_kernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is overridden
-        for module in (importlib.import_module(f"jepa_kernels.{op}") for op in OPS):
-            for definition in (name for name in vars(module) if name.endswith("_ref")):
-                # x_ref defines the op x, or x_ where it works in place
-                names = (definition.removesuffix("ref"), definition.removesuffix("_ref"))
-                op = next((name for name in names if hasattr(torch.ops.jepa_kernels, name)), None)
-                if op is not None:
-                    library.impl(op, getattr(module, definition), device.type.upper())
+        for op, definition in definitions().items():
+            library.impl(op, definition, device.type.upper(), allow_override=True)
     try:
         yield
     finally:
@@ -81,7 +87,7 @@ def specification(_device: torch.device) -> Iterator[None]:
     library = torch.library.Library("jepa_masks", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        library.impl("sample", masks._sample_ref, "CPU")
+        library.impl("sample", masks._sample_ref, "CPU", allow_override=True)
     try:
         yield
     finally:

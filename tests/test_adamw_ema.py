@@ -20,6 +20,7 @@ from jepa_kernels.adamw_ema import (
     adamw_ema_ref,
     adamw_ema_triton,
 )
+from jepa_kernels.tables import is_capturing
 from numerics import cut_off, rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel: on a CPU, in the interpreter
@@ -114,6 +115,18 @@ def test_one_step_against_float64(step, device, dtype):
         if step is adamw_ema_triton and DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts off
             originals = [cut_off(x) for x in originals]
         assert equal(copies, [x.to(dtype) for x in originals])
+
+
+@implementations
+def test_squares_too_small_for_float32_s_exponent(step, device):
+    """Without eps, what the square root of a subnormal is decides: for 0 the weight would be infinite."""
+    p, g = torch.randn(1500), 1e-20 * (1 + torch.rand(1500))
+    lists = [[x.clone().to(device)] for x in (p, g, 0 * p, 0 * p)]
+    row = [0.0, 1e-2 / (1 - 0.9), (1 - 0.999) ** -0.5, 0.0, 1.0, 1.0]
+    step(*lists, [], [], [], torch.tensor([row]), 0.9, 0.999, 0.0)
+    moved = p - lists[0][0].cpu()
+    assert lists[3][0].max() < torch.finfo(torch.float32).tiny  # the first step of Adam moves by lr
+    torch.testing.assert_close(moved, torch.full_like(p, 1e-2), rtol=0.05, atol=0)
 
 
 @implementations
@@ -537,6 +550,12 @@ def test_a_step_compiles_whole(device):
         optimizers[1].step()
     for a, b in zip(*map(everything, optimizers), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_whether_a_graph_is_captured_is_not_asked_while_compiling():
+    """torch.compile cannot ask the device, and `step` asks wherever parameters lie on a GPU."""
+    compiled = torch.compile(lambda x: x + is_capturing(torch.device("cuda")), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(3)), torch.ones(3))
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))

@@ -55,7 +55,7 @@ def test_rows_are_copied(gather, device, dtype, shape):
 def test_any_strides(gather, device):
     x, index = torch.randn(3, 17, 70), random_index(17, 17, 3).T[:, ::2]
     for view in [*strided_views(x), x[:1].expand(3, 17, 70)]:
-        expected = gather_ref(view.contiguous(), index.contiguous())
+        expected = torch.from_numpy(np.take_along_axis(view.numpy(), index[:, :, None].numpy(), axis=1))
         assert torch.equal(gather(view.to(device), index.to(device)).cpu(), expected)
 
 

@@ -119,11 +119,11 @@ def test_gradient_of_any_mix_of_blocks(kernel, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weight", [0.7, 1 / 3, -1.5, 3.0])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [None, False, True], ids=["eager", "static", "dynamic"])
 def test_weighted_16_bit_gradients_are_rounded_twice_and_not_biased(kernel, dtype, weight, compiled):
     """The first rounding is at most twice as coarse as the second: sqrt(1 + 4) of one. Where the loss is linear all
     elements are equal, and an error of theirs would be a bias."""
-    if compiled and kernel == "triton":
+    if compiled is not None and kernel == "triton":
         pytest.skip("the interpreter cannot be traced")
     torch._dynamo.reset()  # each weight is another graph
     for shape in ((2, 2, 50, 31, 640), (3, 2, 11, 5, 24)):
@@ -136,7 +136,8 @@ def test_weighted_16_bit_gradients_are_rounded_twice_and_not_biased(kernel, dtyp
         def loss(*args: Tensor, scale: int = scale) -> Tensor:
             return scale * weight * prediction_loss(*args)
 
-        (torch.compile(loss, fullgraph=True) if compiled else loss)(pred_, target_, index_).backward()
+        run = loss if compiled is None else torch.compile(loss, fullgraph=True, dynamic=compiled)
+        run(pred_, target_, index_).backward()
         off = pred_.grad.cpu().double() / scale - expected
         assert rms(off) <= 5**0.5 * rms(rounding(scale * expected, dtype, kernel == "triton") / scale)
 

@@ -96,7 +96,7 @@ def test_tokens(op, device, dtypes, shape):
 @forwards
 def test_any_strides(op, device):
     context, context_index, target_index, pos, mask = random_inputs((3, 5, 7, 11, 13, 17), *DTYPES[0])
-    expected = predictor_tokens_ref(context, context_index, target_index, pos, mask)
+    expected = by_loops(context, context_index, target_index, pos, mask)
     rest = (
         context_index.T.contiguous().T,
         target_index.permute(2, 0, 1).contiguous().permute(1, 2, 0),
@@ -104,7 +104,8 @@ def test_any_strides(op, device):
         mask.repeat_interleave(2)[::2],
     )
     for view in strided_views(context):
-        assert torch.equal(op(view.to(device), *(tensor.to(device) for tensor in rest)).cpu(), expected)
+        y = op(view.to(device), *(tensor.to(device) for tensor in rest)).cpu()
+        assert within_rounding(y, expected, interpreted=False)
 
 
 @backwards

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import BLOCK, at, lerp, table, tables, upload
+from .tables import BLOCK, CACHES, at, lerp, table, tables, upload
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -188,7 +188,9 @@ def _update(
         e = tl.load(e_at, mask=mask)
     m = lerp(m, g, beta1_c)
     v = lerp(v, g * g, beta2_c)
-    p -= decay * p + lr * m / (tl.sqrt(v) * rsqrt_bias2 + eps)
+    tiny = v < 1e-30  # tl.sqrt takes a subnormal for 0, and eps may be 0
+    root = tl.sqrt(tl.where(tiny, v * 2.0**64, v)) * tl.where(tiny, 2.0**-32, 1.0)
+    p -= decay * p + lr * m / (root * rsqrt_bias2 + eps)
     tl.store(m_at, m, mask=mask)
     tl.store(v_at, v, mask=mask)
     tl.store(p_at, p, mask=mask)
@@ -244,6 +246,7 @@ def adamw_ema_triton(
 torch.library.define(
     "jepa_kernels::adamw_ema_coefficients_",
     "(Tensor(a!)[] steps, Tensor[] numbers, float beta1, float beta2) -> Tensor",
+    tags=CACHES,
 )
 torch.library.impl("jepa_kernels::adamw_ema_coefficients_", "default", adamw_ema_coefficients_ref)
 torch.library.impl("jepa_kernels::adamw_ema_coefficients_", "cuda", adamw_ema_coefficients_triton)
@@ -260,6 +263,7 @@ torch.library.define(
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, "
     "Tensor(e!)[] weight_copies, Tensor(f!)[] ema_copies, Tensor coefficients, float beta1, float beta2, "
     "float eps) -> ()",
+    tags=CACHES,
 )
 torch.library.impl("jepa_kernels::adamw_ema_", "default", adamw_ema_ref)
 torch.library.impl("jepa_kernels::adamw_ema_", "cuda", adamw_ema_triton)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import BLOCK, at, lerp, tables
+from .tables import BLOCK, CACHES, at, lerp, tables
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NARROW = set(_CODES)
@@ -55,7 +55,10 @@ def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float |
             double.append(torch.float64 in (target.dtype, source.dtype))
     weight = _weight(momentum, device)
     for target, source in compress(zip(targets, sources, strict=True), double):
-        target.copy_(torch.lerp(target.double(), source.double(), weight.double().to(device)))
+        # A number is part of the launch; a tensor on the CPU would be sent, and waited for.
+        number = weight.is_cpu and not torch.compiler.is_compiling()
+        share = weight.item() if number else weight.double().to(device)
+        target.copy_(torch.lerp(target.double(), source.double(), share))
     if not any(double):
         torch.ops.jepa_kernels.ema_(targets, sources, weight.float())
     elif not all(double):
@@ -191,7 +194,7 @@ def ema_triton(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> 
 
 # --- registration; csrc adds the CPU
 
-torch.library.define("jepa_kernels::ema_", "(Tensor(a!)[] targets, Tensor[] sources, Tensor weight) -> ()")
+torch.library.define("jepa_kernels::ema_", "(Tensor(a!)[] targets, Tensor[] sources, Tensor weight) -> ()", tags=CACHES)
 torch.library.impl("jepa_kernels::ema_", "default", ema_ref)
 torch.library.impl("jepa_kernels::ema_", "cuda", ema_triton)
 torch.library.register_fake("jepa_kernels::ema_", lambda targets, sources, weight: None)

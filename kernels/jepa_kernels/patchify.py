@@ -88,10 +88,9 @@ def patchify_ref(
     bytes_BNL = grid.reshape(B, (H // P) * (W // P), 3 * P * P)
     if index is not None:
         bytes_BNL = bytes_BNL.gather(1, index[:, :, None].expand(-1, -1, 3 * P * P))
-    scale_L, bias_L = (
-        torch.tensor(v, dtype=torch.float32, device=images_B3HW.device).repeat_interleave(P * P) for v in (scale, bias)
-    )
-    return (bytes_BNL.float() * scale_L + bias_L).to(dtype).contiguous()
+    channels = bytes_BNL.float().unflatten(2, (3, P * P)).unbind(2)
+    rows = [x * scale[c] + bias[c] for c, x in enumerate(channels)]  # numbers, not tensors: a GPU's host would wait
+    return torch.cat(rows, 2).to(dtype)
 
 
 # --- triton: a program writes ROWS patches of one image; where a pixel of a patch lies is found once for all of them

@@ -3,7 +3,8 @@
 A list of tensors is cut into blocks of `BLOCK` elements. Program b of a launch reads `blocks[b] = (row, k)`, then
 `rows[row] = (elements, address, ...)`, and works on elements k * BLOCK and up of those addresses. Both tables are
 cached by what they hold and by the stream that they were copied on: tensors that stay in place cost a look-up, and new
-ones (gradients, mostly) a small copy that the host does not wait for. In a CUDA graph that copy is a node.
+ones (gradients, mostly) a small copy that the host does not wait for. In a CUDA graph that copy is a node. Ops that use
+them are `CACHES`: Inductor would give the cached tables memory of a graph of its own (mode="reduce-overhead").
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # per program of four warps: two 16-byte loads of each float32 tensor in flight per thread
+
+CACHES = (torch.Tag.cudagraph_unsafe,)  # of an op that keeps device memory from one call to the next
 
 Row = tuple[int, ...]
 
@@ -40,8 +43,8 @@ def table(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being made of what is launched on the device now."""
-    if device.type != "cuda":
+    """Whether a CUDA graph is being made of what is launched on the device now. Never while torch.compile traces."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
