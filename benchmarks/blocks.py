@@ -71,6 +71,7 @@ def shapes(size: Size, heads: int) -> list[Shape]:
 
 def backends() -> dict[str, Contender]:
     """attend(q, k, v) of every backend that is installed; whether it takes a shape is seen when it is called."""
+    require("sdpa")
     found = {"sdpa": partial(attend, backend="sdpa"), "math": partial(attend, backend="math")}
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
         found[f"sdpa: {name.split('_')[0].lower()}"] = partial(_only, getattr(SDPBackend, name))

@@ -98,10 +98,14 @@ def patchify(size: Size, device: str, dtype: torch.dtype) -> Case:
     def fused(images: Tensor, index: Tensor, like: Tensor) -> Tensor:
         return ours.patchify(images, index, mean=MEAN, std=STD, patch_size=P, dtype=like.dtype)
 
+    wide = torch.promote_types(dtype, torch.float32)
+    constants = {  # made once, as buffers of a model: a tensor from a list makes the host wait for a GPU
+        x: [torch.tensor(v, dtype=x, device=device)[:, None, None] for v in (MEAN, STD)] for x in (wide, torch.float64)
+    }
+
     def eager(images: Tensor, index: Tensor, like: Tensor) -> Tensor:
-        wide = torch.promote_types(like.dtype, torch.float32)
-        mean, std = (torch.tensor(x, dtype=wide, device=images.device)[:, None, None] for x in (MEAN, STD))
-        x = ((images.to(wide) / 255 - mean) / std).to(like.dtype)
+        mean, std = constants[torch.promote_types(like.dtype, torch.float32)]
+        x = ((images.to(mean.dtype) / 255 - mean) / std).to(like.dtype)
         x = x.unflatten(3, (-1, P)).unflatten(2, (-1, P)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return torch.gather(x, 1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
@@ -268,18 +272,22 @@ def optimizers(size: Size, device: str, low: torch.dtype) -> Case:
     one_pass.step()
     results["ours"] = [*(p.detach() for p in params), *(one_pass.state[p]["ema"] for p in params)]
     AdamW = torch.optim.AdamW
-    calls = {
-        "ours": one_pass.step,
-        "eager": contender("eager", partial(AdamW, foreach=True)),
-        "fused + lerp": contender("fused + lerp", partial(AdamW, fused=True)),
-    }
+    calls = {"ours": one_pass.step, "eager": contender("eager", partial(AdamW, foreach=True))}
     on_gpu = device == "cuda"
+    others: dict[str, Callable[..., torch.optim.Optimizer]] = {"fused + lerp": partial(AdamW, fused=True)}
     if on_gpu or low == torch.float32:  # on a CPU it takes a minute to compile: once is enough
-        stock = partial(AdamW, foreach=True, capturable=on_gpu)
-        calls["compiled"] = torch.compile(contender("compiled", stock))
+        others["compiled"] = partial(AdamW, foreach=True, capturable=on_gpu)
     if on_gpu:
-        for name, optimizer in installed_optimizers().items():
-            calls[f"{name} + lerp"] = contender(f"{name} + lerp", optimizer)
+        others |= {f"{name} + lerp": optimizer for name, optimizer in installed_optimizers().items()}
+    # Weights, averages, moments and gradients, copies; and as much again as weights for what foreach makes on the way.
+    needed = (28 if low == torch.float32 else 32) * sum(p.numel() for p in start)
+    for name, optimizer in others.items():
+        if on_gpu and free_bytes() < needed:
+            print(f"{name}: left out, {needed / 1e9:.0f} GB more do not fit", flush=True)
+            continue
+        call = contender(name, optimizer)
+        calls[name] = torch.compile(call) if name == "compiled" else call
+    if on_gpu:
         apex_too = find_spec("apex") and find_spec("apex.contrib.openfold_triton")
         if apex_too and low == torch.float32:  # writes a float32 copy more
             apex = import_module("apex.contrib.openfold_triton.fused_adam_swa")
@@ -300,6 +308,11 @@ def optimizers(size: Size, device: str, low: torch.dtype) -> Case:
     n = sum(p.numel() for p in start)
     moved = 32 + (4 if low == torch.float32 else 3 * low.itemsize)  # four tensors both ways, the gradient, copies
     return Case({"step": calls}, {"step": (moved * n, 18 * n)}, check)
+
+
+def free_bytes() -> int:
+    """Of the GPU, those that torch holds without using them included."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def installed_optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
@@ -371,10 +384,12 @@ def differentiable(
 
     def backward(f: Callable[..., Any], xs: list[Tensor]) -> Call:
         y, wanted = f(*xs), [xs[i] for i in places]
-        return lambda: torch.autograd.grad(y, wanted, start.to(y.dtype), retain_graph=True)
+        dy = start.to(y.dtype, copy=True)  # each call's own, or a GPU's cache would hold it
+        return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
     def both(f: Callable[..., Any], xs: list[Tensor]) -> Call:
-        return lambda: results(f, xs, start)
+        dy = start.clone()
+        return lambda: results(f, xs, dy)
 
     modes = {"forward": forward, "backward": backward, "both": both} if places else {"forward": forward}
 

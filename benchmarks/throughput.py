@@ -20,7 +20,6 @@ import argparse
 import gc
 import itertools
 import json
-import math
 import os
 import re
 import statistics
@@ -29,10 +28,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("kernels", "engine")]
 
+import numpy as np
 import torch
 import torch._dynamo
 import torch.distributed as dist
@@ -96,36 +96,65 @@ def apart(losses: list[float], wanted: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
 
 
-def check(
-    engine: Make, plain: Make, others: dict[str, Make], config: Config, ranks: distributed.Ranks
-) -> dict[str, float]:
-    """How far each contender's losses are from the engine's in fp32. Raises BenchmarkError where that is too far."""
+class Checked(NamedTuple):
+    errors: dict[str, float]
+    """How far each contender's losses are from the engine's in fp32."""
+    failed: dict[str, str]
+    """Why some of them are not timed."""
+
+
+def check(engine: Make, plain: Make, others: dict[str, Make], config: Config, ranks: distributed.Ranks) -> Checked:
+    """Compares losses. Raises BenchmarkError where the engine's are not those that it has with every lever off; another
+    contender that is too far off, or fails, is not timed."""
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # the published patches are conv2d's
+    try:
+        return _check(engine, plain, others, config, ranks)
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def _check(engine: Make, plain: Make, others: dict[str, Make], config: Config, ranks: distributed.Ranks) -> Checked:
     few = min(config.data.batch_size, AT_ONCE) if ranks.device.type == "cuda" else config.data.batch_size
     accumulation = config.batch(ranks.world_size).accumulation
     exact = fp32(config, few, accumulation)
     images = Synthetic(exact, ranks.device, accumulation)
     wanted = losses(engine, exact, images)
-    makers = {"every lever off": plain} | others
-    found = {}
-    for name, make in makers.items():
-        try:
-            found[name] = apart(losses(make, exact, images), wanted)
-        except ConfigError:  # FlashAttention has no fp32: bf16 has to do below
-            if config.precision == "fp32":
-                raise
-    if wrong := {name: f"{error:.1e}" for name, error in found.items() if not error <= TOLERANCE}:
-        raise BenchmarkError(f"fp32 losses of {len(wanted)} steps differ by more than {TOLERANCE}: {wrong}; not timed")
+    errors: dict[str, float] = {}
+    failed: dict[str, str] = {}
+
+    def compare(name: str, make: Make, config: Config, allowed: float) -> None:
+        error = errors[name] = apart(losses(make, config, images), wanted)
+        if not error <= allowed:
+            raise BenchmarkError(
+                f"{name}: the losses of {len(wanted)} steps are {error:.1e} from the engine's in fp32, "
+                f"allowed {allowed:.1e}"
+            )
+
+    compare("every lever off", plain, exact, TOLERANCE)
+    low, allowed = None, 0.0
     if config.precision == "bf16":
         low = parse_config(
             exact.model_dump(), ["meta.use_bfloat16=true", f"engine.attention={config.engine.attention}"]
         )
         allowed = 2 * apart(losses(plain, low, images), wanted) + ROUNDING
-        added = {f"{name} in bf16": make for name, make in others.items() if name.startswith("with ")}
-        for name, make in ({"engine in bf16": engine} | added).items():
-            found[name] = apart(losses(make, low, images), wanted)
-            if not found[name] <= allowed:
-                raise BenchmarkError(f"{name}: losses differ from fp32's by {found[name]:.1e}, allowed {allowed:.1e}")
-    return found
+        compare("engine in bf16", engine, low, allowed)
+    for name, make in others.items():
+        try:
+            try:
+                compare(name, make, exact, TOLERANCE)
+            except ConfigError:  # FlashAttention has no fp32: bf16 has to do
+                if low is None:
+                    raise
+            if low is not None and name.startswith("with "):
+                compare(f"{name} in bf16", make, low, allowed)
+        except Exception as error:
+            failed[name] = first_line(error)
+            free()
+    return Checked(errors, failed)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def figures(contender: Contender, rates: dict[str, float | None]) -> dict[str, Any]:
@@ -141,7 +170,7 @@ def figures(contender: Contender, rates: dict[str, float | None]) -> dict[str, A
         "images_per_second": images / seconds,
         "step_ms": 1e3 * seconds,
         "p50_ms": 1e3 * statistics.median(times.seconds),
-        "p95_ms": 1e3 * quantile(times.seconds, 0.95),
+        "p95_ms": 1e3 * float(np.quantile(times.seconds, 0.95)),
         "gflop_per_image": statistics.mean(work) / images / 1e9,
         "flops": sum(work) / sum(times.seconds),
         "context_tokens": statistics.mean(tokens.context for tokens in times.tokens),
@@ -155,14 +184,6 @@ def figures(contender: Contender, rates: dict[str, float | None]) -> dict[str, A
     for name, rate in rates.items():
         row[name] = None if rate is None else row["flops"] / rate
     return row
-
-
-def quantile(values: list[float], share: float) -> float:
-    """Between the two nearest of the ordered values."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    return ordered[low] + (place - low) * (ordered[math.ceil(place)] - ordered[low])
 
 
 def paired(contender: Contender, base: Contender) -> float:
@@ -244,15 +265,18 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
     levers = {f"without {n}": ours(f"without {n}", [lever]) for n, lever in less.items()}
     levers |= {f"with {n}": ours(f"with {n}", [lever]) for n, lever in more.items()}
     compared = references | {f"with {n}": levers[f"with {n}"] for n, lever in more.items() if lever.same}
-    errors = check(ours("engine", []), ours("every lever off", [*on.values()]), compared, config, ranks)
+    errors, failed = check(ours("engine", []), ours("every lever off", [*on.values()]), compared, config, ranks)
     say("losses of 3 steps against the engine's in fp32: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()))
+    for name, why in failed.items():
+        say(f"{name} is not timed: {why}")
+    timed = {name: make for name, make in (references | levers).items() if name not in failed}
 
     images = Synthetic(config, device, config.batch(ranks.world_size).accumulation)
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on in eager, without a word
     rate = [matmul_flops(device, dtype)]
     base = start(partial(ours("engine", []), config), images, args.warmup, device)
     rows, longer = [], {}
-    others = len(references) + len(levers)
+    others = len(timed)
     steps = args.steps * max(1, 2 * others) + min(args.steps, 5) * (1 + others)
     with tqdm(total=steps, unit="step", disable=args.quiet) as bar:
         if not others:
@@ -262,7 +286,7 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
         with base.timing_parts():
             measure([base], images, args.warmup, min(args.steps, 5), args.block, bar)
         waits = host_waits(base, images, args.warmup)
-        for name, make in (references | levers).items():
+        for name, make in timed.items():
             other: Contender | None = None
             before = len(base.times.seconds)
             try:
@@ -274,7 +298,7 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
                 rows.append(figures(other, rates) | {"beside": base.times.seconds[before:]})
             except Exception as error:
                 # What was measured of the others is kept; the exit code says that one failed.
-                rows.append({"contender": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]})
+                rows.append({"contender": name, "failed": first_line(error)})
             finally:
                 if other is not None:
                     other.close()
@@ -282,6 +306,7 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
                 free()
         if not base.times.seconds:  # every other one failed before its first turn
             measure([base], images, args.warmup, args.steps, args.block, bar)
+    rows += [{"contender": name, "failed": why} for name, why in failed.items()]
     base.times.seconds, base.times.tokens = base.times.seconds[: args.steps], base.times.tokens[: args.steps]
     rows.insert(0, figures(base, rates))  # in turns with the first of the others
     base.close()

@@ -105,7 +105,7 @@ def evaluate(
         (train_x, train), (val_x, val) = (features(module, source, config, device) for source in sources)
         row: dict[str, object] = {"features": what}
         for name, (train_y, val_y) in labels.items():
-            sets = train_x, train_y[train], val_x, val_y[val]
+            sets = train_x, train_y[train].to(device), val_x, val_y[val].to(device)
             row[f"{name} k-NN"] = 100 * knn(*sets, k=config.eval.knn_k)
             row[f"{name} linear"] = 100 * linear_probe(*sets)
         rows.append(row)

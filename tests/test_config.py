@@ -193,6 +193,7 @@ def test_a_key_in_the_wrong_section_is_told_the_right_one(known: str) -> None:
         (["optimization.lr=.nan"], "optimization.lr"),
         (["optimization.betas=[0.9, 1]"], "optimization.betas[1]"),
         (["engine.zero_stage=4"], "engine.zero_stage"),
+        (["engine.zero_stage=0", "engine.optimizer=apex", "meta.use_bfloat16=true"], "engine.optimizer"),
         (["engine.precision=fp32"], "engine.precision"),
         (["engine.global_batch_size=12"], "engine.global_batch_size"),
         (["engine.global_batch_size=40", "engine.gradient_accumulation_steps=2"], "engine.global_batch_size"),

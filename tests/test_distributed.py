@@ -46,6 +46,8 @@ def test_srun_s_names_are_translated_alike_on_all_ranks() -> None:
     ]  # fmt: skip
     assert {(r["MASTER_ADDR"], r["MASTER_PORT"]) for r in ranks} == {("n08", ranks[0]["MASTER_PORT"])}
     assert 1024 < int(ranks[0]["MASTER_PORT"]) < 65536
+    alone = launch_environment(job | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, gpus=1)
+    assert (alone["RANK"], alone["LOCAL_RANK"]) == ("3", "0")  # the one GPU that the task is shown
 
 
 def test_determinism_is_asked_of_torch_and_cublas_before_anything_runs() -> None:

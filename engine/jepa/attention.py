@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from jepa_kernels import gather_tokens
-
 from .config import ConfigError
 
 FLASH = ("flash_attn.cute", "flash_attn_interface", "flash_attn")  # FlashAttention 4, 3, 2
@@ -26,9 +24,8 @@ HOW_TO_GET = {
     "flash_attn": "pip install flash-attn-4 (from Hopper on), or build flash-attn 2 or 3 from its sources",
     "xformers": "pip install xformers",
 }
-_modules: dict[
-    str, Any
-] = {}  # of the backends in use, by name: an import inside a compiled block would break its graph
+# Of the backends in use, by name: an import inside a compiled block would break its graph.
+_modules: dict[str, Any] = {}
 
 
 class Sequences(NamedTuple):
@@ -102,12 +99,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, backend: str) 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, backend: str) -> Tensor:
     """`attend_packed` on dense [S, longest, H, C]. A padded slot holds a copy of some row; as a key it is masked, as a
-    query it is dropped, so no gradient comes out of it."""
+    query it is dropped, so that its gradient is 0: in whatever order it is added, it changes nothing."""
 
     def dense(x: Tensor, sequences: Sequences) -> Tensor:
         slot = sequences.offsets[:-1, None].long() + torch.arange(sequences.longest, device=x.device)
-        rows = gather_tokens(x.flatten(1)[None], slot.clamp(max=x.shape[0] - 1).view(1, -1))
-        return rows.view(*slot.shape, *x.shape[1:]).transpose(1, 2)
+        rows = x.index_select(0, slot.clamp(max=x.shape[0] - 1).flatten())
+        return rows.unflatten(0, slot.shape).transpose(1, 2)
 
     offsets = queries.offsets.long()
     lengths = keys.offsets.diff()
@@ -116,11 +113,16 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Se
     row = torch.arange(q.shape[0], device=q.device)
     owner = torch.searchsorted(offsets[1:], row, right=True)
     place = owner * queries.longest + row - offsets[owner]
-    return gather_tokens(y.transpose(1, 2).reshape(1, -1, q.shape[1] * q.shape[2]), place[None]).view(q.shape)
+    return y.transpose(1, 2).flatten(0, 1).index_select(0, place)
 
 
 def require(backend: str) -> None:
-    """Makes a backend ready. Raises ConfigError, which says how to get it, where it is not installed."""
+    """Makes a backend ready. Raises ConfigError, which says how to get it, where it is not installed.
+
+    sdpa goes without cuDNN, which builds a plan for each new shape, and the lengths of masks are new in most steps.
+    """
+    if backend == "sdpa":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     names = {"flash_attn": FLASH, "xformers": ("xformers.ops",)}.get(backend, ())
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         names = tuple(name for name in names if name not in FROM_HOPPER_ON)

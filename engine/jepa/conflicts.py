@@ -62,6 +62,8 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
         yield "mask.token_budget", f"leaves {c.token_budget} rows for the contexts of {c.data.batch_size} images"
     if c.engine.compile and c.engine.zero_stage == 3:
         yield "engine.compile", "does not go with engine.zero_stage 3, which swaps weights in and out of a block"
+    if c.engine.optimizer in ("deepspeed", "apex") and c.engine.zero_stage == 0 and c.precision == "bf16":
+        yield "engine.optimizer", "needs engine.zero_stage 1 or more in bf16; on one GPU stage 1 takes no more memory"
     if c.engine.attention == "flash_attn" and (c.precision == "fp32" or c.engine.device == "cpu"):
         yield "engine.attention", "runs in bf16 on a GPU only: give sdpa, or meta.use_bfloat16=true on a GPU"
     if c.engine.attention == "xformers" and c.mask.mode == "packed":

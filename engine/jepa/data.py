@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -98,6 +99,8 @@ class Decoder:
 
     def __init__(self, kind: str, device: torch.device | str, threads: int) -> None:
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         if kind not in ("auto", "cpu", "gpu") or (kind == "gpu" and self.device.type != "cuda"):
             raise ValueError(
                 f"data.decoder: given {kind!r} for images on {self.device}; "
@@ -109,8 +112,9 @@ class Decoder:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.options: dict[str, Any] = {"device": "cpu"}
         if self.on_gpu:
-            index = torch.cuda.current_device() if self.device.index is None else self.device.index
-            self._context = ndd.EvalContext(num_threads=self.threads, device_id=index, cuda_stream=self._stream)
+            self._context = ndd.EvalContext(
+                num_threads=self.threads, device_id=self.device.index, cuda_stream=self._stream
+            )
             # All JPEGs on one engine: sharing them among two would let an image's bytes depend on its batch.
             self.options = {"device": "gpu", "hw_decoder_load": 1.0, "jpeg_fancy_upsampling": True}
             self.options["affine"] = False  # the ranks of a machine would all bind to the same cores
@@ -194,13 +198,17 @@ class _Reader:
         return encoded
 
 
-def _ahead(function: Callable[..., T], arguments: Iterator[A], depth: int) -> Iterator[tuple[A, T, float]]:
+def _ahead(
+    function: Callable[..., T], arguments: Iterator[A], depth: int, device: torch.device
+) -> Iterator[tuple[A, T, float]]:
     """For each of `arguments`, in order: it, function(*it), the seconds waited; up to `depth` are made ahead.
 
     Two threads: one reads files while the other decodes. What `function` raises is raised here. When the
     caller stops, calls that have begun are finished and the others dropped.
     """
-    workers = ThreadPoolExecutor(2, thread_name_prefix="jepa-data")
+    # A new thread's current GPU is the first one, where DALI would make every rank a context.
+    here = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    workers = ThreadPoolExecutor(2, thread_name_prefix="jepa-data", initializer=here)
     begun: deque[tuple[A, Future[T]]] = deque()
     try:
         while True:
@@ -310,7 +318,7 @@ class Loader:
         """
         steps = count(start) if stop is None else range(start, stop)
         places = ((step, micro) for step in steps for micro in range(self.accumulation))
-        for (step, micro), batch, waited in _ahead(self.batch, places, self.prefetch):
+        for (step, micro), batch, waited in _ahead(self.batch, places, self.prefetch, self._decode.device):
             self.wait_seconds += waited
             _use_here(batch.images)
             yield step, micro, batch
@@ -406,7 +414,7 @@ def eval_batches(
 
     wanted = list(range(len(source))) if indices is None else [int(i) for i in indices]
     chunks = ((wanted[i : i + batch_size],) for i in range(0, len(wanted), batch_size))
-    for _, (good, images), _ in _ahead(load, chunks, depth=2):
+    for _, (good, images), _ in _ahead(load, chunks, 2, decode.device):
         if images is not None:
             _use_here(images)
             yield images, good

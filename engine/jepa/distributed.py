@@ -48,8 +48,11 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
-def launch_environment(given: dict[str, str]) -> dict[str, str]:
-    """The five variables that torch.distributed and DeepSpeed read, from whatever the launcher set."""
+def launch_environment(given: dict[str, str], gpus: int = 0) -> dict[str, str]:
+    """The five variables that torch.distributed and DeepSpeed read, from whatever the launcher set.
+
+    `gpus`: how many this process sees. Slurm may show each task its own alone (--gpus-per-task): number 0.
+    """
     if "RANK" in given:
         names = {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         return {"RANK": given["RANK"]} | {name: given.get(name, value) for name, value in names.items()}
@@ -57,7 +60,7 @@ def launch_environment(given: dict[str, str]) -> dict[str, str]:
         return {
             "RANK": given["SLURM_PROCID"],
             "WORLD_SIZE": given["SLURM_NTASKS"],
-            "LOCAL_RANK": given["SLURM_LOCALID"],
+            "LOCAL_RANK": "0" if gpus == 1 else given["SLURM_LOCALID"],
             "MASTER_ADDR": given.get("MASTER_ADDR") or first_host(given["SLURM_JOB_NODELIST"]),
             "MASTER_PORT": given.get("MASTER_PORT") or str(20000 + int(given["SLURM_JOB_ID"]) % 20000),
         }
@@ -93,16 +96,14 @@ def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool
     """
     # The collectives' newer names are unknown to torch 2.10.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    environment = launch_environment(dict(os.environ))
+    environment = launch_environment(dict(os.environ), gpus := torch.cuda.device_count())
     os.environ.update(environment)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    local, gpus = int(environment["LOCAL_RANK"]), torch.cuda.device_count()
-    if gpus == 1 and "SLURM_PROCID" in os.environ:
-        local = 0  # Slurm shows each task its own GPU alone (--gpus-per-task)
+    local = int(environment["LOCAL_RANK"])
     if device == "cuda" or (device == "auto" and gpus > 0):
         if local >= gpus:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 from jepa_kernels import AdamWEMA
 
@@ -113,7 +114,8 @@ def make_optimizer(config: Config, groups: list[dict[str, Any]], device: torch.d
 def foreign(name: str, device: torch.device) -> type:
     """DeepSpeed's or apex's FusedAdam, with the average. Raises ConfigError where it cannot be had."""
     module = {"deepspeed": "deepspeed.ops.adam", "apex": "apex.optimizers"}[name]
-    if device.type != "cuda" or not find_spec(name) or not find_spec(module):
+    here = device.type == "cuda" and find_spec(name) and find_spec(module)
+    if not here or (name == "deepspeed" and cpp_extension.CUDA_HOME is None):
         problem = f"engine.optimizer = {name!r}: cannot be used here, on {device.type}; {HOW_TO_GET[name]}"
         raise ConfigError([f"{problem}. adamw_ema and torch need neither"])
     stock = import_module(module).FusedAdam

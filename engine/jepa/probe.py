@@ -23,15 +23,15 @@ STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the linear probe's L2
 
 @torch.no_grad()
 def extract(encoder: Encoder, batches: Iterable[tuple[Tensor, list[int]]]) -> tuple[Tensor, list[int]]:
-    """Mean-pooled features, fp32 [S, D] on the CPU, and the S images' numbers, of what `eval_batches` yields.
+    """Mean-pooled features, fp32 [S, D], and the S images' numbers, of what `eval_batches` yields.
 
     Where no image can be used the features are [0]: they concatenate with those of other ranks.
     """
-    features, numbers = [torch.empty(0)], []
+    features, numbers = [], []
     for images, indices in batches:
-        features.append(encoder(images).float().mean(1).cpu())
+        features.append(encoder(images).float().mean(1))
         numbers += indices
-    return torch.cat(features), numbers
+    return torch.cat(features) if features else torch.empty(0), numbers
 
 
 def knn(
@@ -148,7 +148,7 @@ class OnlineProbe:
             )
             features, indices = extract(encoder, batches)
             assert source.labels is not None  # open_labelled
-            parts += [features, torch.from_numpy(source.labels[indices])]
+            parts += [features.cpu(), torch.from_numpy(source.labels[indices])]
         ranks: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(ranks, parts)
         train_x, train_y, val_x, val_y = (torch.cat(rows) for rows in zip(*ranks, strict=True))
