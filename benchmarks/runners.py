@@ -82,7 +82,7 @@ class Engine:
         self.config = changed(config, levers)
         self.contexts = [lever.context for lever in levers if lever.context]
         self.engine, self.teacher = start_model(self.config, ranks.device)
-        self.numbers = torch.tensor(NUMBERS, dtype=torch.float64, device=zero.pacemaker(self.engine, ranks.device))
+        self.numbers = torch.tensor(NUMBERS, dtype=torch.float64, device=zero.schedule_device(self.engine))
 
     def run(self, step: int, batches: Batches) -> tuple[Any, Any, Any]:
         """Marks before and after the step, and its loss if anyone asks: `float` of the third waits for it."""

@@ -29,7 +29,7 @@ from jepa.objective import JepaModel, Losses, poison
 from jepa.probe import OnlineProbe
 from jepa.replay import replay, start_of_replay
 from jepa.restore import CheckpointError, Reader
-from jepa.schedules import Pace, Schedules
+from jepa.schedules import Schedules, ScheduleTable
 from jepa.skipped import Diverged, Outcomes
 from jepa.sources import open_images
 from jepa.teacher import Teacher
@@ -73,7 +73,7 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
         prefetch=data.prefetch,
         max_bad_fraction=data.max_bad_fraction,
     )
-    found = ", ".join(f"{key} {value}" for key, value in loader.source.law.items())
+    found = ", ".join(f"{key} {value}" for key, value in loader.source.fingerprint.items())
     distributed.require_alike(ranks, found, f"{data.folder} is not the same on all machines")
     return loader
 
@@ -96,7 +96,7 @@ def train(
     watchdog.at(None, "building the model")
     engine, teacher = start_model(config, ranks.device)
     watchdog.at(None, "loading the checkpoint")
-    saver = checkpoint.Saver(config, engine, loader.steps_per_epoch, loader.source.law, lock)
+    saver = checkpoint.Saver(config, engine, loader.steps_per_epoch, loader.source.fingerprint, lock)
     progress = saver.resume(args.resume, args.accept_changes) if args.resume else saver.begin()
     if progress.applied:
         teacher.refresh()
@@ -107,16 +107,16 @@ def train(
         f"{ranks.world_size} x {ranks.device.type}; steps {progress.step} to {last_step} of {all_steps}; "
         f"kill {os.getpid()} stops it with everything saved"
     )
-    pace = Pace(schedules, progress.applied, last_step - progress.step, zero.pacemaker(engine, ranks.device))
+    table = ScheduleTable(schedules, progress.applied, last_step - progress.step, zero.schedule_device(engine))
     outcomes, owed = Outcomes(progress, global_batch), False
     batches = loader.batches(progress.step, last_step)
     for step in range(progress.step, last_step):
         stop.ask()
         waited_before = loader.wait_seconds
-        numbers = pace.next()
+        numbers = table.next()
         zero.schedule(engine, numbers)
         done = take_step(config, ranks, engine, teacher, batches, step, watchdog.at)
-        pace.count(done.applied)
+        table.count(done.applied)
         log.step(step, done.losses, *done.kept, loader.wait_seconds - waited_before, done.replaced)
         outcomes.add(step, done.applied, done.losses, done.files)
 
@@ -173,13 +173,13 @@ def replay_step(config: Config, args: argparse.Namespace, ranks: Ranks, loader: 
         checkpoint.load(path, state, engine)
         if progress.applied:
             teacher.refresh()
-        schedules, pacemaker = Schedules(config, loader.steps_per_epoch), zero.pacemaker(engine, ranks.device)
-        pace = Pace(schedules, progress.applied, step - progress.step, pacemaker)
+        schedules = Schedules(config, loader.steps_per_epoch)
+        table = ScheduleTable(schedules, progress.applied, step - progress.step, zero.schedule_device(engine))
         batches = loader.batches(progress.step, step)
         for before in range(progress.step, step):
-            zero.schedule(engine, pace.next())
+            zero.schedule(engine, table.next())
             done = take_step(config, ranks, engine, teacher, batches, before, watchdog.at)
-            pace.count(done.applied)
+            table.count(done.applied)
             progress.count(bool(done.applied), 0)
         head += f", and {step - state['step']} steps from there"
         read = partial(checkpoint.gathered, engine)

@@ -203,7 +203,7 @@ def resume_damaged(folder: Path, config: Path, words: tuple[str, ...], number: i
             (copy / "jepa-latest").unlink()
         counts["damaged"] += bad + link_too
         with contextlib.redirect_stdout(io.StringIO()):
-            progress = Saver(settings, engine, 5, open_images(settings.data.folder).law).resume("latest")
+            progress = Saver(settings, engine, 5, open_images(settings.data.folder).fingerprint).resume("latest")
         _, step, weights = wanted[bad]
         counts["wrong checkpoints"] += progress.step != step
         found = whole_weights(engine)

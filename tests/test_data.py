@@ -323,23 +323,23 @@ def test_a_failing_disk_is_asked_again_and_then_stops_the_run_but_replaces_no_im
 
 def test_the_law_of_a_source_is_its_names_in_order_wherever_it_lies(tmp_path):
     paths = fill(tmp_path / "a", 6)
-    law = open_images(tmp_path / "a").law
+    law = open_images(tmp_path / "a").fingerprint
     assert law["images"] == 6
     shutil.copytree(tmp_path / "a", tmp_path / "elsewhere" / "b")
-    assert open_images(tmp_path / "elsewhere" / "b").law == law
+    assert open_images(tmp_path / "elsewhere" / "b").fingerprint == law
     (tmp_path / "list.txt").write_text("".join(f"a/{path.name}\n" for path in reversed(paths)))
-    assert open_images(tmp_path / "list.txt").law["list of images"] != law["list of images"]
+    assert open_images(tmp_path / "list.txt").fingerprint["list of images"] != law["list of images"]
     for name in ("x", "y"):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             for path in paths if name == "x" else [*paths[:3], paths[4], paths[3], paths[5]]:
                 tar.add(path, path.name)
-    one, other = (open_images(tmp_path / f"{name}.tar").law for name in ("x", "y"))
+    one, other = (open_images(tmp_path / f"{name}.tar").fingerprint for name in ("x", "y"))
     (tmp_path / "x.tar").rename(tmp_path / "elsewhere" / "x.tar")
-    assert open_images(tmp_path / "elsewhere" / "x.tar").law == one
+    assert open_images(tmp_path / "elsewhere" / "x.tar").fingerprint == one
     (tmp_path / "y.tar").rename(tmp_path / "x.tar")
-    assert open_images(tmp_path / "x.tar").law not in (one, other) and one["images"] == 6
+    assert open_images(tmp_path / "x.tar").fingerprint not in (one, other) and one["images"] == 6
     paths[2].rename(paths[2].with_name("0002b.jpg"))
-    changed = open_images(tmp_path / "a").law
+    changed = open_images(tmp_path / "a").fingerprint
     assert changed["images"] == 6 and changed != law
 
 

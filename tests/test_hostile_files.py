@@ -56,8 +56,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         safetensors.torch.save_file({k: torch.cat(v) for k, v in lines.items() if k != "ema.1"}, path)
         files.append({"name": path.name, **digest(path), "pieces": pieces})
     state = {
-        "format": 2, "step": 3, "applied": 3, "samples": 12, "skipped": 0, "steps_per_epoch": 2,
-        "law": CONFIG.law(1), "config": CONFIG.model_dump(mode="json"), "versions": {"torch": "2"}, "files": files,
+        "format": 3, "step": 3, "applied": 3, "samples": 12, "skipped": 0, "steps_per_epoch": 2,
+        "fingerprint": CONFIG.fingerprint(1), "config": CONFIG.model_dump(mode="json"), "versions": {"torch": "2"},
+        "files": files,
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
     }  # fmt: skip
     (folder / "state.json").write_text(manifest.seal(state))
@@ -167,8 +168,8 @@ REFUSED = {
     "a negative start": lambda s: s["files"][0]["pieces"][0].__setitem__(1, -1),
     "more elements than bytes": lambda s: s["shapes"].update({"encoder.norm.bias": [10**6, 10**9]}),
     "an empty shape": lambda s: s["shapes"].update({"encoder.norm.bias": [24, 0]}),
-    "no law": lambda s: s.pop("law"),
-    "a later format": lambda s: s.update(format=3),
+    "no fingerprint": lambda s: s.pop("fingerprint"),
+    "a later format": lambda s: s.update(format=4),
     "a fraction of a step": lambda s: s.update(step=2.5),
     "no number": lambda s: s.update(step=float("nan")),
 }

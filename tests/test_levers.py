@@ -21,7 +21,7 @@ from jepa.config import ConfigError
 from jepa.data import Batch
 from jepa.masks import sample_masks
 from jepa.objective import JepaModel
-from jepa.schedules import Pace, Schedules
+from jepa.schedules import Schedules, ScheduleTable
 from jepa.tokens import tokens
 from jepa.vit import Block, VisionTransformer, compile_blocks
 from small import run_ranks, small_config
@@ -236,14 +236,14 @@ def whole_steps(stage: int, bf16: bool, clip: str) -> list[str]:
     config = small_config(f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}", f"optimization.clip_grad={clip}")
     ranks = distributed.Ranks(dist.get_rank(), dist.get_world_size(), CPU, dist.HashStore(), dist.group.WORLD)
     engine, teacher = train.start_model(config, CPU)
-    pace = Pace(Schedules(config, 10), 0, 9, zero.pacemaker(engine, CPU))
+    table = ScheduleTable(Schedules(config, 10), 0, 9, zero.schedule_device(engine))
     made = {step: tokens(train.masks_of(config, ranks, step, 0), config, CPU) for step in range(3)}
     train.masks_of, train.tokens = (lambda config, ranks, step, micro: step), (lambda step, *_, **__: made[step])
     with Reads() as reads:
         for step in range(3):
-            zero.schedule(engine, pace.next())
+            zero.schedule(engine, table.next())
             batches = iter([(step, 0, Batch(images(4), []))])
-            pace.count(train.take_step(config, ranks, engine, teacher, batches, step).applied)
+            table.count(train.take_step(config, ranks, engine, teacher, batches, step).applied)
     # Numbers on a GPU are not read by these.
     return [where for where in reads.found if not re.search("in (check_index|_check_options)", where)]
 

@@ -9,7 +9,7 @@ import torch
 
 from jepa.config import Config
 from jepa.config_file import parse_config
-from jepa.schedules import Pace, Schedules
+from jepa.schedules import Schedules, ScheduleTable
 
 
 def config(**optimization: object) -> Config:
@@ -105,10 +105,10 @@ def test_an_epoch_without_a_step_is_refused() -> None:
 def test_the_pace_follows_the_steps_that_were_applied() -> None:
     schedules = Schedules(config(epochs=4, warmup=1.5, lr=1e-3, start_lr=1e-4), 10)
     applied, steps = random.randrange(10), 25
-    pace = Pace(schedules, applied, steps, torch.device("cpu"))
+    table = ScheduleTable(schedules, applied, steps, torch.device("cpu"))
     for _ in range(steps):
         wanted = [schedules.lr(applied), schedules.weight_decay(applied), schedules.momentum(applied)]
-        assert pace.next().tolist() == wanted
+        assert table.next().tolist() == wanted
         moved = random.random() < 0.7
         applied += moved
-        pace.count(torch.tensor(moved))
+        table.count(torch.tensor(moved))

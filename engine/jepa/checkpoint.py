@@ -86,7 +86,7 @@ class Saver:
         images: dict[str, int | str] | None = None,
         lock: Lock | None = None,
     ) -> None:
-        """`images`: `ImageSource.law`."""
+        """`images`: `ImageSource.fingerprint`."""
         self.config, self.engine, self.steps_per_epoch, self.images = config, engine, steps_per_epoch, images or {}
         self.folder, self.tag = Path(config.logging.folder), config.logging.write_tag
         self.every = config.logging.save_every or steps_per_epoch
@@ -231,7 +231,7 @@ class Saver:
             "format": manifest.FORMAT,
             **asdict(progress),
             "steps_per_epoch": self.steps_per_epoch,
-            "law": self.config.law(dist.get_world_size()) | self.images,
+            "fingerprint": self.config.fingerprint(dist.get_world_size()) | self.images,
             "config": self.config.model_dump(mode="json"),
             "versions": versions(),
             "shapes": shapes_of(self.engine.module),

@@ -346,21 +346,21 @@ class Config(_Section):
             raise ConfigError([problem])
         return Batch(micro, steps, total)
 
-    def law(self, world_size: int) -> dict[str, int | str]:
+    def fingerprint(self, world_size: int) -> dict[str, int | str]:
         """What decides, beside model, data and loss, what the steps of a run compute: two runs alike in this take the
         same steps, on whatever number of ranks. VICReg's statistics are those of a micro-batch of all ranks, so there
         the accumulation counts; a mask that is cut to the shortest of a rank's micro-batch depends on its size.
         """
         micro, accumulation, total = self.batch(world_size)
-        law: dict[str, int | str] = {"engine.seed": self.engine.seed, "global batch": total, "mask.cut": self.cut}
+        found: dict[str, int | str] = {"engine.seed": self.engine.seed, "global batch": total, "mask.cut": self.cut}
         if self.cut == "rank" or self.token_budget:
-            law["data.batch_size"] = micro
+            found["data.batch_size"] = micro
         if self.has_projector:
-            law["accumulation"] = accumulation
-        return law
+            found["accumulation"] = accumulation
+        return found
 
     def recipe(self) -> dict[str, Any]:
-        """What decides beside `law` what a step computes, as it was resolved; the optimizer's numbers apart."""
+        """What else decides what a step computes, with defaults resolved; without the optimizer's numbers."""
         data = ("crop_size", "crop_scale", "mean", "std", "use_horizontal_flip")
         sections = {
             "data": {key: self[f"data.{key}"] for key in data},

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-FORMAT = 2
+FORMAT = 3
 MAX_BYTES = 2**28  # of state.json; ViT-g/16 at ZeRO-3 on 1024 ranks has about 60 MB of it
 
 Number = Annotated[int, Field(ge=0, lt=2**53)]
@@ -44,13 +44,13 @@ class File(_Checked):
 
 
 class State(_Checked):
-    format: Literal[2]
+    format: Literal[3]
     step: Number
     applied: Number
     samples: Number
     skipped: Number
     steps_per_epoch: Natural
-    law: Annotated[dict[Label, Number | Label], Field(max_length=20)]  # `Config.law`
+    fingerprint: Annotated[dict[Label, Number | Label], Field(max_length=20)]  # `Config.fingerprint`
     config: dict[str, Any]  # `parse_config` checks it
     versions: dict[str, str]
     shapes: dict[Name, Annotated[list[Natural], Field(max_length=8)]]

@@ -37,7 +37,7 @@ def start_of_replay(
     if not paths:
         raise CheckpointError(f"--replay-step: no checkpoint of step {step} or before in {folder}")
     path, state = find_whole(paths)
-    refuse_change(path, state, config, shapes_of(JepaModel(config)), loader.source.law, accept_changes)
+    refuse_change(path, state, config, shapes_of(JepaModel(config)), loader.source.fingerprint, accept_changes)
     return path, state
 
 

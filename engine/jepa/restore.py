@@ -6,13 +6,13 @@ jepa.checkpoint writes them and says what they look like. Nothing is taken on tr
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,18 +33,6 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message says which file, why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Elements [start, start + length) of a parameter, at `offset` in the `index`-th flat tensors of a rank's file."""
-
-    name: str
-    start: int
-    length: int
-    file: str
-    index: int
-    offset: int
 
 
 def find_whole(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
@@ -83,7 +71,7 @@ def refuse_change(
 
     Refused, and not only warned of: the losses of a run that changes its own law look like those of one that learns.
     Model, seed and global batch cannot be accepted: weights would not fit, steps would hold other images. What may well
-    change on the way, the optimizer's numbers and the software, is only said. `images`: `ImageSource.law`.
+    change on the way, the optimizer's numbers and the software, is only said. `images`: `ImageSource.fingerprint`.
     """
     if shapes != state["shapes"]:
         names = sorted(set(shapes) ^ set(state["shapes"])) or [n for n in shapes if shapes[n] != state["shapes"][n]]
@@ -92,17 +80,20 @@ def refuse_change(
             f"{names[0]}: there {state['shapes'].get(names[0])}, here {shapes.get(names[0])}"
         )
     ranks = dist.get_world_size()
-    law, recipe, pace = config.law(ranks) | images, config.recipe(), config.optimization.model_dump()
+    fingerprint, recipe = config.fingerprint(ranks) | images, config.recipe()
+    optimization = config.optimization.model_dump()
     try:
         before = parse_config(state["config"], source=str(path / "state.json"))
-        old_recipe, old_pace = before.recipe(), before.optimization.model_dump()
+        old_recipe, old_optimization = before.recipe(), before.optimization.model_dump()
     except ConfigError as error:
-        old_recipe, old_pace = {"config": f"one that this version does not read ({error.problems[0]})"}, pace
+        old_recipe = {"config": f"one that this version does not read ({error.problems[0]})"}
+        old_optimization = optimization
     if dist.get_rank() == 0:
-        for what, old, new in (("optimization", old_pace, pace), ("versions", state["versions"], versions())):
-            for line in _differences(old, new).values():
-                print(f"changed since {path.name}: {what}, {line}", flush=True)
-    changed = _differences(state["law"] | old_recipe, law | recipe)
+        for line in _differences(old_optimization, optimization).values():
+            print(f"changed since {path.name}: optimization, {line}", flush=True)
+        for line in _differences(state["versions"], versions()).values():
+            print(f"changed since {path.name}: versions, {line}", flush=True)
+    changed = _differences(state["fingerprint"] | old_recipe, fingerprint | recipe)
     if not changed:
         return
     message = f"{path} was trained with {', '.join(changed.values())} (on {ranks} ranks)"
@@ -186,7 +177,7 @@ class Reader:
 
     def __init__(self, path: Path, state: dict[str, Any]) -> None:
         self.files: dict[str, Any] = {}
-        self.parts: dict[str, list[Part]] = {}
+        self.pieces: dict[str, list[tuple[str, manifest.Piece]]] = {}  # by parameter: its pieces and their files
         kinds = KINDS if state["applied"] else KINDS[:1]
         for file in state["files"]:
             where = path / file["name"]
@@ -196,24 +187,22 @@ class Reader:
                 raise CheckpointError(f"{where} cannot be read: {str(error)[:300]}") from error
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             found = {key: (s.get_dtype(), s.get_shape()) for key, s in slices.items()}
-            for name, start, length, index, offset in file["pieces"]:
-                for key in [f"{kind}.{index}" for kind in kinds if kind != "ema" or name.startswith("encoder.")]:
+            for piece in itertools.starmap(manifest.Piece, file["pieces"]):
+                for kind in [k for k in kinds if k != "ema" or piece.name.startswith("encoder.")]:
+                    key = f"{kind}.{piece.flat}"
                     dtype, shape = found.get(key, (None, []))
-                    if dtype != "F32" or len(shape) != 1 or shape[0] < offset + length:
-                        raise CheckpointError(f"{where}: {key} is not the fp32 line that holds a piece of {name}")
-                self.parts.setdefault(name, []).append(Part(name, start, length, file["name"], index, offset))
+                    if dtype != "F32" or len(shape) != 1 or shape[0] < piece.offset + piece.length:
+                        raise CheckpointError(f"{where}: {key} is not the fp32 line that holds a piece of {piece.name}")
+                self.pieces.setdefault(piece.name, []).append((file["name"], piece))
 
     def read(self, kind: str, name: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
         """Yields (first element, fp32 values) until elements [start, start + length) of the parameter are covered."""
         missing = length
-        for part in self.parts.get(name, []):
-            begin, end = max(start, part.start), min(start + length, part.start + part.length)
+        for file, piece in self.pieces.get(name, []):
+            begin, end = max(start, piece.start), min(start + length, piece.start + piece.length)
             if begin < end:
-                shift = part.offset - part.start
-                yield (
-                    begin,
-                    self.files[part.file].get_slice(f"{kind}.{part.index}")[begin + shift : end + shift],
-                )
+                shift = piece.offset - piece.start
+                yield begin, self.files[file].get_slice(f"{kind}.{piece.flat}")[begin + shift : end + shift]
                 missing -= end - begin
         if missing:
             raise CheckpointError(f"{missing} elements of {kind} of {name} are in none of the checkpoint's files")

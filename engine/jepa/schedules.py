@@ -43,7 +43,7 @@ class Schedules:
         return first + (last - first) * min(1.0, step / self._length)
 
 
-class Pace:
+class ScheduleTable:
     """The numbers of a run's steps, one after the other: (learning rate, weight decay, momentum).
 
     They depend on how many steps were applied, and where the optimizer skips a step by itself only its device knows

@@ -56,7 +56,7 @@ class ImageSource:
         return file if self.members is None else f"{file}/{os.fsdecode(self.members[i])}"
 
     @cached_property
-    def law(self) -> dict[str, int | str]:
+    def fingerprint(self) -> dict[str, int | str]:
         """What all ranks and all later starts of a run must find alike: how many images there are, and which, in their
         order: a digest of their names below the folder that all share and, in tars, of their places. Nothing is read.
         """

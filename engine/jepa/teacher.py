@@ -37,7 +37,8 @@ class Teacher:
         self.unwritten = []  # stage 3 shows the optimizer its tensors only during the step
         for flat, part in zip(self.averaged, self.parts, strict=True):
             if any(flat.weight is p for p in flat.group["params"]):
-                self.optimizer.set_copies(flat.weight, ema=part, **({} if flat.low is None else {"weight": flat.low}))
+                low = {} if flat.training_weight is None else {"weight": flat.training_weight}
+                self.optimizer.set_copies(flat.weight, ema=part, **low)
             else:
                 self.unwritten.append((flat, part))
         self.under_way: list[dist.Work] = []

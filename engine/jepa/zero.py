@@ -109,7 +109,7 @@ def _join_passes(engine: Any) -> None:
 
     @torch.no_grad()
     def step(closure: None = None) -> None:
-        """DeepSpeedZeroOptimizer.step without offload, loss scale, clipping and a check of its own."""
+        """DeepSpeedZeroOptimizer.step of 0.19, without offload, loss scale, clipping and a check of its own."""
         wrapper.micro_step_id, wrapper.overflow, wrapper._global_grad_norm = -1, False, None
         for i, weight in enumerate(wrapper.single_partition_of_fp32_groups):
             wrapper.free_grad_in_param_list(wrapper.params_not_in_partition[i])
@@ -126,10 +126,11 @@ def _join_passes(engine: Any) -> None:
             allgather_bucket_size=wrapper.allgather_bucket_size,
         )
 
-    wrapper.step = step
+    assert not (wrapper.cpu_offload or wrapper.loss_scaler.dynamic or wrapper.clip_grad)
+    wrapper.step, wrapper.passes_joined = step, True
     for flat in flats(engine):
         flat.weight.grad_dtype = wrapper.dtype
-        engine.basic_optimizer.set_copies(flat.weight, weight=flat.low)
+        engine.basic_optimizer.set_copies(flat.weight, weight=flat.training_weight)
 
 
 class Outcome(NamedTuple):
@@ -141,11 +142,12 @@ class Outcome(NamedTuple):
     """The gradient's norm before it was clipped, 0-d; None where DeepSpeed does not tell."""
 
 
-def pacemaker(engine: Any, device: torch.device) -> torch.device:
-    """Where the scheduled numbers are looked up: on the device, where the step is gated there and its optimizer reads
-    them there, else on the CPU."""
+def schedule_device(engine: Any) -> torch.device:
+    """Where the schedules are looked up: on the model's device if the step is gated there and its optimizer reads them
+    there, else on the CPU."""
     optimizer = engine.basic_optimizer
-    return device if optimizer.gated and optimizer.reads_tensors else torch.device("cpu")
+    on_device = optimizer.gated and optimizer.reads_tensors
+    return next(engine.module.parameters()).device if on_device else torch.device("cpu")
 
 
 def schedule(engine: Any, numbers: Tensor) -> None:
@@ -198,14 +200,14 @@ class Piece:
 class Flat:
     """One fp32 tensor that the optimizer updates on this rank, and the pieces of parameters that it holds.
 
-    `group` is the optimizer's param group, `low` the same elements of the weights that the model computes with, where
-    the optimizer writes them (`_join_passes`).
+    `group` is the optimizer's param group. `training_weight`: the same elements of the weights that the model computes
+    with, if the optimizer writes them too (`_join_passes`).
     """
 
     weight: Tensor
     pieces: list[Piece]
     group: dict[str, Any]
-    low: Tensor | None = None
+    training_weight: Tensor | None = None
 
 
 def names_of(engine: Any) -> dict[int, str]:
@@ -223,14 +225,12 @@ def flats(engine: Any) -> list[Flat]:
 def _replicated(wrapper: Any, names: dict[int, str]) -> list[Flat]:
     """Stage 0: every rank has every parameter; in bf16 the fp32 weights are copies that DeepSpeed keeps in order."""
     optimizer = getattr(wrapper, "optimizer", wrapper)
-    if hasattr(wrapper, "fp32_groups"):
-        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, optimizer.param_groups, strict=True)
-    else:
-        pairs = zip(*[[g["params"] for g in optimizer.param_groups]] * 2, optimizer.param_groups, strict=True)
+    trained = [group["params"] for group in optimizer.param_groups]  # in fp32
+    params, fp32s = getattr(wrapper, "fp16_groups", trained), getattr(wrapper, "fp32_groups", trained)
     return [
         Flat(fp32, [Piece(names[id(param)], 0, 0, param.numel())], group)
-        for params, fp32s, group in pairs
-        for param, fp32 in zip(params, fp32s, strict=True)
+        for i, group in enumerate(optimizer.param_groups)
+        for param, fp32 in zip(params[i], fp32s[i], strict=True)
     ]
 
 
@@ -249,8 +249,8 @@ def _flat_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
             begin, end = max(place, low), min(place + param.numel(), low + weight.numel())
             if begin < end:
                 pieces.append(Piece(names[id(param)], begin - place, begin - low, end - begin))
-        joined = "step" in vars(wrapper)
-        result.append(Flat(weight, pieces, group, buffer[low : low + weight.numel()] if joined else None))
+        written = getattr(wrapper, "passes_joined", False)
+        result.append(Flat(weight, pieces, group, buffer[low : low + weight.numel()] if written else None))
     return result
 
 
