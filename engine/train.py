@@ -198,7 +198,7 @@ def start_model(config: Config, device: torch.device) -> tuple[Any, Teacher]:
     model = JepaModel(config).to(device)
     target_encoder = copy.deepcopy(model.encoder)
     engine = zero.start(model, config)
-    teacher = Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    teacher = Teacher(target_encoder.to(config.dtype), engine)
     if config.compiles(device.type):
         compile_blocks(engine.module, target_encoder)
     return engine, teacher

@@ -85,13 +85,13 @@ def parameters(config: Config) -> Parameters:
     predictor = (
         (D * Dp + Dp) + Dp + config.predictor.depth * _block_parameters(config.predictor) + 2 * Dp + (Dp * D + D)
     )
-    widths = _projector_widths(config)
+    widths = (config.vit.embed_dim, *config.projector_widths)
     linear = sum(n * m + m for n, m in pairwise(widths))
     return Parameters(encoder, predictor, linear + sum(2 * m for m in widths[1:-1]))
 
 
 def mean_tokens(config: Config) -> Kept:
-    """Means over micro-batches drawn from the law of the run's masks."""
+    """Means over micro-batches drawn as the run draws its masks."""
     return _mean_tokens(config.mask_spec, config.data.batch_size)
 
 
@@ -104,9 +104,9 @@ def flops_per_image(config: Config, tokens: tuple[float, ...] = ()) -> Flops:
     E, M, N = config.mask.num_enc_masks, config.mask.num_pred_masks, config.grid**2
     D, Dp = config.vit.embed_dim, config.predictor.embed_dim
     embed = 2 * 3 * config.mask.patch_size**2 * D  # of one patch
-    widths = _projector_widths(config)
+    widths = (D, *config.projector_widths)
     project = sum(2 * n * m for n, m in pairwise(widths))
-    covariance = 2 * widths[-1] ** 2 if widths else 0
+    covariance = 2 * widths[-1] ** 2 if config.has_projector else 0
     skip = config.engine.skip_unread
     blocks = M * _block_flops(config.predictor, context + target, target if skip else None)
     if skip and config.predictor.depth > 1:
@@ -228,9 +228,3 @@ def _block_flops(vit: Size, tokens: float, wanted: float | None = None) -> float
     if wanted is None:
         return vit.depth * block
     return (vit.depth - 1) * block + 4 * tokens * D * D + wanted * (4 * D * D + 4 * D * F + 4 * tokens * D)
-
-
-def _projector_widths(config: Config) -> list[int]:
-    """Width of the projector's input and of each of its layers' outputs; empty where there is none."""
-    D = config.vit.embed_dim
-    return [D, *(config.loss.projector or [D] * 3)] if config.has_projector else []

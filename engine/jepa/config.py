@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 from .conflicts import conflicts, show
@@ -307,8 +308,18 @@ class Config(_Section):
         return self.engine.precision or ("bf16" if self.meta.use_bfloat16 else "fp32")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations, as `precision` says."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
     def has_projector(self) -> bool:
         return self.loss.objective == "cjepa" and self.loss.regularizer == "vicreg"
+
+    @property
+    def projector_widths(self) -> tuple[int, ...]:
+        """Output widths of the projector's layers; empty if the loss has none."""
+        return (self.loss.projector or (self.vit.embed_dim,) * 3) if self.has_projector else ()
 
     @property
     def needs_all_targets(self) -> bool:

@@ -120,9 +120,8 @@ class JepaModel(nn.Module):
         self.encoder = build_encoder(config)
         self.predictor = build_predictor(config)
         self.projector: nn.Sequential | None = None
-        if self.loss.objective == "cjepa" and self.loss.regularizer == "vicreg":
-            dim = config.vit.embed_dim
-            self.projector = projector(self.loss.projector or [dim] * 3, dim)
+        if config.has_projector:
+            self.projector = projector(config.projector_widths, config.vit.embed_dim)
 
         require(config.engine.attention)
         for module in self.modules():

@@ -55,7 +55,6 @@ def replay(
     `read` gives a kind ("weight", "ema") of a parameter by name and shape; `averaged`: whether there is an average yet.
     Every rank calls it, and holds the whole model: nothing is sharded.
     """
-    low = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model, teacher = JepaModel(config), build_encoder(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -64,8 +63,8 @@ def replay(
             weight.copy_(read("ema" if averaged else "weight", f"encoder.{name}", list(weight.shape)))
     model.to(ranks.device)
     for weight in model.parameters():  # as DeepSpeed does, which leaves buffers as they are
-        weight.data = weight.data.to(low)
-    teacher.to(ranks.device, low)
+        weight.data = weight.data.to(config.dtype)
+    teacher.to(ranks.device, config.dtype)
 
     found: dict[str, list[str]] = {"losses": [], "target features of": [], "predictions for": [], "gradients of": []}
     losses = []

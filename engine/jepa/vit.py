@@ -371,10 +371,11 @@ def build_encoder(config: Config) -> VisionTransformer:
 
 def build_predictor(config: Config) -> Predictor:
     """The predictor that the config describes, freshly initialised, fp32, on the default device."""
+    size = config.predictor
     return Predictor(
         side=config.grid,
         embed_dim=config.vit.embed_dim,
-        predictor_embed_dim=config.meta.pred_emb_dim,
-        depth=config.meta.pred_depth,
-        num_heads=config.meta.pred_num_heads or config.vit.num_heads,
+        predictor_embed_dim=size.embed_dim,
+        depth=size.depth,
+        num_heads=size.num_heads,
     )
