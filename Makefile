@@ -1,4 +1,4 @@
-# What the README tells people to type. Each works on a bare clone: they make .venv first if it is not there.
+# The commands in the README. Each works in a fresh clone and creates .venv if it is missing.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,7 +27,7 @@ demo: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# Breaks real runs on purpose, for seven to ten minutes: kills, damaged files, moves to other numbers of ranks.
+# Fault injection in real runs, seven to ten minutes: kills, damaged files, moves to other numbers of ranks.
 soak: setup
 	PYTHONPATH=kernels:engine OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
@@ -45,9 +45,9 @@ bench: setup
 	$(BIN)/python benchmarks/kernels.py --device cpu
 	$(BIN)/python benchmarks/masks.py
 
-# On a GPU: fills benchmarks/results.
+# Needs a GPU; fills benchmarks/results.
 bench-gpu: setup
-	@test -d "$(CHECKOUT)/src/models" || { echo "give CHECKOUT=PATH, a checkout of facebookresearch/ijepa"; exit 2; }
+	@test -d "$(CHECKOUT)/src/models" || { echo "set CHECKOUT=PATH, a checkout of facebookresearch/ijepa"; exit 2; }
 	$(BIN)/python benchmarks/kernels.py --device cuda
 	for model in vit_huge_14 vit_large_16 vit_giant_16; do $(BIN)/python benchmarks/blocks.py --device cuda --model $$model || exit; done
 	$(BIN)/python benchmarks/throughput.py --config engine/configs/in1k_vith14_ep300_ijepa.yaml --device cuda \

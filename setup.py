@@ -1,9 +1,9 @@
 """Builds `csrc/*.cpp` into `jepa_kernels/_C.abi3.so`, against libtorch's stable ABI.
 
-No nvcc, no pybind, no Python.h: the library only registers operators, so one binary serves every Python
-and every torch >= 2.10, and nothing of torch runs here. Only its headers are read, from the environment
-that the package is installed into. `JEPA_KERNELS_NO_EXT=1` builds the package without it, and leaves a mark, without
-which the import of a package that has no library fails.
+No nvcc, no pybind, no Python.h: the library only registers operators, so one binary serves every Python and every
+torch >= 2.10. The build does not import torch; it uses the headers and libtorch_cpu of the environment that the package
+is installed into. `JEPA_KERNELS_NO_EXT=1` builds the package without the library and leaves a marker file: without
+either, importing the package fails.
 """
 
 import os
@@ -18,7 +18,7 @@ from setuptools.command.build_py import build_py
 
 NO_EXT = os.environ.get("JEPA_KERNELS_NO_EXT") == "1"
 TORCH_2_10 = "0x020a000000000000"
-# Without contraction the bits depend neither on the compiler nor on which clone of a loop the processor can run.
+# Without contraction, results depend neither on the compiler nor on which of a loop's target clones the CPU runs.
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra"]
 
@@ -26,7 +26,7 @@ FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra"]
 def torch_folder() -> Path:
     """The folder of the installed torch.
 
-    pip builds in isolation hide the environment's packages from `import`, not from the file system.
+    pip's build isolation hides the environment's packages from `import`, not from the file system.
     """
     spec = find_spec("torch")
     roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
@@ -35,14 +35,14 @@ def torch_folder() -> Path:
         if (root / "include/torch/csrc/stable/library.h").is_file():
             return root
     sys.exit(
-        "jepa_kernels: no torch >= 2.10 in this environment, and its headers are needed to build the CPU kernels.\n"
+        "jepa_kernels: no torch >= 2.10 in this environment; building the CPU kernels needs its headers.\n"
         "  Install torch first. If it is installed, add --no-build-isolation to the pip command.\n"
-        "  JEPA_KERNELS_NO_EXT=1 installs without the CPU kernels (plain PyTorch takes their place)."
+        "  JEPA_KERNELS_NO_EXT=1 installs without the CPU kernels (plain PyTorch is used instead)."
     )
 
 
 def mark(root: str) -> None:
-    """Says in the package under `root` whether it was asked to go without the library."""
+    """Marks the package under `root` as built without the library on request, or removes the mark."""
     marker = Path(root) / "jepa_kernels/NO_EXT"
     if NO_EXT:
         marker.write_text("Built with JEPA_KERNELS_NO_EXT=1.\n")

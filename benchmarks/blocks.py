@@ -1,13 +1,13 @@
-"""What lies between our kernels in a transformer block: who does it best here?
+"""What runs between our kernels in a transformer block: the fastest implementation here?
 
     python benchmarks/blocks.py [--device cuda|cpu] [--model vit_huge_14] [--batch 128] [--seconds 1] [--out FOLDER]
 
 Three tables. Attention, forward and with backward, at each length and head dim of the model's encoder, target encoder
-and predictor, by each backend that runs here: `engine.attention` chooses among sdpa, flash_attn, xformers and math, the
-rest says what sdpa leaves lying. The predictor's weight gradients, narrow outputs over many rows, as one matrix product
-and split along the rows. Residual + layer norm, and bias + GELU, eager and as Inductor fuses them, against the bytes
-they must move. Every contender's result is first held against float64: at most twice the error of the plain formula in
-the same dtype. TFLOP/s and GB/s count what is needed, the limits are measured in the same run.
+and predictor, for each backend that runs here: `engine.attention` is sdpa, flash_attn, xformers or math; the others
+show whether sdpa picks the best one. The predictor's weight gradients, small outputs summed over many rows, as one
+matrix product and split along the rows. Residual + layer norm, and bias + GELU, eager and fused by Inductor, against
+the bytes they must move. Each result is first compared with float64: at most twice the error of the plain formula in
+the same dtype. TFLOP/s and GB/s count the necessary work; the limits are measured in the same run.
 """
 
 import argparse
@@ -33,18 +33,18 @@ from jepa.config import SIZES as MODELS
 from jepa.config import ConfigError
 
 SPLITS = (4, 16)
-CHECKED = 2  # sequences that are compared with float64
-NARROW = {"qkv": (3, 1), "proj": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}  # outputs and inputs of a layer, in widths
+CHECKED = 2  # sequences compared with float64
+NARROW = {"qkv": (3, 1), "proj": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}  # (outputs, inputs) of a layer, in widths
 Contender = Callable[..., Tensor]
 
 
 class Wrong(RuntimeError):
-    """A contender whose result is not good enough to be timed."""
+    """A contender whose result is too inaccurate to be timed."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of `batch` sequences: Kq queries, K keys, H heads of C channels."""
+    """Attention in `batch` sequences: Kq queries, K keys, H heads of C channels."""
 
     name: str
     batch: int
@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        """Of a forward; a backward is 2.5 times as much, since it makes the scores again."""
+        """Of the forward; the backward takes 2.5 times as many, since it recomputes the scores."""
         return 4 * self.batch * self.H * self.Kq * self.K * self.C
 
 
@@ -70,7 +70,7 @@ def shapes(size: Size, heads: int) -> list[Shape]:
 
 
 def backends() -> dict[str, Contender]:
-    """attend(q, k, v) of every backend that is installed; whether it takes a shape is seen when it is called."""
+    """attend(q, k, v) of every installed backend; whether it supports a shape shows when it is called."""
     require("sdpa")
     found = {"sdpa": partial(attend, backend="sdpa"), "math": partial(attend, backend="math")}
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
@@ -91,7 +91,7 @@ def _only(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _wider(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Heads filled up with zeros to the widths that kernels are made for."""
+    """Heads zero-padded to the widths that kernels are made for."""
     C = q.shape[-1]
     more = (64 if C <= 64 else 128) - C
     wide = (F.pad(x, (0, more)).transpose(1, 2) for x in (q, k, v))
@@ -105,7 +105,7 @@ def with_gradients(function: Contender, inputs: list[Tensor], dy: Tensor) -> lis
 
 
 def check(name: str, function: Contender, plain: Contender, inputs: list[Tensor], dy: Tensor) -> None:
-    """Raises Wrong where output or a gradient is further from float64 than twice `plain` is, and 1e-6."""
+    """Raises Wrong if the output's or a gradient's error against float64 exceeds twice that of `plain`, plus 1e-6."""
     exact = with_gradients(plain, [x.double() for x in inputs], dy.double())
     got, reference = (with_gradients(f, inputs, dy) for f in (function, plain))
     for what, a, b, e in zip(("output", *("gradient",) * len(inputs)), got, reference, exact, strict=True):
@@ -117,7 +117,7 @@ def check(name: str, function: Contender, plain: Contender, inputs: list[Tensor]
 def race(
     functions: dict[str, Contender], plain: Contender, inputs: list[Tensor], dy: Tensor, args: Any, few: Any
 ) -> dict[str, dict[str, float | str]]:
-    """Milliseconds of each forward, and of forward and backward; or why there are none. `few`: the part to check."""
+    """Milliseconds of each forward, and of forward and backward; or why not timed. `few`: the part to check."""
     forward, both, found = {}, {}, dict[str, dict[str, float | str]]()
     for name, function in functions.items():
         try:
@@ -168,7 +168,7 @@ def weight_gradients(size: Size, dtype: torch.dtype, args: argparse.Namespace) -
 
 
 def _split(parts: int, dy: Tensor, x: Tensor) -> Tensor:
-    """Parts of the rows apart, so that a small output fills a GPU; their sum in float32."""
+    """Split-K over the rows, so that a small output fills a GPU; the parts are summed in float32."""
     products = torch.bmm(dy.view(parts, -1, dy.shape[1]).transpose(1, 2), x.view(parts, -1, x.shape[1]))
     return products.sum(0, dtype=torch.float32).to(dy.dtype)
 
@@ -183,7 +183,7 @@ def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def between(size: Size, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The sum of a residual and its norm are both written (here added, so that a contender has one output)."""
+    """The residual sum and its norm are both written (added here, so that a contender has one output)."""
     rows, found = size.B * size.N, []
     for plain, width, passes in ((_residual_norm, size.D, (3, 7)), (_bias_gelu, 4 * size.D, (2, 5))):
         x, dy = (torch.randn(rows, width, device=args.device).to(dtype) for _ in range(2))
@@ -206,7 +206,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"limits: memory {result['memory'] / 1e9:.1f} GB/s, matrix product {result['matmul'] / 1e12:.3f} TFLOP/s"]
     lines += [
         "",
-        "| attention | by | forward, ms | TFLOP/s | and backward, ms | TFLOP/s |",
+        "| attention | by | forward, ms | TFLOP/s | with backward, ms | TFLOP/s |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["attention"]:
@@ -225,7 +225,7 @@ def table(result: dict[str, Any]) -> str:
         for by, ms in row["times"].items():
             rate = row["flops"] / ms * 1e3
             lines.append(f"| {row['shape']} | {by} | {ms:.3f} | {rate / 1e12:.3f} | {rate / result['matmul']:.0%} |")
-    lines += ["", "| between the products | by | forward, ms | of memory | and backward, ms | of memory |"]
+    lines += ["", "| between the matmuls | by | forward, ms | of memory | with backward, ms | of memory |"]
     lines += ["|---|---|---|---|---|---|"]
     for row in result["between"]:
         for by, t in row["times"].items():
@@ -245,7 +245,7 @@ def main() -> int:
     parser.add_argument("--model", choices=SIZES, help="default: vit_huge_14 on a GPU, vit_small_16 on a CPU")
     parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, vit_giant_16: 16; 8 on a CPU)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, CPU: float32")
-    parser.add_argument("--seconds", type=float, default=1, help="for each figure (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1, help="per figure (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="default: %(default)s")
     args = parser.parse_args()
     gpu = args.device == "cuda"
@@ -261,7 +261,7 @@ def main() -> int:
         result["attention"] = attention(size, heads, dtype, args)
         result["weight_gradients"] = weight_gradients(size, dtype, args)
         result["between"] = between(size, dtype, args)
-        result["matmul"] = max(result["matmul"], matmul_flops(device, dtype))  # the best that was seen is the limit
+        result["matmul"] = max(result["matmul"], matmul_flops(device, dtype))  # the limit is the best rate seen
     except Wrong as error:
         print(f"benchmarks/blocks.py: {error}: not timed", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
-"""The ops of jepa_kernels and who else does the same: plain PyTorch, torch.compile of it, the best that is installed.
+"""The ops of jepa_kernels and their competitors: plain PyTorch, torch.compile of it, the best that are installed.
 
-An op is a function of (size, device, dtype) that makes a `Case`: calls to time, what they must move and compute, and a
-check that every contender is right. `eager` is plain PyTorch as one writes it from the paper.
+An op is a function of (size, device, dtype) that makes a `Case`: calls to time, the bytes and operations they need, and
+a correctness check of every contender. `eager` is plain PyTorch as written from the paper.
 """
 
 import sys
@@ -25,14 +25,14 @@ import jepa_kernels as ours
 
 Call = Callable[[], Any]
 Contenders = dict[str, Callable[..., Any]]
-torch._functorch.config.donated_buffer = False  # compiled backwards are run many times on one graph
+torch._functorch.config.donated_buffer = False  # compiled backwards run many times on one graph
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 M = 4  # target blocks
 
 
 @dataclass(frozen=True)
 class Size:
-    """A ViT with I-JEPA's masks: D, depth, patch; tokens kept in the context (Kc) and in a target (Kt), on average."""
+    """A ViT with I-JEPA's masks: width D, depth, patch; mean tokens kept in the context (Kc) and in a target (Kt)."""
 
     D: int
     depth: int
@@ -41,7 +41,7 @@ class Size:
     Kt: int
     Dp: int = 384
     B: int = 128
-    hidden: int | None = None  # of the MLP; None: 4 D
+    hidden: int | None = None  # width of the MLP; None: 4 D
 
     @property
     def N(self) -> int:
@@ -66,15 +66,15 @@ SIZES = {
 
 @dataclass
 class Case:
-    """One op: calls[mode][contender], and what a mode must move (bytes) and compute (operations)."""
+    """One op: calls[mode][contender], and the (bytes, operations) that a mode needs."""
 
     calls: dict[str, dict[str, Call]]
     work: dict[str, tuple[float, float]]
     check: Callable[[], None]
-    copies: Callable[[str, str, int], list[Call]] | None = None  # (mode, contender, count): on buffers of their own
+    copies: Callable[[str, str, int], list[Call]] | None = None  # (mode, contender, count): each on its own buffers
 
 
-# --- the ops, and the same in plain PyTorch
+# --- the ops and their plain PyTorch equivalents
 
 
 def gather(size: Size, device: str, dtype: torch.dtype) -> Case:
@@ -99,7 +99,7 @@ def patchify(size: Size, device: str, dtype: torch.dtype) -> Case:
         return ours.patchify(images, index, mean=MEAN, std=STD, patch_size=P, dtype=like.dtype)
 
     wide = torch.promote_types(dtype, torch.float32)
-    constants = {  # made once, as buffers of a model: a tensor from a list makes the host wait for a GPU
+    constants = {  # made once, like buffers of a model: a tensor from a list makes the host wait for a GPU
         x: [torch.tensor(v, dtype=x, device=device)[:, None, None] for v in (MEAN, STD)] for x in (wide, torch.float64)
     }
 
@@ -113,7 +113,7 @@ def patchify(size: Size, device: str, dtype: torch.dtype) -> Case:
     index, kept = subsets((size.B,), size.N, size.Kc), size.B * size.Kc * 3 * P * P
     contenders = {"ours": fused, "eager": eager}
     inputs = [images, index, torch.empty(0)]
-    # Memory is read in sectors of 32 bytes: those of a row of pixels in which a kept patch lies, P rows, 3 channels.
+    # Memory is read in 32-byte sectors: those with pixels of kept patches, in P rows per patch and 3 channels.
     pixels = torch.zeros(size.B, size.N).scatter(1, index, 1).view(size.B, 224 // P, -1).repeat_interleave(P, 2)
     sectors = int(pixels.unflatten(2, (-1, 32)).amax(3).sum()) * P * 3
     work = {"forward": (32 * sectors + kept * dtype.itemsize, 2 * kept)}
@@ -146,7 +146,7 @@ def prediction_loss(size: Size, device: str, dtype: torch.dtype) -> Case:
     B, D = size.B, size.D
     pred, target = randn(M * B, size.Kt, D), randn(B, size.N, D)
     n, e = pred.numel(), dtype.itemsize
-    # Alone, and on a graph that is kept, a backward reads what was saved of each element and writes its gradient.
+    # A backward alone, on a retained graph, reads the value saved for each element and writes its gradient.
     work = {"forward": (2 * n * e, 12 * n), "backward": (2 * n * e, n), "both": (3 * n * e, 13 * n)}
     inputs = [pred, target, subsets((M, B), size.N, size.Kt)]
     return differentiable({"ours": ours.prediction_loss, "eager": eager}, inputs, [pred], work, device, dtype)
@@ -226,12 +226,12 @@ def averages(size: Size, device: str, dtype: torch.dtype) -> Case:
 
 
 def adamw_ema(size: Size, device: str, dtype: torch.dtype) -> Case:
-    """float32 weights, gradients, moments and averages. Everyone reads the same gradients."""
+    """float32 weights, gradients, moments and averages. All contenders read the same gradients."""
     return optimizers(size, device, torch.float32)
 
 
 def adamw_ema_bf16(size: Size, device: str, dtype: torch.dtype) -> Case:
-    """The same with bfloat16 gradients, and bfloat16 copies of weights and averages to be written."""
+    """The same with bfloat16 gradients, and bfloat16 copies of weights and averages to write."""
     return optimizers(size, device, torch.bfloat16)
 
 
@@ -242,7 +242,7 @@ def optimizers(size: Size, device: str, low: torch.dtype) -> Case:
     results: dict[str, list[Tensor]] = {}
 
     def contender(name: str, make: Callable[..., torch.optim.Optimizer]) -> Call:
-        """An optimizer, and an average beside it."""
+        """An optimizer, then an average in a second pass."""
         params, averages = parameters(), [p.clone() for p in start]
         optimizer, weights = make(params, **options), [p.detach() for p in params]
         results[name] = [*weights, *averages]
@@ -275,21 +275,21 @@ def optimizers(size: Size, device: str, low: torch.dtype) -> Case:
     calls = {"ours": one_pass.step, "eager": contender("eager", partial(AdamW, foreach=True))}
     on_gpu = device == "cuda"
     others: dict[str, Callable[..., torch.optim.Optimizer]] = {"fused + lerp": partial(AdamW, fused=True)}
-    if on_gpu or low == torch.float32:  # on a CPU it takes a minute to compile: once is enough
+    if on_gpu or low == torch.float32:  # compiling takes a minute on a CPU: float32 only
         others["compiled"] = partial(AdamW, foreach=True, capturable=on_gpu)
     if on_gpu:
         others |= {f"{name} + lerp": optimizer for name, optimizer in installed_optimizers().items()}
-    # Weights, averages, moments and gradients, copies; and as much again as weights for what foreach makes on the way.
+    # Bytes of weights, averages, moments, gradients and copies, with room for the temporaries of foreach.
     needed = (28 if low == torch.float32 else 32) * sum(p.numel() for p in start)
     for name, optimizer in others.items():
         if on_gpu and free_bytes() < needed:
-            print(f"{name}: left out, {needed / 1e9:.0f} GB more do not fit", flush=True)
+            print(f"{name}: skipped, another {needed / 1e9:.0f} GB do not fit", flush=True)
             continue
         call = contender(name, optimizer)
         calls[name] = torch.compile(call) if name == "compiled" else call
     if on_gpu:
         apex_too = find_spec("apex") and find_spec("apex.contrib.openfold_triton")
-        if apex_too and low == torch.float32:  # writes a float32 copy more
+        if apex_too and low == torch.float32:  # writes one more float32 copy
             apex = import_module("apex.contrib.openfold_triton.fused_adam_swa")
             params, averages = parameters(), [p.clone() for p in start]
             options["adam_math_mode"] = apex.AdamMathType.ApexAdamW
@@ -300,24 +300,24 @@ def optimizers(size: Size, device: str, low: torch.dtype) -> Case:
 
     def check() -> None:
         for name, call in calls.items():
-            for _ in range(2 if name == "ours" else 3):  # ours has made its state in a first step
+            for _ in range(2 if name == "ours" else 3):  # ours took a step before, to create its state
                 call()
         for name, result in results.items():
             must_agree(name, result, results["eager"])
 
     n = sum(p.numel() for p in start)
-    moved = 32 + (4 if low == torch.float32 else 3 * low.itemsize)  # four tensors both ways, the gradient, copies
+    moved = 32 + (4 if low == torch.float32 else 3 * low.itemsize)  # four tensors in and out, the gradient, copies
     return Case({"step": calls}, {"step": (moved * n, 18 * n)}, check)
 
 
 def free_bytes() -> int:
-    """Of the GPU, those that torch holds without using them included."""
+    """Free GPU memory, including what torch has cached."""
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def installed_optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     found = {}
-    if find_spec("deepspeed") and torch.utils.cpp_extension.CUDA_HOME:  # it compiles with nvcc
+    if find_spec("deepspeed") and torch.utils.cpp_extension.CUDA_HOME:  # it is built with nvcc
         found["DeepSpeed FusedAdam"] = import_module("deepspeed.ops.adam").FusedAdam
     if find_spec("apex") and find_spec("apex.optimizers"):
         found["apex FusedAdam"] = import_module("apex.optimizers").FusedAdam
@@ -336,7 +336,7 @@ def must_agree(name: str, results: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 def subsets(shape: tuple[int, ...], N: int, K: int) -> Tensor:
-    """K of N tokens in raster order, as masks keep them."""
+    """K of N token indices in raster order, as in masks."""
     return torch.rand(*shape, N).argsort(-1)[..., :K].sort(-1).values
 
 
@@ -348,7 +348,7 @@ def differentiable(
     device: str,
     dtype: torch.dtype,
 ) -> Case:
-    """`wanted`: the inputs whose gradients belong to the work."""
+    """`wanted`: the inputs whose gradients are part of the work."""
     contenders = {**contenders, "compiled": torch.compile(contenders["eager"])}
     places = [i for i, x in enumerate(inputs) if any(x is y for y in wanted)]
 
@@ -365,7 +365,7 @@ def differentiable(
 
     args = prepared()
     slope = torch.randn_like(contenders["eager"](*args))
-    start = slope if slope.ndim else torch.ones_like(slope)  # of a backward that is timed: from a loss, 1
+    start = slope if slope.ndim else torch.ones_like(slope)  # incoming gradient of timed backwards; 1 for a loss
 
     def check() -> None:
         exactly = with_gradients([x.double() if x.is_floating_point() else x for x in args])
@@ -377,14 +377,14 @@ def differentiable(
         for name, found in errors.items():
             for error, allowed in zip(found, errors["eager"], strict=True):
                 if not error <= 2 * allowed + 2e-6:
-                    sys.exit(f"{name} is wrong: its relative error is {error:.1e}, that of eager {allowed:.1e}")
+                    sys.exit(f"{name} is wrong: relative error {error:.1e}, eager's {allowed:.1e}")
 
     def forward(f: Callable[..., Any], xs: list[Tensor]) -> Call:
         return torch.no_grad()(lambda: f(*xs))
 
     def backward(f: Callable[..., Any], xs: list[Tensor]) -> Call:
         y, wanted = f(*xs), [xs[i] for i in places]
-        dy = start.to(y.dtype, copy=True)  # each call's own, or a GPU's cache would hold it
+        dy = start.to(y.dtype, copy=True)  # one per call, or it would stay in a GPU's cache
         return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
     def both(f: Callable[..., Any], xs: list[Tensor]) -> Call:

@@ -1,13 +1,13 @@
-"""How fast images are made ready: read, decode, random resized crop to uint8, with nothing else running.
+"""How fast images are prepared (read, decode, random resized crop to uint8) with nothing else running.
 
     python benchmarks/data.py --images PATH [--crop 224] [--batch 64] [--threads 1 2 4] [--model-rate R] [--out X.json]
 
-All lines make crops of the same images, interleaved; medians of several rounds. The pixels are first compared with
-Pillow's. "imperative" is the mode of DALI that the loader uses, "pipeline" its other one, both fed from memory with the
-same boxes; "Pillow" is what torchvision does, on one core; "loader" is the real thing, files and all. Where there is a
-GPU its decoder is measured too, with none, DALI's default share and all of the JPEGs on the fixed-function engine.
-`--model-rate` (the images/s that the model takes, or the JSON of benchmarks/throughput.py) adds a verdict: which is the
-limit, and how many cores does a GPU need?
+All rows crop the same images, interleaved; figures are medians over several rounds. The pixels are first compared with
+Pillow's. "imperative" is the DALI mode that the loader uses, "pipeline" the other one, both fed from memory with the
+same boxes; "Pillow" is what torchvision does, on one core; "loader" is the engine's loader, reading files. On a GPU its
+decoder is measured too, with none, DALI's default share and all of the JPEGs on the hardware JPEG engine.
+`--model-rate` (the images/s that the model consumes, or the JSON of benchmarks/throughput.py) adds which of the two is
+the bottleneck, and how many cores a GPU needs.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from PIL import Image
 from jepa.data import Decoder, Loader, random_boxes
 from jepa.sources import open_images
 
-SCALE = (0.3, 1.0)  # of the published recipe
-LARGEST_DIFFERENCE = 1.0  # mean grey levels of an image, ours against Pillow's (on a GPU: another IDCT)
-SHARES = (0.0, 0.65, 1.0)  # of the JPEGs, to the GPU's fixed-function engine; DALI's default is 0.65
+SCALE = (0.3, 1.0)  # as in the published recipe
+LARGEST_DIFFERENCE = 1.0  # mean grey levels of an image, against Pillow's (GPU: another IDCT)
+SHARES = (0.0, 0.65, 1.0)  # of the JPEGs, on the GPU's hardware JPEG engine; DALI's default is 0.65
 
 
 @dataclass
 class Work:
-    """One batch: encoded images and the box, (top, left, height, width), to take of each."""
+    """One batch: encoded images, and the box to crop from each, (top, left, height, width)."""
 
     encoded: list[np.ndarray]
     boxes: np.ndarray
@@ -52,13 +52,13 @@ class Work:
 
 @dataclass
 class Line:
-    """One row of the table. `run` makes all batches once and says how many images these are."""
+    """One row of the table. `run` makes all batches once and returns the number of images."""
 
     name: str
     threads: int
     run: Callable[[], int]
     first: Callable[[], np.ndarray] | None = None  # the pixels of the first batch, for the check
-    drain: Callable[[], object] = lambda: None  # before the clock starts: uses up what lies ready
+    drain: Callable[[], object] = lambda: None  # before timing: consumes prefetched batches
 
 
 def main() -> int:
@@ -67,10 +67,10 @@ def main() -> int:
     parser.add_argument("--images", required=True, help="a folder, a .txt list or tars")
     parser.add_argument("--crop", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="images (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=4, help="batches a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median counts (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=4, help="batches per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="the median is reported (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores}), help="default: %(default)s")
-    parser.add_argument("--model-rate", type=model_rate, help="images/s that the model takes, or throughput.py's JSON")
+    parser.add_argument("--model-rate", type=model_rate, help="the model's images/s, or throughput.py's JSON")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     args = parser.parse_args()
 
@@ -80,7 +80,7 @@ def main() -> int:
     works = [work_of([source.read(i) for i in row], rng) for row in indices]
     kilobytes = np.mean([len(e) for work in works for e in work.encoded]) / 1024
     print(
-        f"{args.images}: {indices.size} crops of {args.crop} px a round, batch {args.batch}, {kilobytes:.0f} KB a file"
+        f"{args.images}: {indices.size} crops of {args.crop} px per round, batch {args.batch}, {kilobytes:.0f} KB files"
     )
 
     lines = [Line("Pillow", 1, lambda: sum(len(with_pillow(work, args.crop)) for work in works))]
@@ -173,7 +173,7 @@ def pipeline(works: list[Work], crop: int, threads: int, share: float | None = N
 
 
 def through_loader(args: argparse.Namespace, threads: int) -> Line:
-    """The real thing: files are read, batches are prepared ahead, on the device that trains."""
+    """The engine's loader: reads files and prefetches batches, on the device that trains."""
     loader = Loader(
         open_images(args.images),
         crop_size=args.crop,
@@ -186,7 +186,7 @@ def through_loader(args: argparse.Namespace, threads: int) -> Line:
 
 
 def check(lines: list[Line], expected: np.ndarray) -> tuple[dict[str, float], list[Line]]:
-    """The mean difference to Pillow's crops of each line, in grey levels, and the lines where it is small enough."""
+    """Each line's largest mean difference from Pillow's crops, in grey levels, and the lines that pass."""
     differences, right = {}, []
     for line in lines:
         gap = 0.0
@@ -198,12 +198,12 @@ def check(lines: list[Line], expected: np.ndarray) -> tuple[dict[str, float], li
         else:
             print(f"{line.name}: an image differs from Pillow's by {gap:.2f} grey levels on average: NOT TIMED")
     worst = max(gap for gap in differences.values() if gap <= LARGEST_DIFFERENCE)
-    print(f"crops equal Pillow's: no other image differs by more than {worst:.2f} grey levels on average")
+    print(f"crops match Pillow's: no other image differs by more than {worst:.2f} grey levels on average")
     return differences, right
 
 
 def settle() -> None:
-    """Waits until nothing runs in the background any more: a pipeline goes on filling its queue."""
+    """Waits until nothing runs in the background: a pipeline keeps filling its queue."""
     busy = 1.0
     while busy > 0.005:
         before = time.process_time()
@@ -243,12 +243,12 @@ def show(rows: list[dict[str, Any]], model_rate: float | None) -> None:
         best = max((row for row in rows if row["name"] == "loader"), key=lambda row: row["images_per_second"])
         rate, per_core = best["images_per_second"], best["images_per_core_second"]
         limit = "the model" if rate >= model_rate else "the data"
-        print(f"loader {rate:.0f} images/s, model {model_rate:.0f}: {limit} is the limit ({rate / model_rate:.2f} x)")
-        print(f"this loader spends {model_rate / per_core:.2g} core(s) on a device of that rate")
+        print(f"loader {rate:.0f} images/s, model {model_rate:.0f}: limited by {limit} ({rate / model_rate:.2f} x)")
+        print(f"at that rate this loader needs {model_rate / per_core:.2g} core(s) per device")
 
 
 def about(args: argparse.Namespace) -> dict[str, object]:
-    """What a number needs beside it: command, commit, machine, versions."""
+    """What a figure needs to be reproducible: command, commit, machine, versions."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )

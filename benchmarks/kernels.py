@@ -1,17 +1,17 @@
-"""How fast every op of jepa_kernels is, against what, and how close to the limit of this machine.
+"""Speed of every op of jepa_kernels, against its competitors and the limits of this machine.
 
     python benchmarks/kernels.py [--device cuda|cpu] [--op NAME ...] [--size vit_huge_14] [--batch 128] [--out FOLDER]
 
 Contenders: `ours`; `eager`, plain PyTorch (for adamw_ema, torch's foreach AdamW and lerp); `compiled`, torch.compile
-of that; and what else does the same. Before anything is timed, outputs and gradients of each must be as near to those
-of float64 on the same inputs as eager's: at most twice its error, and 2e-6. Contenders take turns; figures are medians.
-On a GPU a call is timed by events, with cold caches and behind work that covers the host's part; one below 0.1 ms as
-part of a CUDA graph of twenty, each on buffers of its own. Forward means without a graph, backward on a graph that is
-kept, both a training step. GB/s and TFLOP/s count what the op has to do, not what a contender does; the limit is that
-of memory (the faster of a copy and a scaling in place, beyond the caches: what fits into them may exceed it) or of a
-matrix product, measured in the same run. MB is the most that a call holds at once on top of what was there: the
-allocator's count on a GPU, the profiler's of every tensor on a CPU. `host ms`, of ops over many tensors, is what a call
-costs Python, measured on as many tensors of a few elements. In the roofline a copied element counts as one operation.
+of that; and other implementations. Before anything is timed, outputs and gradients are compared with float64 on the
+same inputs: at most twice eager's error, plus 2e-6. Contenders take turns; figures are medians. On a GPU, calls are
+timed with events, with cold caches, queued after work that hides host overhead; a call below 0.1 ms is timed as one of
+twenty in a CUDA graph, each on its own buffers. `forward` runs without autograd, `backward` on a retained graph, `both`
+as in training. GB/s and TFLOP/s count the work the op needs, not what a contender does; the limit is that of memory
+(the faster of a copy and an in-place scaling, larger than the caches: data that fits into them may exceed it) or of a
+matrix product, measured in the same run. MB is the peak memory that a call adds: the allocator's count on a GPU, the
+profiler's on a CPU. `host ms`, for ops over many tensors, is the host time of a call, measured on as many tensors of a
+few elements. In the roofline a copied element counts as one operation.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from machine import ROOT, ceilings, hardware, milliseconds, peak_bytes, provenan
 
 
 def host_milliseconds(op: str, size: Size, device: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
-    """Of each contender but the compiled one, which would be compiled again."""
+    """Of each contender but the compiled one, which would be recompiled."""
     calls = OPS[op](replace(size, D=1, patch=1), device, dtype).calls["step"]
     return milliseconds({name: call for name, call in calls.items() if name != "compiled"}, "cpu", seconds)
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, help="default: vit_huge_14 on a GPU, vit_small_16 on a CPU")
     parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 16 on a CPU)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, CPU: float32")
-    parser.add_argument("--seconds", type=float, default=1, help="for each figure (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1, help="per figure (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="default: %(default)s")
     args = parser.parse_args()
     device, gpu = torch.device(args.device), args.device == "cuda"
@@ -53,7 +53,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     torch.manual_seed(0)
     if gpu:
-        torch.cuda.set_stream(torch.cuda.Stream())  # a backward runs where its forward ran: where graphs are captured
+        torch.cuda.set_stream(torch.cuda.Stream())  # a backward runs on its forward's stream: capture graphs there
 
     memory, matmul = ceilings(args.device, 2 * args.seconds)
     table = [
@@ -135,7 +135,7 @@ def roofline(report: dict[str, Any], file: Path) -> None:
     heights = {f"{row['op']} {row['mode']}": (row["operations per byte"], row["TFLOP/s"] * 1e12) for row in ours}
     place = 0.0
     for name, (x, y) in sorted(heights.items(), key=lambda item: item[1][1]):
-        place = max(place * 1.35, y)  # names one above the other, each tied to its point
+        place = max(place * 1.35, y)  # labels stacked, each connected to its point
         line = {"arrowstyle": "-", "relpos": (0, 0.5), "color": "grey", "linewidth": 0.5}
         axes.annotate(name, (x, y), (8 * knee, place), fontsize=8, va="center", arrowprops=line)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

@@ -1,4 +1,4 @@
-"""What makes a step fast, each switchable alone: by a key of the config where there is one, else in the dispatcher."""
+"""The optimizations of a step (levers), each with its own switch: config overrides or a context manager."""
 
 import contextlib
 import importlib
@@ -21,7 +21,7 @@ MODULES = ("patchify", "gather", "predictor_tokens", "prediction_loss", "covaria
 
 @contextlib.contextmanager
 def apart(_device: torch.device) -> Iterator[None]:
-    """The predictor's first block on whole sequences, each with a context of its own."""
+    """The predictor's first block recomputes the context's keys and values for every target block."""
     vit.Predictor.shares_context = False
     try:
         yield
@@ -31,7 +31,7 @@ def apart(_device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministically(_device: torch.device) -> Iterator[None]:
-    """As jepa.distributed.start sets it; a GPU's cuBLAS wants CUBLAS_WORKSPACE_CONFIG=:4096:8 before it starts."""
+    """As set by jepa.distributed.start; on a GPU, cuBLAS needs CUBLAS_WORKSPACE_CONFIG=:4096:8 before it is loaded."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -44,9 +44,9 @@ def deterministically(_device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Lever:
-    """`overrides` of the config move it, or `context`, in which a step then runs.
+    """Switched by `overrides` of the config, or by `context`, a context manager around every step.
 
-    `mode`: which of throughput.py's modes it shows in. `same`: whether losses stay what they were.
+    `mode`: the mode of throughput.py in which it has an effect. `same`: whether the losses stay the same.
     """
 
     what: str
@@ -57,7 +57,7 @@ class Lever:
 
 
 def definitions() -> dict[str, Callable[..., object]]:
-    """Of each op: x_ref defines the op x, or x_ where it works in place."""
+    """The reference definition of each op: x_ref defines the op x, or x_ if it works in place."""
     found = {}
     for module in (importlib.import_module(f"jepa_kernels.{name}") for name in MODULES):
         for name, definition in vars(module).items():
@@ -69,10 +69,10 @@ def definitions() -> dict[str, Callable[..., object]]:
 
 @contextlib.contextmanager
 def references(device: torch.device) -> Iterator[None]:
-    """The ops of jepa_kernels by their plain PyTorch definitions."""
+    """Replaces the ops of jepa_kernels with their plain PyTorch definitions."""
     library = torch.library.Library("jepa_kernels", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a kernel is overridden
+        warnings.simplefilter("ignore")  # about the overridden kernel
         for op, definition in definitions().items():
             library.impl(op, definition, device.type.upper(), allow_override=True)
     try:
@@ -83,7 +83,7 @@ def references(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def specification(_device: torch.device) -> Iterator[None]:
-    """The masks by their specification in Python."""
+    """Samples masks with the Python specification."""
     library = torch.library.Library("jepa_masks", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -94,43 +94,43 @@ def specification(_device: torch.device) -> Iterator[None]:
         library._destroy()
 
 
-# What the engine does, to be taken away.
+# Used by the engine; `--without` turns them off.
 LEVERS = {
     "optimizer": Lever(
-        "AdamW, average and teacher's weights in one pass; without: torch's fused AdamW, then the average",
+        "AdamW, EMA and teacher weights in one pass; without: torch's fused AdamW, then the EMA",
         ("engine.optimizer=torch",),
     ),
-    "kernels": Lever("the ops of jepa_kernels; without: their definitions in plain PyTorch", context=references),
-    "sampler": Lever("masks drawn by C++; without: by their specification in Python", context=specification),
-    "prefetch": Lever("batches made ready ahead; without: when they are asked for", mode="train"),
+    "kernels": Lever("the ops of jepa_kernels; without: their plain PyTorch definitions", context=references),
+    "sampler": Lever("masks sampled in C++; without: by the Python specification", context=specification),
+    "prefetch": Lever("batches prefetched; without: made on demand", mode="train"),
     "compile": Lever("torch.compile; without: eager", ("engine.compile=false",)),
-    "attention": Lever("attention that is not materialised; without: plain products", ("engine.attention=math",)),
-    "skip_unread": Lever("rows that no loss reads are left out; without: computed", ("engine.skip_unread=false",)),
+    "attention": Lever("attention scores not materialised; without: plain matrix products", ("engine.attention=math",)),
+    "skip_unread": Lever("rows that no loss reads are skipped; without: computed", ("engine.skip_unread=false",)),
     "shared_context": Lever(
-        "keys and values of a context made once for all blocks; without: once for each", context=apart
+        "predictor's first block: context keys and values once for all target blocks; without: for each", context=apart
     ),
 }
-# What it can do as well, to be added.
+# Optional; `--with` turns them on.
 EXTRAS = {
-    "checkpointing": Lever("blocks computed again in the backward", ("engine.activation_checkpointing=true",)),
-    "deterministic": Lever("engine.deterministic: only algorithms that give the same bits", context=deterministically),
-    "overlap_comm": Lever("gradients reduced beside the backward", ("engine.overlap_comm=true",)),
+    "checkpointing": Lever("blocks recomputed in the backward", ("engine.activation_checkpointing=true",)),
+    "deterministic": Lever("engine.deterministic: only bitwise reproducible algorithms", context=deterministically),
+    "overlap_comm": Lever("gradient reduction overlapped with the backward", ("engine.overlap_comm=true",)),
     "global_cut": Lever("contexts of one length on all ranks", ("mask.cut=global",), same=False),
-    "packed": Lever("contexts of unequal length, nothing cut", ("mask.mode=packed",), same=False),
+    "packed": Lever("packed contexts of unequal length, nothing cut", ("mask.mode=packed",), same=False),
     "token_budget": Lever(
-        "packed contexts that always fill half of the patches, padded or thinned",
+        "packed contexts padded or thinned to half of all patches",
         ("mask.mode=packed", "mask.token_budget=0.5"),
         same=False,
     ),
     "flash_attn": Lever("FlashAttention 4, 3 or 2", ("engine.attention=flash_attn",)),
     "xformers": Lever("xformers' attention", ("engine.attention=xformers",)),
-    "deepspeed_adam": Lever("DeepSpeed's FusedAdam, then the average", ("engine.optimizer=deepspeed",)),
-    "apex_adam": Lever("apex's FusedAdam, then the average", ("engine.optimizer=apex",)),
+    "deepspeed_adam": Lever("DeepSpeed's FusedAdam, then the EMA", ("engine.optimizer=deepspeed",)),
+    "apex_adam": Lever("apex's FusedAdam, then the EMA", ("engine.optimizer=apex",)),
 }
 
 
 def switchable(config: Config, mode: str, ranks: Ranks) -> dict[str, Lever]:
-    """The levers that this config has on, on this kind of device, and `mode` exercises."""
+    """The levers that are on in this config on this device and that `mode` exercises."""
     off = {"compile": not config.compiles(ranks.device.type)}
     return {
         name: lever
@@ -140,7 +140,7 @@ def switchable(config: Config, mode: str, ranks: Ranks) -> dict[str, Lever]:
 
 
 def addable(config: Config, ranks: Ranks) -> dict[str, Lever]:
-    """The extras that this config does not have on, that make a difference here, and whose packages are installed."""
+    """The extras that are off in this config, have an effect here, and whose packages are installed."""
     idle = {"overlap_comm"} if ranks.world_size == 1 or config.engine.zero_stage not in (1, 2) else set()
     idle |= {"global_cut"} if ranks.world_size == 1 or config.cut == "global" else set()
     idle |= {"deterministic"} if ranks.device.type == "cuda" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ else set()

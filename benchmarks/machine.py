@@ -1,4 +1,4 @@
-"""The machine a figure belongs to: what it is, how fast it multiplies, and clocks that do not disturb it."""
+"""The machine: its hardware and versions, its measured limits, and timers that do not disturb what they time."""
 
 import json
 import platform
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT, GRAPHED = 0.1, 20  # milliseconds below which a call is timed as one of so many in a CUDA graph
+SHORT, GRAPHED = 0.1, 20  # a call below SHORT ms is timed as one of GRAPHED in a CUDA graph
 Call = Callable[[], Any]
 
-# Dense bf16 TFLOP/s of NVIDIA's data sheets, by a part of the name that CUDA gives.
+# Dense bf16 TFLOP/s from NVIDIA's data sheets, by a substring of CUDA's device name.
 DATASHEET = {
     "A100": 312, "A800": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H200": 989,
     "GH200": 989, "B200": 2250, "L40S": 362, "L40": 181, "A40": 150, "A30": 165, "A10": 125, "L4": 121,
@@ -35,7 +35,7 @@ def hardware(device: torch.device) -> str:
 
 
 def datasheet_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations/s, or None where the data sheet is not known here."""
+    """FLOP/s from the data sheet; None if it is not listed here."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
@@ -43,7 +43,7 @@ def datasheet_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What a figure needs beside it to be believed and repeated."""
+    """What a figure needs to be credible and reproducible."""
 
     def installed(name: str) -> str | None:
         try:
@@ -72,7 +72,7 @@ def _first_line(command: list[str]) -> str | None:
 
 
 class Clock:
-    """Marks on the device's own time line. Taking one waits for nothing; reading a span waits for its end."""
+    """Timestamps of the device. Taking one does not block; reading a span waits for its end."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -96,7 +96,7 @@ class Clock:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Operations/s of a large square matrix product, the median of repetitions that take `seconds` in all."""
+    """FLOP/s of a large square matrix product: the median of repetitions that take `seconds` in total."""
     side = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     clock, times = Clock(device), []
@@ -109,11 +109,11 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0)
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
-    """What `work` returns, and the most tensor memory that lay there at once while it ran, above what lay there before.
+    """What `work` returns, and its peak tensor memory above what was allocated before.
 
-    Both are the allocator's own count: on a GPU its peak counter; on a CPU the profiler's record of each allocation.
-    (Resident memory of the process also counts what malloc keeps, and cannot be reset.) Freeing what lay there before
-    is not seen on a CPU.
+    On a GPU this is the allocator's peak counter, on a CPU the profiler's record of each allocation. (The process's
+    resident memory includes what malloc retains, and cannot be reset.) On a CPU, freeing tensors that existed before is
+    not seen.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -137,9 +137,9 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> tuple[Any, int]
 def milliseconds(
     calls: dict[str, Call], device: str, seconds: float, copies: Callable[[str, int], list[Call]] | None = None
 ) -> dict[str, float]:
-    """The median time of each, in turns, for so many seconds each and at least five times.
+    """The median time of each call, run in turns, for `seconds` each and at least five times.
 
-    copies: makes calls of a contender on buffers of their own, for those too short to be timed one by one.
+    copies: makes calls of a contender, each on its own buffers, for those too short to be timed one by one.
     """
     once = on_gpu() if device == "cuda" else on_cpu
     for call in calls.values():
@@ -164,8 +164,8 @@ def on_cpu(call: Call) -> float:
 
 
 def on_gpu() -> Callable[[Call], float]:
-    """Times a call by events: caches full of clean lines of something else, the host ahead."""
-    cold = torch.zeros(2**26, device="cuda")  # 256 MB: more than any cache; read, for dirty lines cost the next call
+    """Times a call with events: caches full of unrelated clean lines, the host running ahead of the GPU."""
+    cold = torch.zeros(2**26, device="cuda")  # 256 MB: more than any cache; read, as dirty lines slow the next call
 
     def once(call: Call) -> float:
         torch.cuda.synchronize()
@@ -174,7 +174,7 @@ def on_gpu() -> Callable[[Call], float]:
         host = time.perf_counter() - host
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         cold.sum()
-        torch.cuda._sleep(int(2e9 * (2 * host + 1e-4)))  # in cycles of at most 2 GHz: twice what the host needs
+        torch.cuda._sleep(int(2e9 * (2 * host + 1e-4)))  # cycles at up to 2 GHz: twice what the host needs
         events[0].record()
         call()
         events[1].record()
@@ -185,7 +185,7 @@ def on_gpu() -> Callable[[Call], float]:
 
 
 def graphed(calls: list[Call]) -> Call:
-    """All of them as one call that the host is no part of. Results are kept, so that none is written over another's."""
+    """All calls as one CUDA graph, free of host overhead. Results are kept: none overwrites another's."""
     for call in calls:
         call()
     graph = torch.cuda.CUDAGraph()
@@ -195,7 +195,7 @@ def graphed(calls: list[Call]) -> Call:
 
 
 def ceilings(device: str, seconds: float) -> tuple[float, float]:
-    """Bytes/s of memory, operations/s of a float32 matrix product."""
+    """Bytes/s of memory, FLOP/s of a float32 matrix product."""
     n, side = (2**30, 8192) if device == "cuda" else (2**27, 2048)
     source, target = torch.ones(n // 4, device=device), torch.empty(n // 4, device=device)
     a, b = (torch.randn(side, side, device=device) for _ in range(2))

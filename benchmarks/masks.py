@@ -1,10 +1,10 @@
-"""Time per image of sampling the masks: C++ on one core and on all, its specification, the published code.
+"""Mask sampling time per image: C++ on one core and on all, its Python specification, the published code.
 
     python benchmarks/masks.py [--grid 16 16] [--batch 128] [--reference PATH] [--out FILE]
 
 PATH is a checkout of facebookresearch/ijepa, whose collator is then timed in the same run. Before anything is
-timed, C++ and the specification must draw the same masks. Contenders take turns; each figure is the median of
-the turns, every turn a mean over fresh steps, because the sizes of the blocks vary from step to step.
+timed, C++ and the specification must draw the same masks. Contenders take turns; each figure is the median over
+the turns, each turn a mean over new steps, because block sizes vary from step to step.
 """
 
 import argparse
@@ -31,11 +31,11 @@ SEED = 0
 
 
 def published(path: Path, spec: MaskSpec, batch: int) -> Callable[[int], int]:
-    """The published collator, on images of one pixel: what is left of its time is the masks'."""
+    """The published collator on one-pixel images, so that its time is that of the masks."""
     source = path / "src/masks/multiblock.py"
     if not source.is_file():
         raise SystemExit(
-            f"--reference {path}: no src/masks/multiblock.py there; give a checkout of facebookresearch/ijepa"
+            f"--reference {path}: no src/masks/multiblock.py; expected a checkout of facebookresearch/ijepa"
         )
     module_spec = importlib.util.spec_from_file_location("published_masks", source)
     assert module_spec and module_spec.loader
@@ -101,13 +101,13 @@ def main() -> None:
         "--grid", type=int, nargs=2, default=(16, 16), metavar=("H", "W"), help="patches (ViT-H/14: 16 16)"
     )
     parser.add_argument("--batch", type=int, default=128, help="images per rank")
-    parser.add_argument("--global-batch", type=int, default=2048, help="images that the ranks' common cut runs over")
+    parser.add_argument("--global-batch", type=int, default=2048, help="images that the ranks cut to one length")
     parser.add_argument("--reference", type=Path, help="a checkout of facebookresearch/ijepa")
     parser.add_argument("--turns", type=int, default=31)
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args()
     if not torch._C._dispatch_has_kernel_for_dispatch_key("jepa_masks::sample", "CPU"):
-        raise SystemExit("jepa_kernels was built without csrc: there is no C++ to time")
+        raise SystemExit("jepa_kernels was built without csrc: no C++ sampler to time")
 
     height, width = args.grid
     specs = {mode: MaskSpec(height, width, mode=mode) for mode in MODES}
@@ -134,7 +134,7 @@ def main() -> None:
             start = time.perf_counter()
             lengths = [call(turn * steps + step) for step in range(steps)]
             elapsed = time.perf_counter() - start
-            if turn:  # the first warms up
+            if turn:  # the first is a warm-up
                 times[i].append(elapsed / steps / args.batch * 1e6)
                 kept[i] += lengths
 

@@ -1,13 +1,12 @@
-"""Memory of one rank at each ZeRO stage: the formula of engine/jepa/budget.py, and what the tensors of real ranks hold.
+"""Memory of one rank at each ZeRO stage: the formula of engine/jepa/budget.py and the tensors of real ranks.
 
     python benchmarks/memory.py               computed: ViT-H/14 and ViT-g/16 on 8, 16 and 64 GPUs
-    python benchmarks/memory.py --measure     measured: a small model on 1, 2 and 4 CPU ranks, beside the formula
+    python benchmarks/memory.py --measure     measured: a small model on 1, 2 and 4 CPU ranks, against the formula
 
-Measured are the bytes of all distinct storages of the tensors that a rank has made, at every moment of a step that
-matters: after the forward, within the backward, in the optimizer's step. The largest of them is the figure. The images
-are so small that the activations, which the formula only estimates, do not count. A figure that is off by more than 5 %
-ends the program with an error. (At ZeRO-2 a parameter that the cut between two ranks passes through has its gradient
-whole on both: nothing in a large model, 4 % of this one's memory on 4 ranks.)
+The measurement adds up the distinct storages of the tensors that a rank has created, after the forward, during the
+backward and in the optimizer step, and takes the maximum. The images are so small that activations, which the formula
+only estimates, are negligible. If a figure is off by more than 5 %, the program exits with an error. (At ZeRO-2 both
+ranks that share a parameter hold its whole gradient: negligible in a large model, 4 % of this one's memory on 4 ranks.)
 """
 
 import argparse
@@ -39,13 +38,13 @@ from jepa.teacher import Teacher
 LARGE = {"ViT-H/14": "in1k_vith14_ep300_ijepa", "ViT-g/16": "in22k_vitg16_ep44_ijepa"}
 CASES = [*itertools.product(range(4), ("fp32", "bf16"), (1, 2))]  # stage, precision, micro-batches accumulated
 QUICK = [case for case in CASES if case[1:] == ("bf16", 2)]
-TOKENS = 8, 3  # patches in a context and in a target of the small model, about
+TOKENS = 8, 3  # approximate patches in a context and in a target of the small model
 TOLERANCE = 0.05
 
 
 def computed() -> str:
     """The README's table. Raises ConfigError."""
-    lines = ["GiB a rank, computed       | ZeRO | 8 GPUs | 16 GPUs | 64 GPUs | of it activations"]
+    lines = ["GiB per rank, computed     | ZeRO | 8 GPUs | 16 GPUs | 64 GPUs | of which activations"]
     for (name, file), stage in itertools.product(LARGE.items(), (1, 2, 3)):
         path, change = ROOT / f"engine/configs/{file}.yaml", f"engine.zero_stage={stage}"
         config = load_config(path, [change, "engine.global_batch_size=null"])
@@ -53,7 +52,7 @@ def computed() -> str:
         totals = " | ".join(
             f"{memory.total / 2**30:{width}.1f}" for memory, width in zip(found, (6, 7, 7), strict=True)
         )
-        what = f"{name}, {config.data.batch_size} images a GPU"
+        what = f"{name}, {config.data.batch_size} images/GPU"
         lines.append(f"{what:<26} | {stage:>4} | {totals} | {found[0].activations / 2**30:.1f}")
     return "\n".join(lines)
 
@@ -75,7 +74,7 @@ def small(stage: int, precision: str, accumulation: int) -> Config:
 
 
 def storages() -> dict[int, int]:
-    """Address and bytes of what the tensors lie in that were made since the last `gc.freeze`."""
+    """Address and bytes of the storages of tensors created since the last `gc.freeze`."""
     gc.collect()
     found = {}
     for one in gc.get_objects():
@@ -88,7 +87,7 @@ def storages() -> dict[int, int]:
 
 
 def peak(config: Config) -> int:
-    """The most bytes that this rank's tensors hold in the second step of a run."""
+    """Peak bytes of this rank's tensors in the second step of a run."""
     gc.collect()
     gc.freeze()
     most = 0
@@ -96,7 +95,7 @@ def peak(config: Config) -> int:
     def look(*_: object) -> None:
         nonlocal most
         if sum(storages().values()) > most:
-            time.sleep(0.2)  # gloo's threads let go of what they have sent a little later
+            time.sleep(0.2)  # gloo's threads release what they have sent a little later
             most = max(most, sum(storages().values()))
 
     torch.manual_seed(0)
@@ -132,12 +131,12 @@ def peak(config: Config) -> int:
 
 
 def rank(me: int, world_size: int, folder: str, cases: list[tuple[int, str, int]]) -> None:
-    """Measures the cases; rank 0 writes the largest rank's figures to `folder`."""
+    """Measures the cases; rank 0 writes the maximum over the ranks to `folder`."""
     os.environ |= {"RANK": str(me), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(me), "DS_ACCELERATOR": "cpu"}
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=me, world_size=world_size)
     torch.set_num_threads(1)
-    # A fraction of this model, as the buffers are of the large ones.
+    # Smaller than this model, as the buffers are for the large ones.
     zero.BUCKET = budget.BUCKET = 500_000
     zero.LIVE = budget.LIVE = 1_000_000
     figures = []
@@ -148,12 +147,12 @@ def rank(me: int, world_size: int, folder: str, cases: list[tuple[int, str, int]
         figures.append((float(found), budget.memory_per_rank(config, world_size, TOKENS).total))
     if me == 0:
         torch.save(figures, f"{folder}/figures")
-    time.sleep(0.5)  # gloo's threads again: they need the interpreter for it
+    time.sleep(0.5)  # for gloo's threads again, which need the interpreter to do so
     dist.destroy_process_group()
 
 
 def measured(worlds: list[int], cases: list[tuple[int, str, int]]) -> int:
-    """Prints the figures; returns how many are further from the formula than TOLERANCE."""
+    """Prints the figures; returns how many are off the formula by more than TOLERANCE."""
     wrong = 0
     print("ranks | ZeRO | precision | accumulation | measured MiB | formula MiB | off by")
     for world_size in worlds:
@@ -172,15 +171,15 @@ def measured(worlds: list[int], cases: list[tuple[int, str, int]]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="a small model on CPU ranks, instead of the large ones")
+    parser.add_argument("--measure", action="store_true", help="measure a small model on CPU ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="with --measure")
-    parser.add_argument("--quick", action="store_true", help="with --measure: bf16 and two micro-batches a step alone")
+    parser.add_argument("--quick", action="store_true", help="with --measure: only bf16 and two micro-batches")
     args = parser.parse_args()
     if not args.measure:
         print(computed())
         return 0
     if wrong := measured(args.ranks, QUICK if args.quick else CASES):
-        print(f"{wrong} figures are further than {TOLERANCE:.0%} from the formula", file=sys.stderr)
+        print(f"{wrong} figures are off the formula by more than {TOLERANCE:.0%}", file=sys.stderr)
     return int(wrong > 0)
 
 

@@ -1,9 +1,9 @@
-"""Loss and every gradient of one I-JEPA step, beside the published implementation.
+"""Loss and every gradient of one I-JEPA step, compared with the published implementation.
 
     python benchmarks/parity.py --reference PATH_TO_A_CHECKOUT_OF_facebookresearch/ijepa
 
-Both get the same weights, the same images and the masks of the published collator, in fp32 on the CPU. Prints the
-largest relative errors, and exits with 1 where one is above the tolerance.
+Both get the same weights, images and masks (from the published collator), in fp32 on the CPU. Prints the largest
+relative errors and exits with 1 if one exceeds the tolerance.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--crop", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--patch", type=int, default=16, help="pixels (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=None, help="of weights, images and masks (default: a fresh one)")
+    parser.add_argument("--seed", type=int, default=None, help="of weights, images and masks (default: random)")
     args = parser.parse_args()
     try:
         args.code = checkout(args.reference)
@@ -109,12 +109,12 @@ def compare(args: argparse.Namespace, contexts: int, seed: int) -> dict[str, flo
             grad = wanted.pop(name)
             assert parameter.grad is not None and grad is not None
             errors[prefix + name] = relative(parameter.grad, grad)
-        assert not wanted, f"the published model has parameters of its own: {sorted(wanted)}"
+        assert not wanted, f"only the published model has the parameters {sorted(wanted)}"
     return errors
 
 
 def roughen(module: nn.Module) -> None:
-    """Biases and norms away from their zeros and ones, so that every gradient is looked at where it is general."""
+    """Moves biases and norms away from zeros and ones, so that every gradient is compared at a generic point."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data += 0.02 * torch.randn_like(parameter)

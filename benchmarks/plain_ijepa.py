@@ -2,9 +2,9 @@
 
     pip install . && python benchmarks/plain_ijepa.py       # --kernels on|off|both, --device, sizes: see --help
 
-`Plain` and `Kernels` are one model and one training step, line by line. Plain is what torch has: a convolution that
-embeds every patch, indexing, fused AdamW, foreach lerp. They start from the same weights and take
-the same images and masks, step by step in turn, in float32. No time is printed before all losses have agreed.
+`Plain` and `Kernels` are the same model and training step, line by line. `Plain` uses what torch has: a convolution
+that embeds every patch, indexing, fused AdamW, foreach lerp. Both start from the same weights and alternate on the same
+images and masks, in float32. No time is printed unless all losses agree.
 Shapes: B images, N patches, Kc/Kt kept in context/target, M target blocks, D width, Dp predictor width.
 """
 
@@ -71,7 +71,7 @@ class Kernels(Model):
         groups = [{"params": [*self.student.parameters()]}, {"params": self.only_student, "ema": False}]
         self.optimizer = AdamWEMA(groups, momentum=MOMENTUM, **ADAMW)
         for weight, average in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
-            self.optimizer.state[weight]["ema"] = average  # the teacher is the average: there is no copy
+            self.optimizer.state[weight]["ema"] = average  # the teacher is the EMA itself: no copy
 
     def loss(self, images: Tensor, context: Tensor, target: Tensor) -> Tensor:
         def embed(conv: nn.Conv2d, index: Tensor | None) -> Tensor:
@@ -92,7 +92,7 @@ class Kernels(Model):
 
 
 def draw(B: int, grid: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Smooth random images [B, H, W, 3]; context [B, Kc], what M random blocks [M, B, Kt] leave of each."""
+    """Smooth random images [B, H, W, 3]; M random target blocks [M, B, Kt], and the context [B, Kc] that they leave."""
     images = F.interpolate(torch.rand(B, 3, grid // 2, grid // 2), [grid * PATCH] * 2, mode="bicubic").clamp(0, 1)
     side = torch.arange(max(2, round(0.4 * grid)))
     top, left = torch.randint(grid - len(side) + 1, (2, M, B, 1, 1))
@@ -111,7 +111,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     args = parser.parse_args()
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False  # which only the plain loop's convolution would use
+    torch.backends.cudnn.allow_tf32 = False  # only the plain loop's convolution would use it
     grid = args.image // PATCH
     kinds = {"off": [Plain], "on": [Kernels], "both": [Plain, Kernels]}[args.kernels]
     sides = [kind(grid * grid, args.width, args.depth).to(args.device) for kind in kinds]
@@ -121,7 +121,7 @@ def main() -> None:
     losses, times = [[] for _ in sides], [[] for _ in sides]
     for step in range(WARM_UP + args.steps):
         inputs = draw(args.batch, grid, args.device)
-        for i, side in list(enumerate(sides))[:: 1 - step % 2 * 2]:  # in turn, so that both meet the same machine
+        for i, side in list(enumerate(sides))[:: 1 - step % 2 * 2]:  # alternating, for the same machine state
             start = now(args.device)
             loss = side.loss(*inputs)
             loss.backward()

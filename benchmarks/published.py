@@ -1,10 +1,9 @@
-"""The published I-JEPA code as a contender: its models, optimizer, losses and masks, imported from a checkout of it.
+"""The published I-JEPA code as a contender: its models, optimizer, losses and masks, imported from a checkout.
 
-Its training loop is one function that cannot be called in parts, so the step here is a caller of our own for its
-pieces, in its order, with what it does in every step: schedules, autocast, the gradient's norm of each layer, the loss
-read back, the average by a loop over parameters. Its workers make masks and floats ahead of the step; here these are
-made before the clock starts. `sdpa` and `compiled` are what a user would add to it: attention that is not materialised
-and torch.compile.
+Its training loop is one function that cannot be called in parts, so the step here calls its pieces in its order, with
+everything it does per step: schedules, autocast, gradient norms per layer, reading the loss back, the EMA as a loop
+over parameters. Its data workers make masks and float images in advance; here both are made before the clock starts.
+`sdpa` and `compiled` are what a user could add: SDPA in place of materialised attention, and torch.compile.
 """
 
 import copy
@@ -36,13 +35,13 @@ MODULES = {
 
 
 def checkout(path: Path) -> types.SimpleNamespace:
-    """The modules of a checkout of facebookresearch/ijepa. Raises ConfigError where `path` is none."""
+    """The modules of a checkout of facebookresearch/ijepa. Raises ConfigError if `path` is not one."""
     if not (path / "src/models/vision_transformer.py").is_file():
-        raise ConfigError([f"reference={path}: not a checkout of the published code: it has no src/models"])
+        raise ConfigError([f"reference={path}: not a checkout of the published code (no src/models)"])
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
     found = types.SimpleNamespace(**{name: importlib.import_module(module) for name, module in MODULES.items()})
-    logging.getLogger().setLevel(logging.WARNING)  # it prints its models
+    logging.getLogger().setLevel(logging.WARNING)  # it logs its models
     return found
 
 
@@ -59,15 +58,15 @@ def sdpa_forward(attention: Any, x: Tensor) -> tuple[Tensor, None]:
 
 
 class Published:
-    """Its model with the weights of ours at the start of the run, its optimizer, and its step."""
+    """Its model with our initial weights, its optimizer, and its step."""
 
     def __init__(self, path: Path, config: Config, device: torch.device, sdpa: bool, compiled: bool) -> None:
         if config.loss.objective != "ijepa":
-            raise ConfigError(["loss.objective: the published code knows ijepa alone: give loss.objective=ijepa"])
+            raise ConfigError(["loss.objective: the published code only has ijepa: set loss.objective=ijepa"])
         if config.vit != SIZES[config.meta.model_name] or config.predictor.num_heads != config.vit.num_heads:
-            raise ConfigError(["meta: the published code has the named sizes only, the predictor with the same heads"])
+            raise ConfigError(["meta: the published code only has the named sizes, the predictor with as many heads"])
         if config.mask.mode == "packed":
-            raise ConfigError(["mask.mode: the published code cuts contexts to one length: give reference or unbiased"])
+            raise ConfigError(["mask.mode: the published code cuts contexts to one length: use reference or unbiased"])
         self.code, self.config, self.device = checkout(path), config, device
         encoder, predictor = self.code.helper.init_model(
             device, config.mask.patch_size, config.meta.model_name, config.data.crop_size, config.meta.pred_depth,
@@ -107,7 +106,7 @@ class Published:
         numbers: tuple[float, float, float],
         clock: Clock,
     ) -> tuple[float, Any]:
-        """One step under (lr, weight decay, momentum): its loss, and the mark between backward and optimizer."""
+        """One step with (lr, weight decay, momentum): its loss, and the mark between backward and optimizer."""
         for schedule in self.schedules:
             schedule.step()
         lr, weight_decay, momentum = numbers

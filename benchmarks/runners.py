@@ -1,7 +1,7 @@
-"""A training step as a contender: the engine's own or the published code's, on the same images and masks.
+"""A training step as a contender: the engine's or the published code's, on the same images and masks.
 
-What throughput.py is made of: whoever can `run` a step between two marks on the device's time line, the images it gets,
-and how it is timed and its memory counted while others take their turns.
+The parts of throughput.py: contenders, which `run` a step between two timestamps of the device, their synthetic images,
+and how they are timed in turns and their memory measured.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ Batches = Iterator[tuple[int, int, Batch]]
 
 
 class Synthetic:
-    """Smooth random images, the same ones for every contender: micro-batch k of step s is always the same."""
+    """Smooth random images, the same for every contender: micro-batch k of step s never changes."""
 
     def __init__(self, config: Config, device: torch.device, accumulation: int, number: int = 4) -> None:
         S, B = config.data.crop_size, config.data.batch_size
@@ -62,8 +62,8 @@ class Synthetic:
 
 @dataclass
 class Times:
-    """Of the timed steps of one contender: seconds, the tokens kept, seconds by part; its memory between steps and at
-    the most; graphs that were compiled after the warm-up."""
+    """One contender's timed steps: seconds, tokens kept, seconds by part; its memory between steps and at the peak;
+    graphs compiled after the warm-up."""
 
     resident: int = 0
     peak: int = 0
@@ -75,7 +75,7 @@ class Times:
 
 
 class Engine:
-    """A contender: the engine as engine/train.py runs it, under a config with some levers moved."""
+    """A contender: the engine as engine/train.py runs it, with some levers switched."""
 
     def __init__(self, name: str, config: Config, ranks: distributed.Ranks, levers: list[Lever]) -> None:
         self.name, self.ranks, self.clock, self.times = name, ranks, Clock(ranks.device), Times()
@@ -85,7 +85,7 @@ class Engine:
         self.numbers = torch.tensor(NUMBERS, dtype=torch.float64, device=zero.schedule_device(self.engine))
 
     def run(self, step: int, batches: Batches) -> tuple[Any, Any, Any]:
-        """Marks before and after the step, and its loss if anyone asks: `float` of the third waits for it."""
+        """Marks before and after the step, and its loss on the device: `float(loss)` waits for it."""
         with contextlib.ExitStack() as stack:
             for context in self.contexts:
                 stack.enter_context(context(self.ranks.device))
@@ -96,8 +96,8 @@ class Engine:
 
     @contextlib.contextmanager
     def timing_parts(self) -> Iterator[None]:
-        """Times the end of a step, from its backward to its teacher, and the optimizer's share, for as long as this is
-        open; these steps do not count."""
+        """While open, times the end of a step, from the end of the backward to the teacher's update, and the
+        optimizer's part of it; these steps are not counted."""
         marks: dict[str, list[tuple[Any, Any]]] = {"backward": [], "optimizer and average": [], "teacher": []}
         wrapped = [
             (self.engine, "backward", "backward"),
@@ -135,7 +135,7 @@ class Engine:
 
 
 class Reference:
-    """A contender: the published code, on the same images and masks."""
+    """A contender: the published code on the same images and masks."""
 
     def __init__(
         self, name: str, path: Path, config: Config, ranks: distributed.Ranks, sdpa: bool, compiled: bool
@@ -143,7 +143,7 @@ class Reference:
         self.name, self.config, self.ranks, self.times = name, config, ranks, Times()
         self.clock = Clock(ranks.device)
         self.code = Published(path, config, ranks.device, sdpa, compiled)
-        self.ends: list[tuple[Any, Any]] = []  # of its steps: what follows the backward
+        self.ends: list[tuple[Any, Any]] = []  # per step: the span after the backward
 
     def run(self, step: int, batches: Batches) -> tuple[Any, Any, Any]:
         _, micro, batch = next(batches)
@@ -172,7 +172,7 @@ Contender = Engine | Reference
 
 
 def start(make: Callable[[], Contender], images: Synthetic, warmup: int, device: torch.device) -> Contender:
-    """Makes a contender and warms it up. On a CPU its peak memory is that of the first two of these steps."""
+    """Creates a contender and warms it up. On a CPU its peak memory is measured here, over the first two steps."""
 
     def begin() -> Contender:
         contender = make()
@@ -194,7 +194,7 @@ def start(make: Callable[[], Contender], images: Synthetic, warmup: int, device:
 
 @contextlib.contextmanager
 def counting(contender: Contender) -> Iterator[None]:
-    """While it is open: what is compiled, and on a GPU the most memory that is the contender's own, go to its times."""
+    """While open, records recompilations and, on a GPU, the contender's own peak memory in its times."""
     on_gpu, compiled, before = contender.ranks.device.type == "cuda", counters["stats"]["unique_graphs"], 0
     contender.clock.drain()
     if on_gpu:
@@ -208,7 +208,7 @@ def counting(contender: Contender) -> Iterator[None]:
 
 
 def measure(contenders: list[Contender], images: Synthetic, first: int, steps: int, block: int, bar: tqdm) -> None:
-    """Times `steps` steps of each, in turns of `block`, every contender on the same steps."""
+    """Times `steps` steps of each contender, the same ones for all, in turns of `block` steps."""
     for round_ in range(0, steps, block):
         turn = contenders if round_ // block % 2 == 0 else contenders[::-1]
         steps_now = range(first + round_, first + min(steps, round_ + block))
@@ -223,7 +223,7 @@ def measure(contenders: list[Contender], images: Synthetic, first: int, steps: i
 
 
 def kept(config: Config, ranks: distributed.Ranks, step: int) -> Kept:
-    """Patches of an image in a context, in a target and in the rows that the targets need, in a step of this rank."""
+    """Mean patches per image in a context, in a target and in the rows that the targets need, in this rank's step."""
     found = []
     for micro in range(config.batch(ranks.world_size).accumulation):
         masks = masks_of(config, ranks, step, micro)
@@ -236,8 +236,8 @@ def kept(config: Config, ranks: distributed.Ranks, step: int) -> Kept:
 def host_waits(
     contender: Contender, images: Synthetic, first: int, steps: int = 5
 ) -> dict[str, dict[str, float]] | None:
-    """What makes the host wait for the GPU, a step: CUDA's `calls` as the profiler sees them inside the steps, and, the
-    same seen from elsewhere, the `places` in the code that torch's watch over synchronisation names. None on a CPU."""
+    """What makes the host wait for the GPU, per step: the CUDA `calls` that the profiler sees and, independently, the
+    `places` in the code that torch's sync debug mode reports. None on a CPU."""
     if contender.ranks.device.type != "cuda":
         return None
     torch.cuda.synchronize()

@@ -1,17 +1,17 @@
-"""Bytes that a step sends at each ZeRO stage and number of GPUs, counted here and modelled there, and hours of a run.
+"""Bytes that a step sends at each ZeRO stage and number of GPUs, counted and modelled, and the hours of a run.
 
     python benchmarks/scaling.py [--config engine/configs/in1k_vith14_ep300_ijepa.yaml] [--share 0.5] [--no-check]
 
-The hours are a MODEL, no measurement: compute at `--share` of the peak whatever the batch, collectives by what a ring
-sends, none hidden behind compute, the optimizer by the bytes that it moves. What is checked are the bytes: the
-engine runs here on one and two CPU processes at stages 0 to 3, every collective is counted, and the formulas below must
-give the same (within DeepSpeed's padding and a few scalars), or the run fails.
+The hours are a MODEL, not a measurement: compute at `--share` of the peak for any batch size, collectives by the bytes
+that a ring sends, without overlap, the optimizer by the bytes that it moves. Only the bytes sent are checked: the
+engine runs on one and two CPU processes at stages 0 to 3, every collective is counted, and the formulas below must give
+the same bytes (up to DeepSpeed's padding and a few scalars), or the run fails.
 
-S: bytes of the tensor that is reduced or gathered. A ring sends 2 (N - 1) / N S a rank for an all-reduce and
-(N - 1) / N S for a gather or a reduce-scatter. Between machines, rings share a machine's adapters: the bandwidth is
-min(NVLink, adapters x InfiniBand) a GPU. Defaults: data sheets of NVIDIA A100 SXM 80 GB (312 TFLOP/s dense bf16,
-2039 GB/s memory, NVLink 300 GB/s each way) and DGX A100 (8 GPUs, 8 x 200 Gbit/s InfiniBand); `--efficiency`, the share
-of a link's rate that a collective reaches, is an assumption.
+S: bytes of the tensor that is reduced or gathered. In a ring each rank sends 2 (N - 1) / N S for an all-reduce and
+(N - 1) / N S for an all-gather or reduce-scatter. Between machines, rings share a machine's adapters: the bandwidth per
+GPU is min(NVLink, adapters x InfiniBand). Defaults: data sheets of NVIDIA A100 SXM 80 GB (312 TFLOP/s dense bf16,
+2039 GB/s memory, NVLink 300 GB/s each way) and DGX A100 (8 GPUs, 8 x 200 Gbit/s InfiniBand); `--efficiency`, the
+fraction of a link's rate that a collective reaches, is an assumption.
 """
 
 import argparse
@@ -46,9 +46,9 @@ from train import start_model, take_step
 
 IMAGENET, EPOCHS, PAPER_HOURS, PAPER_GPUS = 1_281_167, 300, 72, 16  # arXiv 2301.08243: "in under 72 hours"
 GPUS, KINDS = (1, 8, 16, 64, 256), ("gradients", "weights", "teacher", "statistics")
-PERSISTENT = 100_000  # elements of a parameter: DeepSpeed's default at stage 3
-PADDING = 256  # bytes: what DeepSpeed pads groups with, the gradient's norm, three losses' gradients
-# A run small enough to count on a CPU; C-JEPA, so that its statistics are counted too.
+PERSISTENT = 100_000  # elements: up to here a parameter stays whole on every rank (DeepSpeed's stage 3 default)
+PADDING = 256  # bytes: DeepSpeed's group padding, the gradient norm, the gradients of three losses
+# A run small enough for CPU ranks; C-JEPA, so that its statistics are counted too.
 SMALL = {
     "meta": {"model_name": "vit_tiny", "embed_dim": 192, "depth": 2, "num_heads": 2, "pred_depth": 2,
              "pred_emb_dim": 32, "pred_num_heads": 2},
@@ -63,7 +63,7 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Sent:
-    """One kind of traffic of a step: the collective, and the bytes S of its tensors, summed."""
+    """One kind of traffic in a step: the collective, and the total bytes S of its tensors."""
 
     what: str
     op: str
@@ -75,24 +75,24 @@ class Sent:
 
 
 def traffic(config: Config, ranks: int, accumulation: int, live: int = LIVE) -> list[Sent]:
-    """What a rank of `ranks` takes part in during a step of `accumulation` micro-batches; `live`: jepa.zero.LIVE."""
+    """The collectives of one of `ranks` ranks in a step of `accumulation` micro-batches; `live`: see jepa.zero.LIVE."""
     count, size, stage = parameters(config), 2 if config.precision == "bf16" else 4, config.engine.zero_stage
     whole = size * count.total
     if ranks == 1 and stage in (1, 2):
         return []
     if stage < 3:
-        # DeepSpeed all-reduces buckets at stages 1 and 2 as well (use_multi_rank_bucket_allreduce) and each rank keeps
-        # its part; stage 2 does so after every micro-batch.
+        # At stages 1 and 2 too, DeepSpeed all-reduces buckets (use_multi_rank_bucket_allreduce) and each rank keeps its
+        # shard; stage 2 does so after every micro-batch.
         sent = [Sent("gradients", "all_reduce", whole * (accumulation if stage == 2 else 1))]
     else:
         sent = [Sent("gradients", "reduce_scatter", whole * accumulation)]
     if ranks == 1:
-        return sent  # stages 0 and 3 reduce all the same; the rest is not even called
+        return sent  # stages 0 and 3 reduce even on one rank; nothing else is called
     if stage in (1, 2):
         sent.append(Sent("weights", "all_gather", whole))
     if stage == 3:
         # Small parameters are whole on every rank and gathered after the step. The others are gathered for each
-        # forward, and again for its backward where they are too many to be kept in between (a few may be: at most).
+        # forward, and again for the backward if they are too many to keep in between (upper bound: a few may be kept).
         with torch.device("meta"):
             sizes = [p.numel() for p in JepaModel(config).parameters()]
         small = sum(n for n in sizes if n <= PERSISTENT)
@@ -106,16 +106,16 @@ def traffic(config: Config, ranks: int, accumulation: int, live: int = LIVE) -> 
 
 
 def statistics_bytes(config: Config, ranks: int, size: int) -> dict[str, float]:
-    """Of the projector's batch norms (fp32 mean and variance, forward and backward) and of VICReg, per micro-batch."""
+    """Per micro-batch: the projector's batch norms (fp32 mean and variance, forward and backward) and VICReg."""
     widths = list(config.loss.projector or [config.vit.embed_dim] * 3)
     M, G, d = config.mask.num_pred_masks, config.data.batch_size * ranks, widths[-1]
     norms = sum(4 * 4 * width for width in widths[:-1])
-    if d <= G and G * size > 2 * d * 4:  # jepa_kernels.vicreg's rule: matrices travel, else rows
+    if d <= G and G * size > 2 * d * 4:  # as in jepa_kernels.vicreg: send matrices, otherwise rows
         return {"all_reduce": norms + 4 * (M * d + 1) + 4 * M * d * d}
     return {"all_reduce": norms, "all_gather": size * G * M * d}
 
 
-# --- counting what the engine really sends
+# --- counting what the engine sends
 
 OPS = {
     "all_reduce": ("all_reduce", "tensor", 0),
@@ -128,7 +128,7 @@ OPS = {
 
 
 def count_collectives(into: Counter[str]) -> None:
-    """From now on adds up the bytes S of every collective that this process calls, by kind."""
+    """From now on, adds up the bytes S of every collective that this process calls, by kind, in `into`."""
     for name, (kind, key, place) in OPS.items():
         if (call := getattr(dist, name, None)) is not None:
 
@@ -145,13 +145,13 @@ def count_collectives(into: Counter[str]) -> None:
                 return call(*args, **kwargs)
 
             setattr(dist, name, counting)
-    # It looked its collective up when it was imported.
+    # It bound its collective when it was imported.
     vicreg = importlib.import_module("jepa_kernels.vicreg")
     vicreg._all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # type: ignore[attr-defined]
 
 
 def step_bytes(config: Config, ranks: distributed.Ranks, seen: Counter[str]) -> dict[str, int]:
-    """What one step of the engine calls, after two steps of warm-up."""
+    """Bytes S of the collectives of one engine step, after two steps of warm-up."""
     engine, teacher = start_model(config, ranks.device)
     images = Synthetic(config, ranks.device, config.batch(ranks.world_size).accumulation)
     for step in range(3):
@@ -167,7 +167,7 @@ def one_rank(rank: int, world_size: int, folder: str, configs: list[Config]) -> 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-    zero.LIVE = 1  # as a large model meets it: nothing is kept from the forward to the backward
+    zero.LIVE = 1  # as for a large model: nothing stays gathered between forward and backward
     seen: Counter[str] = Counter()
     count_collectives(seen)
     store = dist.FileStore(f"{folder}/store", world_size)
@@ -180,7 +180,7 @@ def one_rank(rank: int, world_size: int, folder: str, configs: list[Config]) -> 
 
 
 def check(stages: Sequence[int] = range(4), worlds: Sequence[int] = (1, 2)) -> list[dict[str, Any]]:
-    """Bytes counted in real runs beside those of `traffic`: one row for each stage, precision, number of ranks, op."""
+    """Bytes counted in real runs and those of `traffic`: one row per stage, precision, number of ranks and op."""
     cases = [*itertools.product(stages, (False, True))]
     overrides = [[f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}"] for stage, bf16 in cases]
     configs = [parse_config(SMALL, words) for words in overrides]
@@ -203,12 +203,12 @@ def disagreeing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [r for r in rows if abs(r["counted"] - r["modelled"]) > PADDING + 0.001 * r["modelled"]]
 
 
-# --- the model of a run
+# --- modelling a run
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Rates of one GPU and its links, operations/s and bytes/s; the share of the peak that compute reaches."""
+    """Rates of one GPU and its links in FLOP/s and bytes/s; `share`: the fraction of the peak that compute reaches."""
 
     peak: float
     share: float
@@ -222,7 +222,7 @@ class Cluster:
 
 
 def model(config: Config, cluster: Cluster, ranks: int, stage: int) -> dict[str, Any]:
-    """Seconds of a step of the recipe's global batch on `ranks` GPUs, nothing overlapped."""
+    """A step of the recipe's global batch on `ranks` GPUs, nothing overlapped."""
     wanted = config.engine.global_batch_size or config.data.batch_size * PAPER_GPUS
     micro = max(1, min(config.data.batch_size, wanted // ranks))
     accumulation = max(1, wanted // (ranks * micro))
@@ -231,8 +231,8 @@ def model(config: Config, cluster: Cluster, ranks: int, stage: int) -> dict[str,
     images = micro * accumulation
     compute = images * flops_per_image(here).total / (cluster.peak * cluster.share)
     count = parameters(here)
-    # AdamW reads 2 bytes of gradient a parameter, reads and writes 24, and writes the 16-bit weights; the average 8 and
-    # its 16-bit copy 2. Before it the gradient is copied into buckets and out, made one, and its norm taken.
+    # Bytes per parameter. AdamW: 2 for the gradient, 24 read and written, 2 for the 16-bit weights; the EMA: 8, and 2
+    # for its 16-bit copy. Before that, the gradient is copied into and out of buckets, flattened, and its norm taken.
     optimizer = (28 * count.total + 10 * count.encoder) / cluster.memory / (ranks if stage else 1)
     reduction = (14 if ranks == 1 else 26) * count.total / cluster.memory
     sent = traffic(here, ranks, accumulation)
@@ -250,21 +250,21 @@ def model(config: Config, cluster: Cluster, ranks: int, stage: int) -> dict[str,
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(ROOT / "engine/configs/in1k_vith14_ep300_ijepa.yaml"), metavar="YAML")
-    parser.add_argument("--peak", type=float, default=312, help="TFLOP/s of a GPU (default: %(default)s)")
-    parser.add_argument("--share", type=float, default=0.5, help="of the peak that compute reaches: assumed")
-    parser.add_argument("--memory", type=float, default=2039, help="GB/s of a GPU's memory (default: %(default)s)")
+    parser.add_argument("--peak", type=float, default=312, help="TFLOP/s per GPU (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=0.5, help="fraction of the peak that compute reaches (assumed)")
+    parser.add_argument("--memory", type=float, default=2039, help="GB/s of GPU memory (default: %(default)s)")
     parser.add_argument("--nvlink", type=float, default=300, help="GB/s each way (default: %(default)s)")
-    parser.add_argument("--infiniband", type=float, default=25, help="GB/s of an adapter (default: %(default)s)")
-    parser.add_argument("--per-machine", type=int, default=8, help="GPUs, an adapter each (default: %(default)s)")
-    parser.add_argument("--efficiency", type=float, default=0.7, help="of a link: assumed (default: %(default)s)")
-    parser.add_argument("--no-check", action="store_true", help="do not count bytes in real runs")
-    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--infiniband", type=float, default=25, help="GB/s per adapter (default: %(default)s)")
+    parser.add_argument("--per-machine", type=int, default=8, help="GPUs, one adapter each (default: %(default)s)")
+    parser.add_argument("--efficiency", type=float, default=0.7, help="of a link (assumed; default: %(default)s)")
+    parser.add_argument("--no-check", action="store_true", help="skip counting bytes in real runs")
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
     args = parser.parse_args()
     config = load_config(args.config)
     rows = [] if args.no_check else check()
     wrong = disagreeing(rows)
     if rows:
-        print("Bytes of a step of a small C-JEPA, counted in real runs / modelled:")
+        print("Bytes per step of a small C-JEPA, counted in real runs / modelled:")
         for key, group in itertools.groupby(rows, lambda r: (r["ranks"], r["stage"], r["precision"])):
             cells = [f"{r['op']} {r['counted']:,} / {r['modelled']:,}" for r in group]
             print(f"  {key[0]} rank(s), ZeRO-{key[1]}, {key[2]}: " + "; ".join(cells))
@@ -276,9 +276,9 @@ def main() -> int:
     print(
         f"MODEL, not a measurement: {Path(args.config).stem}, {EPOCHS} epochs of {IMAGENET:,} images; "
         f"{args.share:.0%} of {args.peak:g} TFLOP/s (assumed), links at {args.efficiency:.0%} of "
-        f"{args.nvlink:g} (NVLink) and {args.infiniband:g} GB/s (an adapter a GPU)\n"
-        "| GPUs | ZeRO | images a GPU | " + " | ".join(f"{kind} MB" for kind in KINDS) + " | links ms | step ms | "
-        "images/s a GPU | hours |\n" + "|---" * (7 + len(KINDS)) + "|"
+        f"{args.nvlink:g} (NVLink) and {args.infiniband:g} GB/s (one adapter per GPU)\n"
+        "| GPUs | ZeRO | images per GPU | " + " | ".join(f"{kind} MB" for kind in KINDS) + " | links ms | step ms | "
+        "images/s per GPU | hours |\n" + "|---" * (7 + len(KINDS)) + "|"
     )
     runs = [model(config, cluster, gpus, stage) for gpus in GPUS for stage in range(4)]
     for r in runs:
@@ -291,9 +291,9 @@ def main() -> int:
     paper = EPOCHS * IMAGENET / (PAPER_HOURS * 3600 * PAPER_GPUS)
     mine = next(r for r in runs if (r["gpus"], r["stage"]) == (PAPER_GPUS, config.engine.zero_stage))
     print(
-        f"\nThe paper: under {PAPER_HOURS} h on {PAPER_GPUS} A100, at least {paper:.1f} images/s a GPU, "
+        f"\nThe paper: under {PAPER_HOURS} h on {PAPER_GPUS} A100, at least {paper:.1f} images/s per GPU, "
         f"{paper * flops / (args.peak * 1e12):.1%} of the peak. The model: {mine['hours']:.1f} h at "
-        f"ZeRO-{mine['stage']} if compute reaches {args.share:.0%} of the peak; each point of share is worth "
+        f"ZeRO-{mine['stage']} if compute reaches {args.share:.0%} of the peak; each further percentage point saves "
         f"{mine['hours'] * mine['compute_ms'] / mine['step_ms'] / (100 * args.share):.2f} h."
     )
     if args.out:

@@ -1,4 +1,4 @@
-"""How fast the engine trains here, against what, how close to the limit, and what each of its levers is worth.
+"""Training throughput: images/s, MFU, memory, host waits, against the published code, and the effect of each lever.
 
     python benchmarks/throughput.py --config engine/configs/in1k_vith14_ep300_ijepa.yaml
     python benchmarks/throughput.py --config X data.batch_size=8 meta.use_bfloat16=false --device cpu --without all \\
@@ -6,14 +6,14 @@
     torchrun --nproc_per_node 8 benchmarks/throughput.py --config X --mode data --mode train data.root_path=/data/photos
 
 Modes: `data`, the loader alone; `model`, the training step on synthetic images; `train`, both together. The step is
-engine/train.py's own. Before anything is timed, the fp32 losses of three steps must agree to 1e-5 between the config
-as it is, the same with every lever off, what is added to it, and the published code (on a GPU, where fp32 needs the
-memory, with 32 images at most); in bf16 the engine may be at most twice as far from them as the plain step in bf16.
-`--without` takes a lever away, `--with` adds one. Each other contender then takes turns with the engine on the same
-images and masks, and goes before the next one comes: two at most share the memory.
+the one in engine/train.py. Before anything is timed, the fp32 losses of three steps must agree to 1e-5 between the
+config as given, the same with every lever off, each added lever that keeps the loss, and the published code (on a GPU
+with at most 32 images, as fp32 needs more memory). In bf16 the engine's error may be at most twice the plain step's.
+`--without` turns a lever off, `--with` turns one on. Each other contender then alternates with the engine on the same
+images and masks and is freed before the next one is created, so that at most two are in memory.
 
-A recompilation of the engine after its warm-up fails the run. Peak memory is a contender's own, on a GPU over all timed
-steps, on a CPU over the first two.
+A recompilation after the warm-up fails the run. Peak memory is that of the contender alone: over all timed steps on a
+GPU, over its creation and first two steps on a CPU.
 """
 
 import argparse
@@ -49,25 +49,25 @@ from jepa.masks import sample_masks
 from train import open_loader
 
 MODES = ("data", "model", "train")
-TOLERANCE = 1e-5  # of fp32 losses, relative
-ROUNDING = 2**-9  # half of bf16's last bit
-AT_ONCE = 32  # images in fp32 on a GPU
+TOLERANCE = 1e-5  # relative, on fp32 losses
+ROUNDING = 2**-9  # allowance for rounding in bf16
+AT_ONCE = 32  # images per micro-batch when comparing losses in fp32 on a GPU
 FORMULA = (
-    "A step's work is that of its matrix products, 2 a multiply-add, for the tokens that its masks really kept: a "
-    "block of width D and MLP width F takes n (8 D^2 + 4 D F) + 4 n^2 D on n tokens, a backward twice its forward; "
-    "work that no loss reads counts for nobody (jepa/budget.py). Shares are work / time / the rate of a large matrix "
-    "product in the same dtype, measured in the same run, and / the data sheet's."
+    "FLOPs are those of the matrix products, 2 per multiply-add, for the tokens that the masks actually kept: a block "
+    "of width D and MLP width F takes n (8 D^2 + 4 D F) + 4 n^2 D on n tokens, its backward twice that; work that no "
+    "loss reads is not counted for any contender (jepa/budget.py). The shares compare FLOP/s with a large matrix "
+    "product in the same dtype, measured in the same run, and with the data sheet."
 )
 Make = Callable[[Config], Contender]
 
 
 class BenchmarkError(RuntimeError):
-    """A run whose figures would mean nothing."""
+    """A run whose figures would be meaningless."""
 
 
 def fp32(config: Config, images: int, accumulation: int) -> Config:
-    """The same in fp32, with so many images a micro-batch."""
-    attention = "sdpa" if config.engine.attention == "flash_attn" else config.engine.attention  # it has no fp32
+    """The same config in fp32, with `images` per micro-batch."""
+    attention = "sdpa" if config.engine.attention == "flash_attn" else config.engine.attention  # no fp32 kernels
     changes = ["meta.use_bfloat16=false", "engine.precision=null", f"engine.attention={attention}"]
     changes += [f"data.batch_size={images}", "engine.global_batch_size=null"]
     changes += [f"engine.gradient_accumulation_steps={accumulation}"]
@@ -75,7 +75,7 @@ def fp32(config: Config, images: int, accumulation: int) -> Config:
 
 
 def losses(make: Make, config: Config, images: Synthetic, steps: int = 3) -> list[float]:
-    """The mean over the ranks of each step's loss."""
+    """The loss of each step, averaged over the ranks."""
     contender = make(config)
     mine = [float(contender.run(step, images.batches(step))[2]) for step in range(steps)]
     contender.close()
@@ -98,15 +98,15 @@ def apart(losses: list[float], wanted: list[float]) -> float:
 
 class Checked(NamedTuple):
     errors: dict[str, float]
-    """How far each contender's losses are from the engine's in fp32."""
+    """Relative difference of each contender's losses from the engine's in fp32."""
     failed: dict[str, str]
-    """Why some of them are not timed."""
+    """Contenders that are not timed, and why."""
 
 
 def check(engine: Make, plain: Make, others: dict[str, Make], config: Config, ranks: distributed.Ranks) -> Checked:
-    """Compares losses. Raises BenchmarkError where the engine's are not those that it has with every lever off; another
+    """Compares losses. Raises BenchmarkError if the engine's differ from those with every lever off. Any other
     contender that is too far off, or fails, is not timed."""
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # the published patches are conv2d's
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # for the published conv2d
     try:
         return _check(engine, plain, others, config, ranks)
     finally:
@@ -126,7 +126,7 @@ def _check(engine: Make, plain: Make, others: dict[str, Make], config: Config, r
         error = errors[name] = apart(losses(make, config, images), wanted)
         if not error <= allowed:
             raise BenchmarkError(
-                f"{name}: the losses of {len(wanted)} steps are {error:.1e} from the engine's in fp32, "
+                f"{name}: the losses of {len(wanted)} steps are {error:.1e} off the engine's in fp32, "
                 f"allowed {allowed:.1e}"
             )
 
@@ -142,7 +142,7 @@ def _check(engine: Make, plain: Make, others: dict[str, Make], config: Config, r
         try:
             try:
                 compare(name, make, exact, TOLERANCE)
-            except ConfigError:  # FlashAttention has no fp32: bf16 has to do
+            except ConfigError:  # FlashAttention has no fp32 kernels: compare in bf16 only
                 if low is None:
                     raise
             if low is not None and name.startswith("with "):
@@ -158,11 +158,11 @@ def first_line(error: Exception) -> str:
 
 
 def figures(contender: Contender, rates: dict[str, float | None]) -> dict[str, Any]:
-    """One row. Images/s are those of the mean step; MFU is all the work over all the time."""
+    """One row of the table. Images/s is from the mean step time; MFU is from total FLOPs over total time."""
     config, times, ranks = contender.config, contender.times, contender.ranks
     micro, accumulation, _ = config.batch(ranks.world_size)
     images = micro * accumulation
-    needed = parse_config(config.model_dump(), ["engine.skip_unread=true"])  # what no loss reads counts for nobody
+    needed = parse_config(config.model_dump(), ["engine.skip_unread=true"])  # work that no loss reads is not counted
     work = [images * flops_per_image(needed, tokens).total for tokens in times.tokens]
     seconds = statistics.mean(times.seconds)
     row = {
@@ -187,13 +187,13 @@ def figures(contender: Contender, rates: dict[str, float | None]) -> dict[str, A
 
 
 def paired(contender: Contender, base: Contender) -> float:
-    """How much longer a step takes than base's, the median over the steps that they took in turns."""
+    """Step time relative to base's: the median over the steps that they took in turns."""
     seconds = contender.times.seconds
     return statistics.median(a / b for a, b in zip(seconds, base.times.seconds[-len(seconds) :], strict=True))
 
 
 def data_rate(config: Config, ranks: distributed.Ranks, steps: int) -> float:
-    """Images/s of the loader of this rank with nothing else running, after a step of warm-up."""
+    """Images/s of this rank's loader with nothing else running, after one step of warm-up."""
     batches = open_loader(config, ranks).batches(0, steps + 1)
     micro, accumulation, _ = config.batch(ranks.world_size)
     for _ in range(accumulation):
@@ -205,7 +205,7 @@ def data_rate(config: Config, ranks: distributed.Ranks, steps: int) -> float:
 
 
 def train_steps(contender: Engine, steps: int, warmup: int, ahead: bool, bar: tqdm) -> None:
-    """Times whole steps, images from files. `ahead`: as the loader makes them, else one by one when asked for."""
+    """Times whole steps on images from files. `ahead`: batches are prefetched; otherwise made on demand."""
     loader = open_loader(contender.config, contender.ranks)
 
     def one_by_one() -> Batches:
@@ -237,21 +237,21 @@ def sampler_ms(config: Config, steps: int = 50) -> float:
 
 
 def chosen(given: list[str], here: dict[str, Lever], known: dict[str, Lever], modes: list[str]) -> dict[str, Lever]:
-    """The levers of mode `model` that were asked for. Raises ConfigError for one that this run would not show."""
+    """The requested levers of mode `model`. Raises ConfigError for one that would have no effect in this run."""
     if "all" in given:
         return here
     for name in given:
         if known[name].mode not in modes:
-            raise ConfigError([f"{name}: shows in --mode {known[name].mode} only"])
+            raise ConfigError([f"{name}: only has an effect in --mode {known[name].mode}"])
         if known[name].mode == "model" and name not in here:
-            raise ConfigError([f"{name}: makes no difference to this config here, or is not installed"])
+            raise ConfigError([f"{name}: no effect on this config here, or not installed"])
     return {name: here[name] for name in given if name in here}
 
 
 def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks, say: Callable[[str], None]) -> dict:
     device, dtype = ranks.device, torch.bfloat16 if config.precision == "bf16" else torch.float32
     if args.references and config.batch(ranks.world_size).accumulation > 1:
-        raise ConfigError(["engine.gradient_accumulation_steps: the published code accumulates nothing: give 1"])
+        raise ConfigError(["engine.gradient_accumulation_steps: the published code has no accumulation: set it to 1"])
     on, extras = switchable(config, "model", ranks), addable(config, ranks)
     less, more = chosen(args.without, on, LEVERS, args.mode), chosen(args.more, extras, EXTRAS, args.mode)
 
@@ -266,13 +266,13 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
     levers |= {f"with {n}": ours(f"with {n}", [lever]) for n, lever in more.items()}
     compared = references | {f"with {n}": levers[f"with {n}"] for n, lever in more.items() if lever.same}
     errors, failed = check(ours("engine", []), ours("every lever off", [*on.values()]), compared, config, ranks)
-    say("losses of 3 steps against the engine's in fp32: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()))
+    say("loss differences from the engine in fp32: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()))
     for name, why in failed.items():
         say(f"{name} is not timed: {why}")
     timed = {name: make for name, make in (references | levers).items() if name not in failed}
 
     images = Synthetic(config, device, config.batch(ranks.world_size).accumulation)
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on in eager, without a word
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise it silently falls back to eager
     rate = [matmul_flops(device, dtype)]
     base = start(partial(ours("engine", []), config), images, args.warmup, device)
     rows, longer = [], {}
@@ -297,18 +297,18 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
                     measure([other], images, args.warmup, min(args.steps, 5), args.block, bar)
                 rows.append(figures(other, rates) | {"beside": base.times.seconds[before:]})
             except Exception as error:
-                # What was measured of the others is kept; the exit code says that one failed.
+                # The other contenders' results are kept; the exit code reports the failure.
                 rows.append({"contender": name, "failed": first_line(error)})
             finally:
                 if other is not None:
                     other.close()
                 other = None
                 free()
-        if not base.times.seconds:  # every other one failed before its first turn
+        if not base.times.seconds:  # every other contender failed before its first turn
             measure([base], images, args.warmup, args.steps, args.block, bar)
     rows += [{"contender": name, "failed": why} for name, why in failed.items()]
     base.times.seconds, base.times.tokens = base.times.seconds[: args.steps], base.times.tokens[: args.steps]
-    rows.insert(0, figures(base, rates))  # in turns with the first of the others
+    rows.insert(0, figures(base, rates))  # from its turns with the first other contender
     base.close()
     limit = rates["of_measured"] / (rows[0]["gflop_per_image"] * 1e9)
     return {
@@ -339,14 +339,14 @@ def report(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     driver = f", driver {result['driver']}" if result["driver"] else ""
     lines = [f"{result['hardware']}{driver}; {versions}; commit {result['commit']}"]
-    lines += [f"`{result['command']}`, {result['ranks']} rank(s), {result['batch']} images a step and rank"]
+    lines += [f"`{result['command']}`, {result['ranks']} rank(s), {result['batch']} images per micro-batch and rank"]
     for mode in ("model", "train"):
         if mode not in result:
             continue
         part = result[mode]
         pairs = part.get("times_longer", {})
         head = ["", "images/s", "step ms", "p50", "p95", "of matmul", "of data sheet", "peak MB"]
-        head += ["x engine's step, in pairs", "recompiled"] if mode == "model" else ["data wait ms", "recompiled"]
+        head += ["step time / engine's, paired", "recompiled"] if mode == "model" else ["data wait ms", "recompiled"]
         lines += ["", f"**{mode}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row in part["rows"]:
             if "failed" in row:
@@ -367,44 +367,44 @@ def report(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"matrix product {part['matmul_flops'] / 1e9:.1f} GFLOP/s in {part['dtype']}: at most "
-            f"{part['limit_images_per_second']:.2f} images/s at {row['gflop_per_image']:.2f} GFLOP an image "
-            f"({row['context_tokens']:.1f} context tokens, {row['target_tokens']:.1f} in a target).",
+            f"{part['limit_images_per_second']:.2f} images/s at {row['gflop_per_image']:.2f} GFLOP per image "
+            f"({row['context_tokens']:.1f} context tokens, {row['target_tokens']:.1f} per target).",
             FORMULA,
-            "Contenders were timed one after another, each in turns with the engine, whose row is of the first turns: "
-            "compare the pairs.",
+            "Each contender was timed in turns with the engine; the engine's row is from its turns with the first one: "
+            "compare contenders by the paired ratios.",
             "",
-            "losses of 3 steps, relative to the engine's in fp32: "
+            "largest relative difference of 3 steps' losses from the engine's in fp32: "
             + ", ".join(f"{name} {error:.1e}" for name, error in part["loss_errors"].items()),
             "",
-            f"recompilations of the engine after the warm-up: {part['recompilations']}; host waits a step: "
+            f"recompilations of the engine after the warm-up: {part['recompilations']}; host waits per step: "
             + ("not applicable on a CPU" if waits is None else _waits(**waits)),
             "",
-            *(f"mask sampler {ms:.3f} ms a batch" for ms in part["parts_ms"].values()),
+            *(f"mask sampler: {ms:.3f} ms per batch" for ms in part["parts_ms"].values()),
         ]
         for other in part["rows"]:
             lines += [f"{other['contender']}: {name} {ms:.2f} ms" for name, ms in other.get("parts_ms", {}).items()]
         if part["times_longer"]:
-            lines += ["", "| beside the engine | a step takes (median over pairs) | what |", "|---|---|---|"]
+            lines += ["", "| contender | step time (median over pairs) | what |", "|---|---|---|"]
             for name, times in part["times_longer"].items():
                 what = part["levers"].get(name.partition(" ")[2], "")
                 lines.append(f"| {name} | {times:.3f} x the engine's | {what} |")
     if "data" in result:
-        lines += ["", f"loader alone: {result['data']['images_per_second']:.0f} images/s a rank"]
+        lines += ["", f"loader alone: {result['data']['images_per_second']:.0f} images/s per rank"]
         if "model" in result:
             model, data = result["model"]["rows"][0]["images_per_second"], result["data"]["images_per_second"]
             limit = "the model" if data >= model else "the data"
-            lines.append(f"the model takes {model:.1f}: {limit} is the limit ({data / model:.2f} x)")
+            lines.append(f"the model consumes {model:.1f}: limited by {limit} ({data / model:.2f} x)")
     return "\n".join(lines)
 
 
 def _waits(calls: dict[str, float], places: dict[str, float]) -> str:
     named = [", ".join(f"{name} {count:.1f}" for name, count in found.items()) for found in (calls, places)]
-    where = f" ({named[0]}; in {named[1] or 'no place that torch names'})" if calls else ""
+    where = f" ({named[0]}; in {named[1] or 'no place that torch reports'})" if calls else ""
     return f"{sum(calls.values()):.1f}{where}"
 
 
 def picture(part: dict[str, Any], title: str, file: Path) -> None:
-    """How far under the roof each contender stays, and what each lever is worth."""
+    """FLOP/s of each contender against the measured limit, and the effect of each lever."""
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
@@ -413,10 +413,10 @@ def picture(part: dict[str, Any], title: str, file: Path) -> None:
     left.bar_label(
         bars, [f"{row['images_per_second']:.3g} images/s" for row in rows], label_type="center", color="white"
     )
-    left.axvline(part["matmul_flops"] / 1e12, color="black", linestyle="--", label="a large matrix product, measured")
+    left.axvline(part["matmul_flops"] / 1e12, color="black", linestyle="--", label="large matrix product, measured")
     if part["datasheet_flops"]:
         left.axvline(part["datasheet_flops"] / 1e12, color="black", label="data sheet")
-    left.set(xlabel="TFLOP/s that the losses need", title=title, ylim=(-0.6, len(rows) + 0.2))
+    left.set(xlabel="useful TFLOP/s", title=title, ylim=(-0.6, len(rows) + 0.2))
     left.legend(loc="upper left", fontsize=8)
     names = [name for name in part["times_longer"] if name.startswith("with")][::-1]
     worth = [100 * (part["times_longer"][name] - 1) for name in names]
@@ -424,7 +424,7 @@ def picture(part: dict[str, Any], title: str, file: Path) -> None:
     right.bar_label(bars, [f"{x:+.1f} %" for x in worth], padding=3)
     right.axvline(0, color="black", linewidth=0.8)
     right.margins(x=0.25)
-    right.set(xlabel="% that a step takes longer", title="what each lever is worth")
+    right.set(xlabel="change of step time, %", title="effect of each lever")
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
@@ -435,11 +435,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mode", action="append", choices=MODES, help="repeatable (default: model)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: engine.device of the config")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before them, at least 2 (default: %(default)s)")
-    parser.add_argument("--block", type=int, help="steps of a turn (default: 10 on a GPU, 1 on a CPU)")
+    parser.add_argument("--warmup", type=int, default=5, help="untimed steps, at least 2 (default: %(default)s)")
+    parser.add_argument("--block", type=int, help="steps per turn (default: 10 on a GPU, 1 on a CPU)")
     parser.add_argument("--against", metavar="reference=PATH", help="a checkout of facebookresearch/ijepa")
-    parser.add_argument("--reference-sdpa", action="store_true", help="and once more with attention not materialised")
-    parser.add_argument("--reference-compile", action="store_true", help="and once more with torch.compile")
+    parser.add_argument("--reference-sdpa", action="store_true", help="also time it with SDPA")
+    parser.add_argument("--reference-compile", action="store_true", help="also time it with torch.compile")
     parser.add_argument("--without", action="append", default=[], choices=["all", *LEVERS], help="repeatable")
     parser.add_argument(
         "--with",
@@ -447,7 +447,7 @@ def arguments() -> argparse.Namespace:
         default=[],
         choices=["all", *EXTRAS],
         dest="more",
-        help="repeatable; all: installed ones",
+        help="repeatable; all: those installed",
     )
     parser.add_argument(
         "--out", type=Path, metavar="PREFIX", help="default: benchmarks/results/throughput-DEVICE-CONFIG"
@@ -460,7 +460,7 @@ def arguments() -> argparse.Namespace:
     if args.against:
         kind, _, path = args.against.partition("=")
         if kind != "reference" or not path:
-            parser.error(f"--against {args.against}: wanted reference=PATH")
+            parser.error(f"--against {args.against}: expected reference=PATH")
         args.reference = Path(path).expanduser()
         args.references["published code"] = (False, False)
         if args.reference_sdpa or args.reference_compile:
@@ -486,11 +486,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     say(f"{provenance(ranks.device)['hardware']}, {ranks.world_size} rank(s), {config.precision}")
     result = provenance(ranks.device) | {"ranks": ranks.world_size, "batch": config.data.batch_size}
-    if args.against:  # where it lies is nobody's business
+    if args.against:  # do not publish a local path
         result["command"] = result["command"].replace(args.against, "reference=CHECKOUT")
     result["config"] = config.model_dump(mode="json")
     if "model" not in args.mode and (args.against or args.more or {*args.without} - {"all", "prefetch"}):
-        raise ConfigError(["--against, --with, --without: but for prefetch they show in --mode model only"])
+        raise ConfigError(["--against, --with and --without (except prefetch) need --mode model"])
     if "model" in args.mode:
         result["model"] = run_model(args, config, ranks, say)
     if "data" in args.mode:
@@ -523,10 +523,10 @@ def main() -> int:
             dist.destroy_process_group()
     rows = [row for mode in ("model", "train") for row in result.get(mode, {}).get("rows", [])]
     if failed := [row["contender"] for row in rows if "failed" in row]:
-        print(f"failed, as the table says: {', '.join(failed)}", file=sys.stderr)
+        print(f"failed (see the table): {', '.join(failed)}", file=sys.stderr)
         return 1
     if any(row["recompiled"] for row in rows):
-        print("recompiled after the warm-up: give more --warmup, or mark what varies as dynamic", file=sys.stderr)
+        print("recompiled after the warm-up: raise --warmup, or mark the varying sizes as dynamic", file=sys.stderr)
         return 1
     return 0
 

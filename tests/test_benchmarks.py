@@ -1,4 +1,4 @@
-"""The benchmarks of the kernels run, on sizes of seconds; they check their own results before they print a time."""
+"""The kernel benchmarks run, at sizes that take seconds; they check their own results before printing a time."""
 
 import json
 import runpy
@@ -18,7 +18,7 @@ def run(monkeypatch):
     def run(script: str, *words: str) -> None:
         monkeypatch.syspath_prepend(str(BENCHMARKS))
         monkeypatch.setattr(sys, "argv", [script, *words])
-        monkeypatch.setattr(torch, "compile", lambda f, **_: f)  # a minute of compiling tells nothing here
+        monkeypatch.setattr(torch, "compile", lambda f, **_: f)  # compiling takes a minute and tests nothing here
         runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
 
     return run

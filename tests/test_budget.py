@@ -1,4 +1,4 @@
-"""The budget against the model: its parameters, the operations that torch counts, the tensors that autograd keeps."""
+"""The budget against the model: its parameters, the operations that torch counts, the tensors that autograd saves."""
 
 import math
 import random
@@ -84,7 +84,7 @@ def test_parameters_of_any_projector(widths: list[int] | None) -> None:
 
 
 def step(given: Config) -> tuple[JepaModel, tuple[Tensor, ...], tuple[int, int, int]]:
-    """A model, the inputs of one step, and how many patches the contexts, the targets and the targets' rows have."""
+    """A model, the inputs of one step, and the patches per context, per target and in the rows that targets need."""
     model, (B, N) = JepaModel(given), (given.data.batch_size, given.grid**2)
     kept = random.randint(5, 40), random.randint(2, 12), random.randint(12, 50)
     images = torch.randint(0, 256, (B, given.data.crop_size, given.data.crop_size, 3), dtype=torch.uint8)
@@ -106,7 +106,7 @@ def test_flops_are_those_that_torch_counts(contexts: int, skip: bool) -> None:
     model, inputs, kept = step(given)
     expected = flops_per_image(given, kept)
     counter = FlopCounterMode(display=False)
-    # Only the unfused attention shows its matrix products.
+    # Only unfused attention exposes its matrix products to the counter.
     with sdpa_kernel(SDPBackend.MATH), counter:
         model(*inputs).losses.total.backward()
     assert counter.get_total_flops() == given.data.batch_size * (expected.context + expected.predictor)
@@ -135,7 +135,7 @@ def test_flops_under_the_published_masks(model: str, patch: int, crop: int, batc
 
 
 def test_mean_target_size_is_the_published_laws() -> None:
-    """Targets: an area of 15 to 20 % and an aspect of 0.75 to 1.5 grow together, both sides rounded."""
+    """Targets: area (15 to 20 %) and aspect ratio (0.75 to 1.5) grow together; both sides are rounded."""
     areas = []
     for i in range(10_000):
         r = (i + 0.5) / 10_000
@@ -170,7 +170,7 @@ def test_activations_are_what_autograd_keeps() -> None:
 
 
 def test_memory_is_what_the_tensors_of_real_ranks_hold() -> None:
-    """At every ZeRO stage, on two ranks; the program fails where the formula is off by more than 5 %."""
+    """At every ZeRO stage, on two ranks; the program fails if the formula is off by more than 5 %."""
     command = [sys.executable, str(ROOT / "benchmarks/memory.py"), "--measure", "--quick", "--ranks", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
@@ -178,7 +178,7 @@ def test_memory_is_what_the_tensors_of_real_ranks_hold() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_memory_of_the_stages(precision: str) -> None:
-    """Bytes per parameter, by hand: what is whole on a rank and what is a quarter on each of four."""
+    """Bytes per parameter, by hand: what each of four ranks holds whole, and what is sharded."""
     whole = {
         0: {"weights", "gradients", "master", "moments", "ema"},
         1: {"weights", "gradients"},

@@ -1,4 +1,4 @@
-"""Who may import what, read from the source: nothing is imported here, so lazy imports count as well."""
+"""Which modules may import what. The source is parsed, not imported, so lazy imports count as well."""
 
 import ast
 import re
@@ -50,7 +50,7 @@ def imports(path: Path) -> list[Import]:
 
 
 def outside(path: Path) -> set[str]:
-    """The packages that a file imports, other than the standard library's and its own."""
+    """The packages that a file imports, except the standard library and its own."""
     return {i.top for i in imports(path)} - {""} - sys.stdlib_module_names
 
 
@@ -72,7 +72,7 @@ def test_the_kernels_import_torch_and_triton_and_no_other_op(path):
 
 @named([path for path in KERNELS if is_op(path)])
 def test_every_launch_is_on_its_tensors_device(path):
-    """Triton launches on the current device, which need not be the one that the tensors lie on."""
+    """Triton launches on the current device, which need not be the one that holds the tensors."""
     module = tree(path)
     kernels = {f.name for f in module.body if isinstance(f, ast.FunctionDef) and "triton.jit" in ast.unparse(f)}
     guarded = {
@@ -147,7 +147,7 @@ def test_no_file_that_is_read_can_run_code(path):
         if isinstance(node, ast.ClassDef) and safe_loaders & {ast.unparse(base) for base in node.bases}:
             safe_loaders.add(node.name)
     for node in ast.walk(tree(path)):
-        if isinstance(node, ast.ImportFrom):  # or the calls below would have other names
+        if isinstance(node, ast.ImportFrom):  # otherwise the calls below could have other names
             assert node.module not in ("pickle", "marshal", "shelve", "joblib", "dill", "yaml")
         if not isinstance(node, ast.Call):
             continue

@@ -1,4 +1,4 @@
-"""The levers of a step (config section `engine`): the same loss and gradient, compiled once, no waiting for a value."""
+"""The levers of a step (config section `engine`): same loss and gradient, one compilation, no reads by the host."""
 
 import copy
 import random
@@ -33,7 +33,7 @@ Step = tuple[Tensor, Tensor]
 
 
 def general_model(*overrides: str) -> tuple[JepaModel, VisionTransformer]:
-    """A model away from its initialisation and another encoder as its teacher."""
+    """A model with perturbed weights, and another model's encoder as its teacher."""
     models = [JepaModel(small_config(*DEPTHS, *overrides)) for _ in range(2)]
     for parameter in (p for model in models for p in model.parameters()):
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -47,7 +47,7 @@ def with_levers(model: JepaModel, *overrides: str) -> JepaModel:
 
 
 def step(model: JepaModel, teacher: VisionTransformer, pixels: Tensor, seed: int, *overrides: str) -> Step:
-    """The loss and the whole gradient, as a step of training gets them."""
+    """The loss and the whole gradient of a training step."""
     config = small_config(*DEPTHS, *overrides)
     masks = sample_masks(config.mask_spec, seed=seed, step=seed % 100, first=0, batch=len(pixels))
     rows = tokens(masks, config, torch.device("cpu"))
@@ -84,7 +84,7 @@ def test_a_lever_changes_no_result(mode: str, lever: str, where: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_levers_in_bfloat16_err_no_more_than_the_plain_path(mode: str) -> None:
-    """Over several draws, against float32 on the same rounded weights: by at most 1.25 times the plain path's error."""
+    """Over several draws, against float32 on the same rounded weights: at most 1.25 times the plain path's error."""
     fast_error = plain_error = 0.0
     for _ in range(8):
         model, teacher = general_model()
@@ -102,7 +102,7 @@ def test_levers_in_bfloat16_err_no_more_than_the_plain_path(mode: str) -> None:
 
 
 def kept_bytes(model: JepaModel, *inputs: object) -> int:
-    """What a forward keeps for its backward, beside the weights and the inputs."""
+    """Bytes that a forward saves for its backward, besides weights and inputs."""
     saved: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks() -> None:
     masks = sample_masks(config.mask_spec, seed=1, step=random.randrange(99), first=0, batch=5)
     inputs = images(), masks.context, masks.target, torch.randn(5, 64, 24)
     plain, thrifty = (JepaModel(small_config(*depths, *more)) for more in ((), LEVERS[1:]))
-    # A block of width D keeps about 16 D values a token, and D of them are its input; patches and losses stay.
+    # A block of width D saves about 16 D values per token, D of which are its input; patches and losses remain.
     assert kept_bytes(thrifty, *inputs) < 0.25 * kept_bytes(plain, *inputs)
 
 
@@ -137,10 +137,10 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_blocks_are_equal_and_compile_once(mode: str) -> None:
-    """Images and the lengths of contexts, targets and rows change from step to step."""
+    """The number of images and the lengths of contexts, targets and rows change from step to step."""
     model, teacher = general_model()
     compiled, compiled_teacher = copy.deepcopy(model), copy.deepcopy(teacher)
-    # What is traced and how often is the front end's doing; generating code for it takes a minute here.
+    # Only the front end decides what is traced and how often; generating code would take a minute.
     compile_blocks(compiled, compiled_teacher, backend="aot_eager")
     warm, lengths = 0, set()
     for i in range(8):
@@ -198,7 +198,7 @@ def fake(x: object, mode: FakeTensorMode) -> object:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", ["predictions", "context"])
 def test_nothing_in_a_step_asks_for_a_value(mode: str, where: str) -> None:
-    """Forward and backward on tensors that have shapes but no values: what would wait for a GPU raises here."""
+    """Forward and backward on tensors with shapes but no values: anything that would wait for a GPU raises."""
     overrides = (mode, f"loss.vicreg_on={where}")
     config = small_config(*DEPTHS, *overrides)
     masks = sample_masks(config.mask_spec, seed=1, step=random.randrange(99), first=0, batch=5)
@@ -219,7 +219,7 @@ def test_nothing_in_a_step_asks_for_a_value(mode: str, where: str) -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Notes every tensor whose value the host asks for."""
+    """Records every read of a tensor's value by the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class Reads(TorchDispatchMode):
 
 
 def whole_steps(stage: int, bf16: bool, clip: str) -> list[str]:
-    """Where the host reads a value in a step of the run itself: data apart, from the masks to the teacher."""
+    """Where the host reads a value in a real training step, from the masks to the teacher, except for loading data."""
     config = small_config(f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}", f"optimization.clip_grad={clip}")
     ranks = distributed.Ranks(dist.get_rank(), dist.get_world_size(), CPU, dist.HashStore(), dist.group.WORLD)
     engine, teacher = train.start_model(config, CPU)
@@ -244,20 +244,20 @@ def whole_steps(stage: int, bf16: bool, clip: str) -> list[str]:
             zero.schedule(engine, table.next())
             batches = iter([(step, 0, Batch(images(4), []))])
             table.count(train.take_step(config, ranks, engine, teacher, batches, step).applied)
-    # Numbers on a GPU are not read by these.
+    # These do not read values on a GPU.
     return [where for where in reads.found if not re.search("in (check_index|_check_options)", where)]
 
 
 @pytest.mark.parametrize("clip", ["null", "0.5"])
 @pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (1, True), (2, True)])
 def test_no_step_waits_for_the_device(stage: int, bf16: bool, clip: str) -> None:
-    """Two ranks. The masks are made on the CPU, and read there."""
+    """Two ranks. The masks are made and read on the CPU."""
     for found in run_ranks(2, whole_steps, stage, bf16, clip):
         assert not found, found[0]
 
 
 class Casts(TorchDispatchMode):
-    """Notes every conversion of the dtype of a tensor with as many elements as `limit`."""
+    """Records every dtype conversion of a tensor with at least `limit` elements."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -273,9 +273,9 @@ class Casts(TorchDispatchMode):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_residual_stream_stays_in_bfloat16(mode: str) -> None:
     model, teacher = general_model()
-    for parameter in model.parameters():  # as DeepSpeed does, which leaves buffers as they are
+    for parameter in model.parameters():  # like DeepSpeed, which leaves buffers as they are
         parameter.data = parameter.data.bfloat16()
     inputs = model, teacher.bfloat16(), images(16), random.randrange(2**32), mode
-    with Casts(limit=16 * 10 * 16) as casts:  # fewer elements than any stream of tokens, more than any table
+    with Casts(limit=16 * 10 * 16) as casts:  # smaller than any token stream, larger than any table
         step(*inputs)
     assert not casts.found

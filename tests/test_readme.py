@@ -1,4 +1,4 @@
-"""The README's snippets of the kernels, run as a reader would: top to bottom, in one session."""
+"""The README's kernel snippets, run as a reader would: top to bottom, in one session."""
 
 import re
 from pathlib import Path

@@ -1,5 +1,5 @@
-# ruff: noqa: E402  the benchmarks are no package: their folder is put on sys.path first
-"""benchmarks/throughput.py and scaling.py on a tiny model: figures agree with one another and with torch's counts."""
+# ruff: noqa: E402  the benchmarks are not a package: their folder is put on sys.path first
+"""benchmarks/throughput.py and scaling.py on a tiny model: figures agree with each other and with torch's counts."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ import scaling
 import throughput
 
 WARMUP, STEPS, BATCH = 2, 4, 3
-CHECKOUT = os.environ.get("IJEPA_CHECKOUT")  # of facebookresearch/ijepa: its step is then a contender too
+CHECKOUT = os.environ.get("IJEPA_CHECKOUT")  # of facebookresearch/ijepa; if set, its step is a contender too
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def run(folder: Path, *words: object) -> dict[str, Any]:
-    """What the program says of a tiny model."""
+    """The program's results for a tiny model."""
     config = write_config(folder / "tiny.yaml", write_images(folder / "images"))
     words += ("--config", config, "--device", "cpu", "--steps", STEPS, "--warmup", WARMUP, "--out", folder / "out")
     words += (f"data.batch_size={BATCH}",)
@@ -95,7 +95,7 @@ def test_every_lever_is_moved_beside_the_engine(result: dict[str, Any]) -> None:
     for row in model["rows"][1:]:
         pairs = zip(row["seconds"], row["beside"], strict=True)
         assert model["times_longer"][row["contender"]] == pytest.approx(np.median([a / b for a, b in pairs]))
-    # (Packed masks are another loss.)
+    # (Packed masks change the loss.)
     assert {"every lever off", "with checkpointing", "with deterministic"} == model["loss_errors"].keys()
     assert [row["contender"] for row in result["train"]["rows"]] == ["train", "without prefetch"]
 
@@ -117,7 +117,7 @@ def test_the_published_code_has_the_engines_losses(tmp_path: Path) -> None:
 
 
 def one_is_wrong() -> tuple[throughput.Checked, str]:
-    """What is said of contenders whose losses are a little off, and of an engine whose own are."""
+    """Results for contenders whose losses are slightly off, and the error for an engine whose own losses are."""
     config = small_config("loss.objective=ijepa")
     ranks = distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), dist.group.WORLD)
 
@@ -154,7 +154,7 @@ def test_nothing_is_timed_where_losses_differ() -> None:
 
 
 def one_fails() -> list[dict[str, Any]]:
-    """The rows where one contender cannot even start."""
+    """The rows if one contender fails to start."""
     engine = throughput.Engine
 
     def broken(name: str, *args: Any) -> throughput.Engine:
@@ -201,7 +201,7 @@ def counted_flops(given: dict[str, Any]) -> float:
 def test_flops_are_those_that_torch_counts(result: dict[str, Any]) -> None:
     (counted,) = run_ranks(1, counted_flops, result["config"])
     row = result["model"]["rows"][0]
-    # Not counted by the formula: the products of VICReg and batch norm's are no matrix products of the network.
+    # Not in the formula: VICReg's and batch norm's products, which are not matrix products of the network.
     assert 1e9 * row["gflop_per_image"] == pytest.approx(counted, rel=0.03)
 
 
@@ -249,7 +249,7 @@ def test_peak_counts_what_lies_there_at_once() -> None:
 
     result, peak = machine.peak_bytes(work, before.device)
     assert len(result) == a + c
-    most = 4 * max(a + b, a + c + (a + c))  # before b is freed; and when the two are joined
+    most = 4 * max(a + b, a + c + (a + c))  # before b is freed; and during the concatenation
     assert most <= peak <= most + 4096
 
 
