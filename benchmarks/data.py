@@ -14,14 +14,11 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("kernels", "engine")]
 
+from machine import provenance
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
@@ -95,7 +93,8 @@ def main() -> int:
     show(rows, args.model_rate)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(about(args) | {"difference": differences, "rows": rows}, indent=1) + "\n")
+        about = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {"cores": cores}
+        args.out.write_text(json.dumps(about | {"difference": differences, "rows": rows}, indent=1) + "\n")
     return 0 if len(right) == len(lines) else 1
 
 
@@ -245,25 +244,6 @@ def show(rows: list[dict[str, Any]], model_rate: float | None) -> None:
         limit = "the model" if rate >= model_rate else "the data"
         print(f"loader {rate:.0f} images/s, model {model_rate:.0f}: limited by {limit} ({rate / model_rate:.2f} x)")
         print(f"at that rate this loader needs {model_rate / per_core:.2g} core(s) per device")
-
-
-def about(args: argparse.Namespace) -> dict[str, object]:
-    """What a figure needs to be reproducible: command, commit, machine, versions."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    with open("/proc/cpuinfo") as lines:
-        cpu = next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-        )
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: version(name) for name in ("nvidia-dali-cuda130", "numpy", "pillow", "torch")},
-    }
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "hardware": hardware(device),
         "driver": _first_line(driver) if device.type == "cuda" else None,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
-        | {name: installed(name) for name in ("torch", "triton", "deepspeed")},
+        | {name: installed(name) for name in ("torch", "triton", "deepspeed", "nvidia-dali-cuda130")},
         "commit": _first_line(commit),
         "command": " ".join(["python", *sys.argv]),
     }

@@ -8,13 +8,10 @@ the turns, each turn a mean over new steps, because block sizes vary from step t
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +22,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("kernels", "engine")]
 
+from machine import provenance
+from published import checkout
+
 from jepa.masks import MODES, Masks, MaskSpec, sample_masks, sample_masks_ref
 
 SEED = 0
@@ -32,16 +32,7 @@ SEED = 0
 
 def published(path: Path, spec: MaskSpec, batch: int) -> Callable[[int], int]:
     """The published collator on one-pixel images, so that its time is that of the masks."""
-    source = path / "src/masks/multiblock.py"
-    if not source.is_file():
-        raise SystemExit(
-            f"--reference {path}: no src/masks/multiblock.py; expected a checkout of facebookresearch/ijepa"
-        )
-    module_spec = importlib.util.spec_from_file_location("published_masks", source)
-    assert module_spec and module_spec.loader
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    collate = module.MaskCollator(
+    collate = checkout(path).collator.MaskCollator(
         input_size=(spec.height, spec.width),
         patch_size=1,
         enc_mask_scale=spec.enc_mask_scale,
@@ -74,25 +65,6 @@ def check(specs: dict[str, MaskSpec], batch: int) -> None:
             )
             if not all(map(torch.equal, drawn[:2], expected[:2])):
                 raise SystemExit(f"C++ and the specification disagree ({mode}, step {step}): nothing timed")
-
-
-def machine() -> dict[str, str | int | None]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or None,
-    }
 
 
 def main() -> None:
@@ -138,8 +110,8 @@ def main() -> None:
                 times[i].append(elapsed / steps / args.batch * 1e6)
                 kept[i] += lengths
 
-    about = machine()
-    print(f"{about['cpu']}, {about['cores']} cores; torch {about['torch']}, commit {about['commit']}")
+    about = provenance(torch.device("cpu"))
+    print(f"{about['hardware']}; torch {about['versions']['torch']}, commit {about['commit']}")
     print(f"grid {args.grid[0]} x {args.grid[1]}, batch {args.batch}, C++ = specification: checked\n")
     print(f"{'sampler':40} {'cores':>5} {'us/image':>9} {'min':>8} {'max':>8} {'context kept':>13}")
     rows = []
@@ -150,8 +122,7 @@ def main() -> None:
         figures = dict(zip(("us_per_image", "min", "max", "context_kept"), row, strict=True))
         rows.append({"sampler": name, "cores": threads, **figures})
     if args.out:
-        command = "python benchmarks/masks.py " + " ".join(sys.argv[1:])
-        result = {"command": command, **about, "grid": list(args.grid), "batch": args.batch, "rows": rows}
+        result = {**about, "grid": list(args.grid), "batch": args.batch, "rows": rows}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -10,7 +10,6 @@ ranks that share a parameter hold its whole gradient: negligible in a large mode
 """
 
 import argparse
-import copy
 import gc
 import itertools
 import os
@@ -32,8 +31,7 @@ from jepa import budget, zero
 from jepa.config import Config
 from jepa.config_file import load_config, parse_config
 from jepa.masks import sample_masks
-from jepa.objective import JepaModel
-from jepa.teacher import Teacher
+from train import start_model
 
 LARGE = {"ViT-H/14": "in1k_vith14_ep300_ijepa", "ViT-g/16": "in22k_vitg16_ep44_ijepa"}
 CASES = [*itertools.product(range(4), ("fp32", "bf16"), (1, 2))]  # stage, precision, micro-batches accumulated
@@ -98,11 +96,7 @@ def peak(config: Config) -> int:
             time.sleep(0.2)  # gloo's threads release what they have sent a little later
             most = max(most, sum(storages().values()))
 
-    torch.manual_seed(0)
-    model = JepaModel(config)
-    target_encoder = copy.deepcopy(model.encoder)
-    engine = zero.start(model, config)
-    teacher = Teacher(target_encoder.to(torch.bfloat16 if config.precision == "bf16" else torch.float32), engine)
+    engine, teacher = start_model(config, torch.device("cpu"))
     if config.engine.zero_stage in (1, 2):
         flatten = engine.optimizer.flatten_dense_tensors_aligned
 
@@ -114,7 +108,7 @@ def peak(config: Config) -> int:
         engine.optimizer.flatten_dense_tensors_aligned = flatten_and_look
     for step in range(2):
         if step:
-            for block in model.encoder.blocks[::2]:
+            for block in engine.module.encoder.blocks[::2]:
                 block.register_full_backward_hook(look)
             engine.basic_optimizer.register_step_pre_hook(look)
         for _ in range(config.batch(dist.get_world_size()).accumulation):
@@ -126,7 +120,7 @@ def peak(config: Config) -> int:
                 look()
             engine.backward(loss)
             zero.step(engine)
-        teacher.refresh()
+        teacher.follow()
     return most
 
 

@@ -249,7 +249,7 @@ def chosen(given: list[str], here: dict[str, Lever], known: dict[str, Lever], mo
 
 
 def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks, say: Callable[[str], None]) -> dict:
-    device, dtype = ranks.device, torch.bfloat16 if config.precision == "bf16" else torch.float32
+    device, dtype = ranks.device, config.dtype
     if args.references and config.batch(ranks.world_size).accumulation > 1:
         raise ConfigError(["engine.gradient_accumulation_steps: the published code has no accumulation: set it to 1"])
     on, extras = switchable(config, "model", ranks), addable(config, ranks)
@@ -320,7 +320,7 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
 
 
 def run_train(args: argparse.Namespace, config: Config, ranks: distributed.Ranks) -> dict:
-    device, dtype = ranks.device, torch.bfloat16 if config.precision == "bf16" else torch.float32
+    device, dtype = ranks.device, config.dtype
     rates = {"of_measured": matmul_flops(device, dtype), "of_datasheet": datasheet_flops(device, dtype)}
     rows = []
     with tqdm(unit="step", disable=args.quiet) as bar:

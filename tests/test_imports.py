@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(ROOT.glob("kernels/jepa_kernels/*.py"))
