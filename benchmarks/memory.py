@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ def peak(config: Config) -> int:
 
 def rank(me: int, world_size: int, folder: str, cases: list[tuple[int, str, int]]) -> None:
     """Measures the cases; rank 0 writes the maximum over the ranks to `folder`."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     os.environ |= {"RANK": str(me), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(me), "DS_ACCELERATOR": "cpu"}
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=me, world_size=world_size)
