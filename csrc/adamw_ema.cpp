@@ -1,4 +1,4 @@
-// AdamW, the average of the weights and 16-bit copies of both, in one pass over memory.
+// AdamW, the moving average of the weights and 16-bit copies of both, in one pass over memory.
 
 #include <cmath>
 
@@ -12,7 +12,7 @@ struct Step {  // a row of the coefficients
     float decay, lr, rsqrt_bias2, weight, scale, apply;
 };
 
-// Without an average, `e` is not touched.
+// Without EMA, `e` is not accessed.
 template <bool EMA>
 JEPA_VECTOR_CLONES void update(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v,
                                float* __restrict e, int64_t n, const Step& s, float beta1_c, float beta2_c, float eps) {
@@ -32,12 +32,14 @@ double number(const Tensor& t) {
 
 }  // namespace
 
-// Counts the steps, and returns [R, 6]: a `Step` for each. Numbers: lr, weight decay, momentum, gradient scale, not 0
-// where nothing is to happen.
+// Increments the steps and returns [R, 6]: a `Step` for each. Numbers: lr, weight decay, momentum, gradient scale, and
+// found_inf, which skips the update if it is not 0.
 Tensor adamw_ema_coefficients(std::vector<Tensor> steps, std::vector<Tensor> numbers, double beta1, double beta2) {
-    STD_TORCH_CHECK(!steps.empty() && numbers.size() == 5, "adamw_ema_coefficients_: steps and five numbers wanted");
+    STD_TORCH_CHECK(!steps.empty() && numbers.size() == 5, "adamw_ema_coefficients_: needs steps and five numbers");
     for (const Tensor& t : steps) check_flat(t, 1, ScalarType::Float, "adamw_ema_coefficients_: a step");
-    for (const Tensor& t : numbers) STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1, "a number must be one, on the CPU");
+    for (const Tensor& t : numbers)
+        STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1,
+                        "adamw_ema_coefficients_: numbers must be one-element CPU tensors");
     const double lr = number(numbers[0]), momentum = number(numbers[2]);
     const float decay = static_cast<float>(lr * number(numbers[1])), scale = static_cast<float>(number(numbers[3]));
     const float apply = number(numbers[4]) == 0 ? 1 : 0;

@@ -36,10 +36,10 @@ Tensor gather(const Tensor& x_BND, const Tensor& index_BK) {
     return y;
 }
 
-// Every row of dx adds up its own terms, in the order of k: the result does not depend on the threads.
+// Each row of dx sums its own terms in the order of k: the result does not depend on the number of threads.
 Tensor gather_backward(const Tensor& dy_BKD, const Tensor& index_BK, int64_t N) {
     check_shapes(dy_BKD, index_BK);
-    STD_TORCH_CHECK(dy_BKD.size(1) == index_BK.size(1), "gather_backward: dy must be [B, K, D] beside index [B, K]");
+    STD_TORCH_CHECK(dy_BKD.size(1) == index_BK.size(1), "gather_backward: dy must be [B, K, D] for index [B, K]");
     const Tensor dy = with_rows(dy_BKD), index = torch::stable::contiguous(index_BK);
     const int64_t B = index.size(0), K = index.size(1), D = dy.size(2);
     const auto* index_at = checked_index(index, N, "gather_backward: index");
@@ -50,7 +50,7 @@ Tensor gather_backward(const Tensor& dy_BKD, const Tensor& index_BK, int64_t N) 
         const auto* from = pointer<const T>(dy);
         auto* to = pointer<T>(dx);
         torch::stable::parallel_for(0, B * N, grain(D * sizeof(T)), [&](int64_t begin, int64_t end) {
-            std::vector<int64_t> first(N), next(K);  // the first term of a row, the next of a term: -1 ends
+            std::vector<int64_t> first(N), next(K);  // lists: a row's first term, the next after a term; -1 ends
             std::vector<Wide<T>> total(D);
             int64_t b = -1;
             for (int64_t i = begin; i < end; ++i) {

@@ -19,7 +19,7 @@ JEPA_VECTOR_CLONES void to_bfloat16(const float* __restrict from, uint16_t* __re
     }
 }
 
-// float16 as bits: its exponent's bias is 112 smaller, and its subnormals are put right by one sum of floats.
+// float16 as bits: its exponent bias is 112 smaller, and one float32 subtraction normalises its subnormals.
 JEPA_VECTOR_CLONES void from_float16(const uint16_t* __restrict from, float* __restrict to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
         const uint32_t half = from[i], bits = (half & 0x7fff) << 13, exponent = bits & 0x0f800000;
@@ -31,7 +31,7 @@ JEPA_VECTOR_CLONES void from_float16(const uint16_t* __restrict from, float* __r
 }
 
 JEPA_VECTOR_CLONES void to_float16(const float* __restrict from, uint16_t* __restrict to, int64_t n) {
-    constexpr uint32_t kRound = 126u << 23;  // 0.5: the last bit of a sum with it is float16's smallest number
+    constexpr uint32_t kRound = 126u << 23;  // 0.5: adding it rounds to multiples of float16's smallest subnormal
     for (int64_t i = 0; i < n; ++i) {
         const uint32_t bits = std::bit_cast<uint32_t>(from[i]), size = bits & 0x7fffffff;
         const uint32_t normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
@@ -77,7 +77,7 @@ void write(const Flat& t, int64_t from, int64_t n, const float* values) {
 }
 
 void check_flat(const Tensor& t, int64_t numel, ScalarType dtype, const char* name) {
-    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.numel() == numel, name, " has another dtype or size");
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.numel() == numel, name, " has the wrong dtype or size");
 }
 
 Flats flats(const char* op, const std::vector<Tensor>& tensors) {
@@ -96,15 +96,17 @@ Flats flats(const char* op, const std::vector<Tensor>& tensors) {
 Flats flats(const char* op, const std::vector<Tensor>& tensors, const Flats& like, bool optional) {
     Flats found = flats(op, tensors);
     if (optional && found.empty()) return found;
-    STD_TORCH_CHECK(found.size() == like.size(), op, ": lists of ", like.size(), " and ", found.size());
+    STD_TORCH_CHECK(found.size() == like.size(), op, ": lists must have the same length; got ", like.size(), " and ",
+                    found.size());
     for (size_t i = 0; i < found.size(); ++i) {
-        STD_TORCH_CHECK(found[i].numel == like[i].numel, op, ": tensors ", i, " do not go together");
+        STD_TORCH_CHECK(found[i].numel == like[i].numel, op, ": tensors ", i, " differ in size");
     }
     return found;
 }
 
 void check_wide(const char* op, const Flats& tensors) {
-    for (const Flat& t : tensors) STD_TORCH_CHECK(t.dtype == ScalarType::Float, op, ": weights and states are float32");
+    for (const Flat& t : tensors)
+        STD_TORCH_CHECK(t.dtype == ScalarType::Float, op, ": weights and states must be float32");
 }
 
 }  // namespace jepa

@@ -1,5 +1,5 @@
-// Elementwise work over lists of tensors of mixed dtypes: cut into pieces that stay in cache, and converted to float32
-// there where they are not.
+// Elementwise operations on lists of tensors of mixed dtypes, in pieces that stay in cache, where they are converted to
+// float32 if necessary.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +9,9 @@
 
 namespace jepa {
 
-constexpr int64_t kPiece = 1024;  // elements: the buffers of what is converted stay in the first-level cache
+constexpr int64_t kPiece = 1024;  // elements: conversion buffers stay in the L1 cache
 
-// a + weight * (b - a) from the nearer end, as torch.lerp: exact at both.
+// a + weight * (b - a), computed from the nearer end like torch.lerp: exact at both ends.
 inline float lerp(float a, float b, float weight) {
     return weight < 0.5f ? a + weight * (b - a) : b - (1 - weight) * (b - a);
 }
@@ -19,7 +19,7 @@ inline float lerp(float a, float b, float weight) {
 // The same for n elements: target[i] = lerp(target[i], source[i], weight).
 void lerp(float* target, const float* source, float weight, int64_t n);
 
-// A tensor as its memory: what is asked of a stable tensor is a call into libtorch, too dear for every piece.
+// A tensor's memory: querying a stable tensor is a call into libtorch, too expensive to make for every piece.
 struct Flat {
     void* data;
     int64_t numel;
@@ -27,21 +27,21 @@ struct Flat {
 };
 using Flats = std::vector<Flat>;
 
-// Checked: on the CPU, float32, bfloat16 or float16, as many of each as in `like`; or, if `optional`, none at all.
+// Throws unless all are float32, bfloat16 or float16 on the CPU, with the number of tensors and elements of `like`; an
+// `optional` list may be empty.
 Flats flats(const char* op, const std::vector<Tensor>& tensors);
 Flats flats(const char* op, const std::vector<Tensor>& tensors, const Flats& like, bool optional = false);
 // Throws unless all are float32.
 void check_wide(const char* op, const Flats& tensors);
-// What a kernel is about to take for `numel` elements of `dtype` in the CPU's memory.
+// Throws unless t is `numel` elements of `dtype` on the CPU.
 void check_flat(const Tensor& t, int64_t numel, ScalarType dtype, const char* name);
 
 // Elements [from, from + n) as float32: in place, or converted into `buffer`.
 float* read(const Flat& t, int64_t from, int64_t n, float* buffer);
-// Stores them. Does nothing where `values` already is the tensor's memory.
+// Stores n values from element `from` on. Does nothing if `values` already points there.
 void write(const Flat& t, int64_t from, int64_t n, const float* values);
 
-// body(i, from, n) for every piece of every tensor i, in parallel. Elements are counted in the order of
-// memory.
+// Calls body(i, from, n) for every piece of every tensor i, in parallel. Elements are counted in memory order.
 template <class Body>
 void for_each_piece(const Flats& tensors, const Body& body) {
     std::vector<int64_t> first{0};  // pieces before tensor i

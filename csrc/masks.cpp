@@ -1,8 +1,8 @@
-// The multi-block masks of I-JEPA, bit for bit as engine/jepa/masks.py specifies them.
+// The multi-block masks of I-JEPA, bit for bit equal to the specification in engine/jepa/masks.py.
 //
-// The patches of a context are a set of bits in raster order: a block is a run of bits per row, the length of
-// a context a population count, and the indices come out ascending. Two passes: place the blocks of every
-// image and count; then, the shortest context being known, write the contexts of this batch. Integers only.
+// A context is a bit set of patches in raster order: a block is a run of bits per row, the length of a context is a
+// popcount, and the indices come out ascending. Two passes: place the blocks of every image and count; then, once the
+// shortest context is known, write the contexts of this batch. Integers only.
 
 #include <algorithm>
 #include <array>
@@ -16,12 +16,12 @@
 namespace jepa {
 namespace {
 
-constexpr int kTries = 20;  // places tried for a context before one more target may overlap it
+constexpr int kTries = 20;  // placements tried for a context before one more target may overlap it
 constexpr int64_t kMaxSide = 1024, kMaxBlocks = 1024, kMaxImages = int64_t{1} << 32;
-constexpr uint32_t kPlaces = 1, kCuts = 2;  // streams of random words; 0 drew the sizes, in Python
-constexpr int64_t kGrain = 256;             // images per task, 0.1 ms or more: a smaller batch wakes no other thread
+constexpr uint32_t kPlaces = 1, kCuts = 2;  // streams of random words; stream 0 drew the sizes, in Python
+constexpr int64_t kGrain = 256;             // images per task, 0.1 ms or more: a smaller batch uses one thread
 
-// The words of one (seed, step, image, stream): Philox4x32-10 (Salmon et al., SC 2011).
+// The random words of one (seed, step, image, stream): Philox4x32-10 (Salmon et al., SC 2011).
 class Words {
   public:
     Words(uint64_t seed, uint64_t step, int64_t image, uint32_t stream)
@@ -65,7 +65,7 @@ struct Place {
 
 struct Grid {
     int64_t height, width;
-    int64_t margin;  // 1: the last place in each direction is never taken
+    int64_t margin;  // 1: the last position in each direction is never used
 
     int64_t words() const { return (height * width + 63) / 64; }
 
@@ -74,7 +74,7 @@ struct Grid {
         return {top, random.below(width - size.width + 1 - margin)};
     }
 
-    // Applies f(word, mask) to the bits of a block.
+    // Calls f(word, mask) for each word of `bits` that a block covers.
     template <class F>
     void each(Place place, Size size, uint64_t* bits, F f) const {
         for (int64_t y = 0; y < size.height; ++y) {
@@ -97,7 +97,7 @@ struct Grid {
 };
 
 // Places a context that keeps more than min_keep patches outside the targets, and returns how many it keeps.
-// It ends, after kTries * excluded + 1 places at most: the caller has checked that the whole block is enough.
+// Ends after at most kTries * excluded + 1 placements: the caller has checked that a whole block is enough.
 int64_t draw_context(const Grid& grid, Words& random, Size size, Size target_size, const std::vector<Place>& targets,
                      int64_t excluded, int64_t min_keep, uint64_t* bits) {
     for (int tries = 0;; ++tries) {
@@ -116,14 +116,14 @@ int64_t draw_context(const Grid& grid, Words& random, Size size, Size target_siz
     }
 }
 
-// Writes the bits' numbers, ascending, those that keep() agrees to.
+// Writes the positions of set bits, ascending, that keep() accepts: at most `count`.
 template <class Keep>
 void write_bits(const uint64_t* bits, int64_t words, int64_t* to, int64_t count, Keep keep) {
     int64_t* const end = to + count;
     for (int64_t i = 0; i < words && to < end; ++i) {
         for (uint64_t word = bits[i]; word != 0 && to < end; word &= word - 1) {
             *to = i * 64 + std::countr_zero(word);
-            to += keep();  // no branch: what is kept cannot be predicted
+            to += keep();  // no branch: it could not be predicted
         }
     }
 }
@@ -136,14 +136,15 @@ std::tuple<Tensor, Tensor, Tensor> sample_masks(const Tensor& sizes, const std::
                                                 int64_t batch, int64_t cut_first, int64_t cut_count) {
     const bool reference = mode == "reference", packed = mode == "packed";
     const auto in = [](int64_t value, int64_t low, int64_t high) { return low <= value && value <= high; };
-    STD_TORCH_CHECK(reference || packed || mode == "unbiased", "jepa_masks::sample: mode is ", mode);
-    STD_TORCH_CHECK(in(height, 1, kMaxSide) && in(width, 1, kMaxSide), "jepa_masks::sample: a grid of ", height, " x ",
-                    width, " patches");
-    STD_TORCH_CHECK(in(contexts, 1, kMaxBlocks) && in(targets, 1, kMaxBlocks), "jepa_masks::sample: ", contexts,
-                    " contexts and ", targets, " targets");
+    STD_TORCH_CHECK(reference || packed || mode == "unbiased", "jepa_masks::sample: unknown mode ", mode);
+    STD_TORCH_CHECK(in(height, 1, kMaxSide) && in(width, 1, kMaxSide), "jepa_masks::sample: invalid grid of ", height,
+                    " x ", width, " patches");
+    STD_TORCH_CHECK(in(contexts, 1, kMaxBlocks) && in(targets, 1, kMaxBlocks),
+                    "jepa_masks::sample: invalid number of contexts or targets: ", contexts, " and ", targets);
     STD_TORCH_CHECK(in(cut_first, 0, kMaxImages - 1) && in(cut_count, 1, kMaxImages - cut_first) &&
                         in(first, cut_first, cut_first + cut_count - 1) && in(batch, 1, cut_first + cut_count - first),
-                    "jepa_masks::sample: images ", first, " + ", batch, " with the cut ", cut_first, " + ", cut_count);
+                    "jepa_masks::sample: images ", first, " + ", batch, " are not within the cut ", cut_first, " + ",
+                    cut_count);
     STD_TORCH_CHECK(
         sizes.dim() == 2 && sizes.numel() == 4 && sizes.size(0) == 2 && sizes.scalar_type() == ScalarType::Long,
         "jepa_masks::sample: sizes must be int64 [2, 2]");
@@ -153,11 +154,11 @@ std::tuple<Tensor, Tensor, Tensor> sample_masks(const Tensor& sizes, const std::
     const Grid grid{height, width, reference ? 1 : 0};
     for (const Size& block : {context_size, target_size}) {
         STD_TORCH_CHECK(in(block.height, 1, height - grid.margin) && in(block.width, 1, width - grid.margin),
-                        "jepa_masks::sample: a block of ", block.height, " x ", block.width, " patches on a grid of ",
-                        height, " x ", width);
+                        "jepa_masks::sample: a block of ", block.height, " x ", block.width,
+                        " patches does not fit a grid of ", height, " x ", width);
     }
     STD_TORCH_CHECK(in(min_keep, 0, context_size.height * context_size.width - 1), "jepa_masks::sample: min_keep ",
-                    min_keep, " with contexts of ", context_size.height, " x ", context_size.width);
+                    min_keep, " is out of range for contexts of ", context_size.height, " x ", context_size.width);
 
     const int64_t target_count = target_size.height * target_size.width, words = grid.words();
     const Tensor target_MBK = torch::stable::new_empty(sizes, {targets, batch, target_count});
@@ -166,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_masks(const Tensor& sizes, const std::
     auto* lengths = pointer<int64_t>(lengths_EB);
     std::vector<uint64_t> bits_EBW(contexts * batch * words);
 
-    // Lengths matter of the whole cut, blocks only of this batch.
+    // Lengths are needed for all images that are cut to the same length, blocks only for this batch.
     const int64_t cut_begin = packed ? first : cut_first;
     const int64_t cut_end = packed ? first + batch : cut_first + cut_count;
     std::vector<int64_t> shortest(cut_end - cut_begin);
@@ -194,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_masks(const Tensor& sizes, const std::
     });
 
     const int64_t cut = *std::min_element(shortest.begin(), shortest.end());
-    std::vector<int64_t> offsets(contexts * batch + 1);  // of each context among the indices written
+    std::vector<int64_t> offsets(contexts * batch + 1);  // of each context in the indices written
     for (int64_t i = 0; i < contexts * batch; ++i) offsets[i + 1] = offsets[i] + (packed ? lengths[i] : cut);
     const Tensor context_EBK = packed ? torch::stable::new_empty(sizes, {offsets.back()})
                                       : torch::stable::new_empty(sizes, {contexts, batch, cut});

@@ -11,8 +11,8 @@
 namespace jepa {
 namespace {
 
-// One patch: its bytes into one piece, then one vector loop per channel. `kP` is P where P is one of the
-// usual sizes, else 0: the short loops over a run are worth unrolling.
+// One patch: per channel, its bytes are copied together and converted in one vector loop. `kP` is P for the usual
+// sizes, else 0: the short loops over a run are worth unrolling.
 template <class T, int64_t kP>
 JEPA_VECTOR_CLONES void patch(const uint8_t* corner, int64_t s_c, int64_t s_h, int64_t s_w, int64_t run_time_P,
                               const float* scale, const float* bias, uint8_t* pixels, T* to) {
@@ -54,7 +54,8 @@ Tensor patchify(const Tensor& images, const std::optional<Tensor>& index_BK, con
                 const std::vector<double>& biases, int64_t P, ScalarType dtype) {
     STD_TORCH_CHECK(images.dim() == 4 && images.size(1) == 3 && images.scalar_type() == ScalarType::Byte,
                     "patchify: images must be uint8 [B, 3, H, W]");
-    STD_TORCH_CHECK(P > 0 && scales.size() == 3 && biases.size() == 3, "patchify: P > 0, three scales, three biases");
+    STD_TORCH_CHECK(P > 0 && scales.size() == 3 && biases.size() == 3,
+                    "patchify: needs P > 0, three scales and three biases");
     const int64_t B = images.size(0), grid_w = images.size(3) / P, N = images.size(2) / P * grid_w;
     std::optional<Tensor> index;
     const int64_t* n = nullptr;

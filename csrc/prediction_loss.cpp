@@ -1,4 +1,4 @@
-// Smooth L1 between predictions and layer-normed target rows, its gradient written in the same pass.
+// Smooth L1 between predictions and layer-normed target rows, with its gradient written in the same pass.
 
 #include <algorithm>
 #include <cmath>
@@ -11,8 +11,8 @@
 namespace jepa {
 namespace {
 
-constexpr int64_t kLanes = 16;       // separate sums, so that the compiler may use vectors; the order is fixed
-constexpr int64_t kGrain = 1 << 14;  // elements of a task
+constexpr int64_t kLanes = 16;       // separate sums, so that the compiler can vectorise; the order is fixed
+constexpr int64_t kGrain = 1 << 14;  // elements per task
 constexpr double kEps = 1e-5;
 
 template <class A>
@@ -27,7 +27,7 @@ JEPA_VECTOR_CLONES void widen(const T* x, A* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(static_cast<Wide<T>>(x[i]));
 }
 
-// Sum over a row of smooth_l1(e), e = p - norm(y), which takes y's place; writes clamp(e) * fraction as its gradient.
+// Sum of smooth_l1(e) over a row, e = p - norm(y), which overwrites y; writes clamp(e) * fraction as the gradient.
 template <class P, class A = Wide<P>>
 JEPA_VECTOR_CLONES A row_loss(const P* p, A* y, P* grad, int64_t D, A fraction) {
     const int64_t body = D - D % kLanes;
@@ -44,7 +44,7 @@ JEPA_VECTOR_CLONES A row_loss(const P* p, A* y, P* grad, int64_t D, A fraction) 
     const A scale = 1 / std::sqrt(total(squares) / static_cast<A>(D) + static_cast<A>(kEps));
 
     for (int64_t d = 0; d < D; ++d) y[d] = static_cast<A>(p[d]) - (y[d] - mean) * scale;
-    // With c = clamp(e, -1, 1) the loss is c * (e - c / 2). A NaN passes through both.
+    // With c = clamp(e, -1, 1) the loss is c * (e - c / 2). Both propagate NaN.
     const auto clamp = [](A e) { return e > 1 ? A(1) : e < -1 ? A(-1) : e; };
     for (int64_t d = 0; d < body; d += kLanes) {
         for (int64_t l = 0; l < kLanes; ++l) {
@@ -62,7 +62,7 @@ JEPA_VECTOR_CLONES A row_loss(const P* p, A* y, P* grad, int64_t D, A fraction) 
     return total(losses);
 }
 
-// Where the loss is linear every element is +- fraction, and off by its rounding: there it is multiplied unrounded.
+// Where the loss is linear every element is +-fraction, rounded: there the unrounded fraction is multiplied instead.
 template <class T, class A = Wide<T>>
 JEPA_VECTOR_CLONES void multiply(T* x, A weight, A fraction, int64_t n) {
     const A stored = static_cast<A>(static_cast<T>(fraction));
@@ -72,7 +72,8 @@ JEPA_VECTOR_CLONES void multiply(T* x, A weight, A fraction, int64_t n) {
     }
 }
 
-// 1 / numel as the fraction that the gradient is stored with and, for float16, the power of two that it is not.
+// 1 / numel as (fraction, power of two): the stored gradient contains only the fraction. The power is 1 except for
+// float16.
 std::pair<double, double> unit(const Tensor& pred) {
     const double mean = 1.0 / static_cast<double>(std::max<int64_t>(pred.numel(), 1));
     if (pred.scalar_type() != ScalarType::Half) return {mean, 1.0};
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor> prediction_loss(const Tensor& pred_QKD, const Tensor&
     const int64_t M = index_MBK.size(0), B = index_MBK.size(1), K = index_MBK.size(2), D = pred_QKD.size(2);
     STD_TORCH_CHECK(
         pred_QKD.size(0) == M * B && pred_QKD.size(1) == K && target_BND.size(0) == B && target_BND.size(2) == D,
-        "prediction_loss: sizes differ");
+        "prediction_loss: the sizes of pred, target and index do not match");
     const Tensor pred = with_rows(pred_QKD), target = with_rows(target_BND);
     const Tensor index = torch::stable::contiguous(index_MBK);
     const auto* chosen = checked_index(index, target.size(1), "prediction_loss: index");
@@ -126,13 +127,14 @@ std::tuple<Tensor, Tensor> prediction_loss(const Tensor& pred_QKD, const Tensor&
     return {losses, grad};
 }
 
-// What the forward wrote, times each block's weight; mostly 1, and nothing to do.
+// Multiplies the gradient that the forward stored by each block's weight; usually 1, with nothing to do.
 void prediction_loss_scale_(const Tensor& grad, const Tensor& grad_losses_M) {
     if (grad.numel() == 0) return;
     const int64_t M = grad_losses_M.numel(), block = M ? grad.numel() / M : 0;
     const Tensor grad_losses = torch::stable::contiguous(grad_losses_M);
-    STD_TORCH_CHECK(grad.is_contiguous() && grad_losses.scalar_type() == wide_of(grad) && block * M == grad.numel(),
-                    "prediction_loss_scale_: grad must be contiguous, M blocks of it, and grad_losses wide");
+    STD_TORCH_CHECK(
+        grad.is_contiguous() && grad_losses.scalar_type() == wide_of(grad) && block * M == grad.numel(),
+        "prediction_loss_scale_: grad must be M contiguous blocks, and grad_losses float32 (float64 for float64)");
     const std::pair<double, double> one = unit(grad);
     const double power = one.second * static_cast<double>(M);
     dispatch(grad.scalar_type(), [&](auto type) {

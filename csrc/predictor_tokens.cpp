@@ -14,7 +14,7 @@ JEPA_VECTOR_CLONES void add_position(const A* token, const Wide<T>* pos, T* to, 
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(static_cast<Wide<T>>(token[i]) + pos[i]);
 }
 
-// pos and the mask token are small next to the result: widened once, not once a row.
+// pos and the mask token are small compared with the result: widened once, not per row.
 Tensor widened(const Tensor& table, const Tensor& like) {
     return torch::stable::contiguous(torch::stable::to(table, wide_of(like)));
 }
@@ -31,7 +31,7 @@ Tensor predictor_tokens(const Tensor& context_BKD, const Tensor& context_index, 
     const int64_t M = target_index.size(0), Kt = target_index.size(2), S = Kc + Kt, N = pos_ND.size(0);
     STD_TORCH_CHECK(context_index.size(0) == B && context_index.size(1) == Kc && target_index.size(1) == B &&
                         pos_ND.size(1) == D && mask_token_D.size(0) == D,
-                    "predictor_tokens: sizes differ");
+                    "predictor_tokens: the sizes of the arguments do not match");
     const auto dtype = context_BKD.scalar_type();
     const Tensor context = with_rows(context_BKD);
     const Tensor pos = widened(pos_ND, context_BKD), mask = widened(mask_token_D, context_BKD);
@@ -63,7 +63,7 @@ Tensor predictor_tokens(const Tensor& context_BKD, const Tensor& context_index, 
     return y;
 }
 
-// Sums over blocks per image, then over images: the order does not depend on the threads.
+// Sums over blocks per image, then over images: the order does not depend on the number of threads.
 std::tuple<Tensor, Tensor> predictor_tokens_backward(const Tensor& dy_QSD, int64_t M, int64_t B, int64_t Kc) {
     STD_TORCH_CHECK(dy_QSD.dim() == 3 && dy_QSD.size(0) == M * B && Kc >= 0 && Kc <= dy_QSD.size(1),
                     "predictor_tokens_backward: dy must be [M*B, Kc+Kt, D]");

@@ -1,4 +1,4 @@
-// VICReg's three steps: what lies around the matrix products, which stay BLAS's, in one pass each.
+// The three ops of VICReg: fused loops around the matrix products, which BLAS computes.
 
 #include <algorithm>
 #include <string>
@@ -10,9 +10,9 @@
 namespace jepa {
 namespace {
 
-constexpr int64_t kColumns = 256;  // that a task sums over all rows
+constexpr int64_t kColumns = 256;  // per task, summed over all rows
 
-struct Views {  // z [N, M, D] behind any strides, D dense
+struct Views {  // z [N, M, D] with any strides, D contiguous
     explicit Views(const Tensor& z) : z(with_rows(z)) {}
     template <class T>
     const T* row(int64_t n, int64_t i) const {
@@ -71,10 +71,10 @@ JEPA_VECTOR_CLONES void combine(const T* x, const A* views, const A* mean, const
 }
 
 void check(bool ok) {
-    STD_TORCH_CHECK(ok, "vicreg: its steps were given tensors that do not go together");
+    STD_TORCH_CHECK(ok, "vicreg: the shapes or dtypes of an op's arguments do not match");
 }
 
-// z with statistics of its views.
+// mean, or another statistic, holds one value per view and channel of z.
 void check_views(const Tensor& z, const Tensor& mean) {
     check(z.dim() == 3 && mean.dim() == 2 && mean.size(0) == z.size(1) && mean.size(1) == z.size(2) &&
           mean.scalar_type() == wide_of(z));
@@ -94,11 +94,11 @@ Tensor centered(const Views& z, const Wide<T>* mean, int64_t first, int64_t coun
     return x;
 }
 
-// a b, batch by batch, dense. Autocast, which reaches calls from here as well, would answer in 16 bits.
+// Batched a @ b, contiguous. Autocast, which applies to calls from here too, would return 16 bits.
 Tensor product(const Tensor& a, const Tensor& b) {
     const Tensor c = torch::stable::contiguous(torch::stable::matmul(a, b));
     STD_TORCH_CHECK(c.scalar_type() == a.scalar_type(),
-                    "vicreg: its matrix product came back in another dtype; call its steps with autocast disabled");
+                    "vicreg: the matrix product was computed in another dtype; call the ops with autocast disabled");
     return c;
 }
 

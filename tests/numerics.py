@@ -1,4 +1,4 @@
-"""What several tests of the kernels measure with, the layouts that they try, and where the interpreter is kinder."""
+"""Shared by the kernel tests: error measures, memory layouts, and where Triton's interpreter differs from a GPU."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ def rms(x: Tensor) -> float:
 
 
 def rounding(exact: Tensor, dtype: torch.dtype, interpreted: bool = False) -> Tensor:
-    """The error of merely rounding: what a kernel with float32 inside should come close to.
+    """The error of rounding `exact` to dtype: a kernel that computes in float32 should come close to it.
 
-    interpreted: as Triton's interpreter does it, which cuts bfloat16 off instead.
+    interpreted: as Triton's interpreter does it, which truncates to bfloat16.
     """
     if interpreted and dtype == torch.bfloat16:
         return cut_off(exact.float()).double() - exact
@@ -24,21 +24,21 @@ def rounding(exact: Tensor, dtype: torch.dtype, interpreted: bool = False) -> Te
 
 
 def cut_off(x: Tensor) -> Tensor:
-    """float32 values whose lower half is gone: what Triton's interpreter makes of bfloat16, where a GPU rounds."""
+    """float32 values truncated to bfloat16, as Triton's interpreter does; a GPU rounds."""
     return (x.view(torch.int32) & ~0xFFFF).view(torch.float32)
 
 
 def strided_views(x: Tensor) -> list[Tensor]:
-    """The values of x [A, R, D] behind other strides."""
+    """The values of x [A, R, D] with other strides."""
     wide = torch.full((x.shape[0], 2 * x.shape[1], 3 * x.shape[2]), float("nan"), dtype=x.dtype)
     wide[:, ::2, ::3] = x
     return [x.transpose(0, 2).contiguous().transpose(0, 2), x.mT.contiguous().mT, wide[:, ::2, ::3]]
 
 
 def far_apart(x: Tensor, file: Path) -> Tensor:
-    """The 16-bit values of x [A, R, D] behind strides that 32 bits hold and whose multiples they do not.
+    """The 16-bit values of x [A, R, D] with strides that fit in 32 bits and offsets that do not.
 
-    In a file of holes: only the pages of the values themselves are ever read or written.
+    In a sparse file: only the pages that hold the values are ever read or written.
     """
     strides = 2**30, 2**30 + 2**20, 1
     size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
@@ -46,7 +46,7 @@ def far_apart(x: Tensor, file: Path) -> Tensor:
 
 
 def floats_as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel's floating-point arguments reach it in float32; Triton's interpreter passes them on as they are."""
+    """Makes Triton's interpreter round a kernel's floating-point arguments to float32, as compiled kernels get them."""
     convert = interpreter._implicit_cvt
     rounded = lambda x: convert(float(np.float32(x)) if isinstance(x, float) else x)  # noqa: E731
     monkeypatch.setattr(interpreter, "_implicit_cvt", rounded)

@@ -1,4 +1,4 @@
-"""AdamWEMA: against float64 and torch.optim.AdamW, over many steps; and what an optimizer must survive."""
+"""AdamWEMA against float64 and torch.optim.AdamW over many steps; saving, loading, compiling, bad input."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ from jepa_kernels.adamw_ema import (
 from jepa_kernels.tables import is_capturing
 from numerics import cut_off, rms
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel: on a CPU, in the interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernel; on a CPU it runs in the interpreter
 OP, COEFFICIENTS = torch.ops.jepa_kernels.adamw_ema_, torch.ops.jepa_kernels.adamw_ema_coefficients_
 HALVES = [torch.bfloat16, torch.float16]
 SHAPES = [(3, 5), (0,), (1,), (1023,), (1024,), (1025,), (4, 3, 7, 7), (64, 67)]
@@ -36,7 +36,7 @@ implementations = pytest.mark.parametrize(
 
 @pytest.fixture(params=["dispatched", "triton"])
 def device(request, monkeypatch) -> str:
-    """Runs the optimizer on what the dispatcher picks for the CPU, then on the Triton kernel."""
+    """Runs the optimizer with the op dispatched for the CPU, then with the Triton kernel."""
     if request.param == "dispatched":
         return "cpu"
     if DEVICE == "cpu":
@@ -70,7 +70,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def assert_agree(params: list[Parameter], ours: AdamWEMA, others: list[Parameter], stock: torch.optim.AdamW) -> None:
-    """Weights and moments to 1e-6 of their rms: both round, and a value that cancels has no digits of its own."""
+    """Weights and moments agree to 1e-6 of their RMS: both round, and values that cancel have no significant digits."""
     pairs = [[(p, q) for p, q in zip(params, others, strict=True)]]
     for name in ("exp_avg", "exp_avg_sq"):
         pairs.append([(ours.state[p][name], stock.state[q][name]) for p, q in pairs[0]])
@@ -112,20 +112,20 @@ def test_one_step_against_float64(step, device, dtype):
         answer, result = (torch.cat([x.flatten() for x in xs]) for xs in (answers, results))
         assert rms(result - answer) <= 1.25 * rms(answer.float() - answer)
     for copies, originals in ((weight_copies, p2), (ema_copies, e2)):
-        if step is adamw_ema_triton and DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts off
+        if step is adamw_ema_triton and DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter truncates
             originals = [cut_off(x) for x in originals]
         assert equal(copies, [x.to(dtype) for x in originals])
 
 
 @implementations
-def test_squares_too_small_for_float32_s_exponent(step, device):
-    """Without eps, what the square root of a subnormal is decides: for 0 the weight would be infinite."""
+def test_squares_that_are_subnormal(step, device):
+    """Without eps, a square root that flushed subnormals to 0 would make the weight infinite."""
     p, g = torch.randn(1500), 1e-20 * (1 + torch.rand(1500))
     lists = [[x.clone().to(device)] for x in (p, g, 0 * p, 0 * p)]
     row = [0.0, 1e-2 / (1 - 0.9), (1 - 0.999) ** -0.5, 0.0, 1.0, 1.0]
     step(*lists, [], [], [], torch.tensor([row]), 0.9, 0.999, 0.0)
     moved = p - lists[0][0].cpu()
-    assert lists[3][0].max() < torch.finfo(torch.float32).tiny  # the first step of Adam moves by lr
+    assert lists[3][0].max() < torch.finfo(torch.float32).tiny  # Adam's first step moves by lr
     torch.testing.assert_close(moved, torch.full_like(p, 1e-2), rtol=0.05, atol=0)
 
 
@@ -148,7 +148,7 @@ def test_a_row_that_does_not_apply_is_left_alone(step, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("inf", [0.0, 1.0])
 def test_coefficients_against_float64(count, device, dtype, inf):
-    """Rounded once, from the first step to the millionth; 129 counters are more than one block."""
+    """Rounded once, from the first step to the millionth; 129 counters exceed one block."""
     before = [0, 1, 9, 999, 10**6, *torch.randint(10**6, (124,)).tolist()]
     betas, (lr, decay, momentum, scale) = (0.9, 0.999), torch.rand(4, dtype=dtype).add(0.01)
     steps = [torch.tensor(float(t), device=device) for t in before]
@@ -169,7 +169,7 @@ def test_coefficients_against_float64(count, device, dtype, inf):
 
 
 def test_agrees_with_adamw_and_averages_its_weights(device):
-    """Against torch.optim.AdamW and a float64 average, with a schedule in every group; one group has no average."""
+    """Against torch.optim.AdamW and a float64 average, with schedules in every group; one group has no average."""
     params = parameters(device)
     others = twins(params)
     averages = [p.detach().double() for p in params]
@@ -312,7 +312,7 @@ def test_a_state_of_another_layout_is_refused_at_the_same_address_too(device):
     before = [x.clone() for x in everything(optimizer)]
     for name in ("exp_avg", "exp_avg_sq", "ema"):
         right = optimizer.state[p][name]
-        optimizer.state[p][name] = right.view(32, 64).T  # the same memory, read in another order
+        optimizer.state[p][name] = right.view(32, 64).T  # same memory, different strides
         with pytest.raises(ValueError, match=f"state '{name}'"):
             optimizer.step()
         optimizer.state[p][name] = right
@@ -342,7 +342,7 @@ def test_a_teachers_weight_stays_the_average_when_a_state_is_loaded(device):
 
 
 @pytest.mark.parametrize("option", ["amsgrad", "maximize", "differentiable"])
-def test_what_only_torchs_adamw_can_do_is_refused(option):
+def test_options_that_only_torchs_adamw_has_are_refused(option):
     p = Parameter(torch.randn(3))
     with pytest.raises(ValueError, match=option):
         AdamWEMA([{"params": [p], option: True}])
@@ -357,7 +357,7 @@ def test_what_only_torchs_adamw_can_do_is_refused(option):
 
 
 def test_any_dense_layout(device):
-    """A step depends on the values, not on the strides of weight and gradient."""
+    """A step depends on the values, not the strides, of weight and gradient."""
     shape = (4, 3, 6, 5)
     layouts = [lambda x: x, lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mT.contiguous().mT]
     value, gradients = torch.randn(shape, device=device), [torch.randn(shape, device=device) for _ in range(2)]
@@ -466,7 +466,7 @@ def test_closure_and_backward_through_old_weights():
 
 
 def ddp_rank(rank: int, folder: Path) -> None:
-    """Steps a model under DDP, and beside it the same gradients outside of any bucket."""
+    """Steps a model under DDP, and a twin with copies of the gradients that are outside the buckets."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
     torch.manual_seed(int((folder / "seed").read_text()))
@@ -492,14 +492,14 @@ def ddp_rank(rank: int, folder: Path) -> None:
                 optimizer.step()
         assert equal(*map(everything, optimizers))
         done += everything(optimizers[0])
-    assert odd, "no gradient lay at an odd address: nothing was tested"
+    assert odd, "no gradient was unaligned: nothing was tested"
     torch.save(done, folder / f"rank{rank}.pt")
-    del parallel  # as the last owner of its group it would wait, holding the GIL, for a thread that may want the GIL
+    del parallel  # as its group's last owner it would hold the GIL and wait for a thread that may need it
     torch.distributed.destroy_process_group()
 
 
 def test_under_ddp_on_two_ranks(tmp_path):
-    """Gradients at odd addresses, views into DDP's buckets, step like any others; ranks stay the same."""
+    """Unaligned gradients, views into DDP's buckets, give the same step as others; ranks stay equal."""
     (tmp_path / "seed").write_text(str(torch.randint(2**31, ()).item()))
     torch.multiprocessing.spawn(ddp_rank, (tmp_path,), nprocs=2)
     assert equal(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)))
@@ -539,7 +539,7 @@ def test_opcheck_of_the_coefficients(device):
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
-def test_a_step_compiles_whole(device):
+def test_a_step_compiles_as_one_graph(device):
     compiled = parameters(device)
     eager = twins(compiled)
     optimizers = [AdamWEMA(params, capturable=True) for params in (compiled, eager)]
@@ -552,22 +552,22 @@ def test_a_step_compiles_whole(device):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_whether_a_graph_is_captured_is_not_asked_while_compiling():
-    """torch.compile cannot ask the device, and `step` asks wherever parameters lie on a GPU."""
+def test_capture_is_not_queried_while_compiling():
+    """torch.compile cannot trace the query, which `step` makes for parameters on a GPU."""
     compiled = torch.compile(lambda x: x + is_capturing(torch.device("cuda")), fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(3)), torch.ones(3))
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
 def test_a_compiled_step_follows_its_tensors(device):
-    """Numbers are constants to torch.compile; tensors change in place and nothing is compiled again."""
+    """torch.compile treats numbers as constants; tensors can change in place without recompilation."""
     compiled = parameters(device, SHAPES[:4])
     eager = twins(compiled)
     tensors = {name: torch.tensor(0.5, dtype=torch.float64) for name in ("lr", "weight_decay", "momentum")}
     optimizers = [AdamWEMA(compiled, **tensors), AdamWEMA(eager, 0.5, weight_decay=0.5, momentum=0.5)]
     set_gradients(compiled, eager)
     for optimizer in optimizers:
-        optimizer.step()  # makes the state
+        optimizer.step()  # creates the state
     step = torch.compile(lambda: optimizers[0].step(), fullgraph=True)
     for i in range(5):
         for name, tensor in tensors.items():
@@ -586,7 +586,7 @@ def test_a_compiled_step_follows_its_tensors(device):
 
 @pytest.mark.parametrize("capturable", [False, True])
 def test_steps_are_counted_in_float32(capturable):
-    """bfloat16 would stand still at 256."""
+    """In bfloat16 the count would stop at 256."""
     p = Parameter(torch.randn(1))
     p.grad = torch.ones(1)
     optimizer = AdamWEMA([p], capturable=capturable)
@@ -612,9 +612,9 @@ def test_the_average_may_be_the_callers_tensor():
     assert equal([t.detach() for t in teacher], [optimizers[1].state[p]["ema"] for p in twin])
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has no graphs")
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no CUDA graphs")
 def test_on_a_gpu_a_whole_step_is_captured():
-    """Forward, backward and step in one graph, whose gradients lie where the graph put them."""
+    """Forward, backward and step in one graph, with gradients in the graph's memory."""
     model = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.GELU(), torch.nn.Linear(13, 3)).cuda()
     twin = copy.deepcopy(model)
     optimizers = [AdamWEMA(each.parameters(), capturable=True) for each in (model, twin)]
@@ -640,9 +640,9 @@ def test_on_a_gpu_a_whole_step_is_captured():
     assert equal(*map(everything, optimizers))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has no graphs")
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no CUDA graphs")
 @pytest.mark.parametrize(("capturable", "warm"), [(False, True), (True, False)])
-def test_on_a_gpu_a_capture_that_cannot_be_is_refused_in_time(capturable, warm):
+def test_on_a_gpu_an_impossible_capture_is_refused_before_anything_is_written(capturable, warm):
     params = parameters("cuda")
     optimizer = AdamWEMA(params, capturable=capturable)
     set_gradients(params)
@@ -657,9 +657,9 @@ def test_on_a_gpu_a_capture_that_cannot_be_is_refused_in_time(capturable, warm):
     assert equal(before, everything(optimizer))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter needs CPU memory; another test covers a GPU")
 def test_triton_addresses_beyond_32_bits():
-    """The last five of 2**31 + 1029 elements: the addresses that they would have behind the others."""
+    """The last five of 2**31 + 1029 elements, addressed as if the others preceded them."""
     n = 2**31 + 1029
     tensors = [[torch.rand(5)] for _ in range(7)]
     same = copy.deepcopy(tensors)
@@ -689,8 +689,8 @@ def test_addresses_beyond_32_bits_on_a_gpu():
     assert not p.detach()[:-5].any() and not optimizer.state[p]["ema"][:-5].any()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has no queue to wait for and no graphs")
-def test_on_a_gpu_no_wait_no_compilation_and_graphs():
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no stream to wait for and no CUDA graphs")
+def test_on_a_gpu_no_synchronisation_and_graph_replay():
     params = parameters("cuda")
     eager = twins(params)
     lr = torch.tensor(1e-3, device="cuda", dtype=torch.float64)
@@ -772,7 +772,7 @@ def bad_parameters() -> list[tuple[Parameter, str]]:
     return [
         (half, "bfloat16.*set_copies"),
         (sparse, "dense.*sparse"),
-        (gaps, "gaps"),
+        (gaps, "non-overlapping"),
         (double, "float64"),
         (complex_, "complex64"),
     ]
@@ -809,7 +809,7 @@ def test_bad_copies_and_states_are_named():
             optimizer.set_copies(p, **copies)
     twin = Parameter(torch.randn(4, 3))
     optimizer.add_param_group({"params": [twin]})
-    for copies in ({"weight": p.detach()}, {"weight": two[0]}):  # another parameter's memory; another's copy's
+    for copies in ({"weight": p.detach()}, {"weight": two[0]}):  # another parameter's memory; that of its copy
         with pytest.raises(ValueError, match="share memory"):
             optimizer.set_copies(twin, **copies)
 
@@ -817,7 +817,7 @@ def test_bad_copies_and_states_are_named():
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "ema"])
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_state_that_does_not_fit_is_named_and_nothing_is_written(name, fresh):
-    """A teacher in 16 bits would be read as float32, one in another layout would be left behind without a word."""
+    """A 16-bit teacher would be read as float32; one in another layout would silently not be updated."""
     good, p = Parameter(torch.ones(3)), Parameter(torch.randn(4, 3))
     for q in (good, p):
         q.grad = torch.ones_like(q)
@@ -850,8 +850,8 @@ def test_a_state_whose_memory_is_replaced_is_checked_again():
 @pytest.mark.parametrize(
     "change", [lambda x: x.to(memory_format=torch.channels_last), lambda x: x.repeat(2, 1, 1, 1), lambda x: x[:1]]
 )
-def test_a_parameter_that_is_given_other_memory_is_checked_again(change):
-    """It would be walked in the order of its new memory, its copies in that of the old one, or past their end."""
+def test_a_parameter_whose_memory_is_replaced_is_checked_again(change):
+    """Otherwise its copies would be written in its new memory order instead of theirs, or past their end."""
     p = Parameter(torch.randn(2, 3, 4, 5))
     optimizer = AdamWEMA([p])
     optimizer.set_copies(p, weight=torch.empty_like(p, dtype=torch.bfloat16))
@@ -876,7 +876,7 @@ def test_loaded_states_take_the_layout_of_their_parameters():
 
 
 def test_bad_scales_are_refused_before_anything_is_counted():
-    params = parameters(shapes=[(3,), (3,)])  # as many as there are scales: one for each would pass
+    params = parameters(shapes=[(3,), (3,)])  # as many as there are scales: broadcasting would succeed
     optimizer = AdamWEMA(params)
     set_gradients(params)
     optimizer.step()
@@ -910,8 +910,8 @@ def test_a_copied_optimizer_writes_the_copies_of_its_own_parameters(how):
         assert torch.equal(copied._copies[p][0], p.detach().bfloat16())
 
 
-def test_the_op_refuses_lists_that_do_not_go_together():
-    """Called without the optimizer, it still reads and writes nothing that is not there."""
+def test_the_op_refuses_lists_that_do_not_match():
+    """Called without the optimizer, it still reads and writes nothing out of bounds."""
     good = [[torch.ones(5), torch.ones(7)] for _ in range(7)]
     rows = torch.ones(2, 6)
     for i in range(7):

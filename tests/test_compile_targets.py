@@ -1,9 +1,9 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 at ViT-H/14's sizes, with no GPU: registers, shared memory, spills.
+"""Compiles every Triton kernel for sm_80 and sm_90 at ViT-H/14's sizes, with no GPU: registers, shared memory, spills.
 
-For sm_90 also other dtypes, odd addresses and sizes of 1, which Triton compiles apart. The launchers are called on
-tensors without memory, under a Triton driver that knows nothing but what to compile for: what is compiled is what would
-be launched, specialised as it would be. This file is also the command that writes the table it compares with:
-`python tests/test_compile_targets.py > tests/compile_targets.json`.
+sm_90 also gets other dtypes, unaligned addresses and sizes of 1, for which Triton compiles separate kernels. The
+launchers run on tensors without memory, under a Triton driver that knows only the target, so that exactly what would be
+launched is compiled, with the same specialisation. This file is also the command that writes the table it compares
+with: `python tests/test_compile_targets.py > tests/compile_targets.json`.
 """
 
 import json
@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parents[1] / "kernels"
 
 
 class Sizes(NamedTuple):
-    """As in README and sources; P: side of a patch, R: rows of vicreg, W: elements of a weight."""
+    """Named as in README and sources; P: patch size, R: rows of vicreg, W: elements of a weight."""
 
     B: int
     N: int
@@ -38,11 +38,11 @@ class Sizes(NamedTuple):
     W: int
 
 
-H14 = Sizes(B=128, N=256, Kc=69, Kt=44, M=4, D=1280, Dp=384, P=14, R=16 * 128, W=4 * 1280 * 1280)  # of sixteen ranks
+H14 = Sizes(B=128, N=256, Kc=69, Kt=44, M=4, D=1280, Dp=384, P=14, R=16 * 128, W=4 * 1280 * 1280)  # R: of sixteen ranks
 
 
 def launches() -> dict[str, dict[str, Callable[[], Any]]]:
-    """What is compiled for which targets: calls of launchers, one per kernel, dtype or path that is worth a guard."""
+    """Launcher calls to compile, by targets: one per kernel, dtype or path worth guarding."""
     import torch
 
     ones, odd = Sizes(*[1] * 10), Sizes(3, 257, 67, 45, 3, 1279, 381, 7, 67, 3001)
@@ -55,7 +55,7 @@ def launches() -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def empty(*shape: int, dtype: Any, offset: int = 0) -> Any:
-    """A tensor without memory, that many elements behind an address that is a multiple of 16 bytes."""
+    """A tensor without memory, `offset` elements after a 16-byte aligned address."""
     import torch
 
     return torch.empty(math.prod(shape) + offset, dtype=dtype, device="meta")[offset:].view(shape)
@@ -127,7 +127,7 @@ def products(z: Any, gram: bool, precision: str) -> None:
 
 
 def paths() -> dict[str, Callable[[], Any]]:
-    """Beside the usual ones."""
+    """Calls that take less common paths."""
     import torch
 
     from jepa_kernels.adamw_ema import adamw_ema_triton
@@ -144,11 +144,11 @@ def paths() -> dict[str, Callable[[], Any]]:
     }
 
 
-# --- in a process of its own, where Triton compiles
+# --- in a separate process, where Triton compiles
 
 
 class Driver:
-    """Of a GPU that is not there."""
+    """A Triton driver for a GPU that is not present."""
 
     def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -187,7 +187,7 @@ def resources(kernel: Any) -> dict[str, Any]:
 
 
 def compile_all() -> dict[str, Any]:
-    """The compiler's version, the kernels that no launch reached, and {launch, kernel, target: resources}."""
+    """Triton's version, the kernels that no launch reached, and {"launch: kernel on target": resources}."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -233,18 +233,20 @@ def committed() -> dict[str, Any]:
 
 def test_every_kernel_is_compiled(compiled, committed):
     assert not compiled["missed"], "add a launch of each to `launches` above"
-    assert compiled["kernels"].keys() == committed["kernels"].keys(), "write the table again: see the top of this file"
+    assert compiled["kernels"].keys() == committed["kernels"].keys(), "regenerate the table: see the top of this file"
 
 
 def test_nothing_is_spilled(compiled, committed):
     if compiled["triton"] != committed["triton"]:
-        pytest.skip(f"triton {compiled['triton']} allocates other registers than {committed['triton']} of the table")
+        pytest.skip(
+            f"triton {compiled['triton']} allocates registers differently from the table's {committed['triton']}"
+        )
     assert not [name for name, row in compiled["kernels"].items() if row["spilled"]]
 
 
 def test_wide_accesses_and_assertions_stay(compiled, committed):
-    """Triton drops both without a word: 16-byte accesses where it cannot prove alignment, and every assertion that is
-    not launched for debugging."""
+    """Triton silently drops both: 16-byte accesses if it cannot prove alignment, and all assertions in a launch
+    without debug=True."""
     for name, row in compiled["kernels"].items():
         assert row["asserts"] == committed["kernels"][name]["asserts"], name
         assert row["widest"] >= committed["kernels"][name]["widest"], name
@@ -262,11 +264,11 @@ def test_registers_and_shared_memory_stay_within_the_table(compiled, committed):
         for resource in ("registers", "shared")
         if row[resource] > committed["kernels"][name][resource]
     }
-    assert not grown, "if these are worth it, write the table again: see the top of this file"
+    assert not grown, "if these are worth it, regenerate the table: see the top of this file"
 
 
 def test_products_run_where_they_are_meant_to(compiled, committed):
-    """On matrix units, but for those of exact float32, which have none."""
+    """On tensor cores, except for exact float32, which has none."""
     for name, row in compiled["kernels"].items():
         assert row["products"] == committed["kernels"][name]["products"], name
         assert row["products"] != "fma" or "ieee" in name, name

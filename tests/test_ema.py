@@ -1,4 +1,4 @@
-"""ema_: against float64, over one step and many; every layout, dtype and length in one call."""
+"""ema_ against float64, over one step and many, with all layouts, dtypes and lengths."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from jepa_kernels import ema_
 from jepa_kernels.ema import _ema_kernel, ema_ref, ema_triton
 from numerics import rms
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel: on a CPU, in the interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernel; on a CPU it runs in the interpreter
 OP = torch.ops.jepa_kernels.ema_
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIXTURES = [(target, source) for target in DTYPES for source in DTYPES]
@@ -21,14 +21,14 @@ implementations = pytest.mark.parametrize(
 
 
 def cut_off(ema) -> bool:
-    """Whether 16-bit results are cut off, not rounded: Triton's interpreter does that to bfloat16."""
+    """Whether bfloat16 results are truncated instead of rounded, as Triton's interpreter does."""
     return ema is ema_triton and DEVICE == "cpu"
 
 
 @implementations
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 0.9, 0.996, 0.9999, 1.0])
 def test_one_step_against_float64(ema, device, momentum):
-    """At most 1.25 times the error of rounding the exact answer; 2 where the difference weighs as much."""
+    """At most 1.25 times the error of rounding the exact answer; twice if the difference has a similar weight."""
     pairs = [(n, *mixture) for mixture in MIXTURES for n in LENGTHS]
     targets = [torch.randn(n).to(to) for n, to, _ in pairs]
     sources = [torch.randn(n).to(of) for n, _, of in pairs]
@@ -48,7 +48,7 @@ def test_one_step_against_float64(ema, device, momentum):
 
 @implementations
 def test_many_steps_against_float64(ema, device):
-    """A teacher's schedule, .9 -> 1: the error of a walk of roundings, not a drift."""
+    """A teacher's schedule, .9 -> 1: rounding errors accumulate as a random walk, without drift."""
     steps, n = 400, 3001
     target, exact = torch.randn(n).to(device), None
     exact = target.double().cpu()
@@ -63,7 +63,7 @@ def test_many_steps_against_float64(ema, device):
 @implementations
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_16_bit_value_is_read_and_every_float_is_written(ema, device, dtype):
-    """A momentum of 0 is a conversion."""
+    """With a momentum of 0, ema_ converts dtypes."""
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for of in DTYPES[1:]:
         source = halves.view(of)
@@ -166,7 +166,7 @@ def test_opcheck(device):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
-def test_compiles_whole(device, dynamic):
+def test_compiles_as_one_graph(device, dynamic):
     def student_and_teacher(x: Tensor, teacher: Tensor, momentum: float | Tensor) -> Tensor:
         student = x.sin()
         ema_([teacher], [student], momentum)
@@ -189,15 +189,15 @@ def test_compiles_whole(device, dynamic):
         ([torch.ones(2)], [torch.ones(2, dtype=torch.int64)], 0.9, r"int64 for sources\[0\]"),
         ([torch.ones(2, dtype=torch.complex64)], [torch.ones(2)], 0.9, r"complex64 for targets\[0\]"),
         ([torch.ones(2)], [torch.ones(2, device="meta")], 0.9, r"sources\[0\] on meta"),
-        ([torch.ones(4, 4)[:, ::2]], [torch.ones(4, 2)], 0.9, r"targets\[0\] must fill"),
-        ([torch.ones(1).expand(4)], [torch.ones(4)], 0.9, r"targets\[0\] must fill"),
+        ([torch.ones(4, 4)[:, ::2]], [torch.ones(4, 2)], 0.9, r"targets\[0\] must be non-overlapping"),
+        ([torch.ones(1).expand(4)], [torch.ones(4)], 0.9, r"targets\[0\] must be non-overlapping"),
         ([torch.ones(2)], [torch.zeros(2)], 1.1, "momentum.*1.1"),
         ([torch.ones(2)], [torch.zeros(2)], float("nan"), "momentum.*nan"),
         ([torch.ones(2)], [torch.zeros(2)], torch.ones(1), r"momentum.*\(1,\)"),
         ([torch.ones(2)], [torch.zeros(2)], torch.tensor(1.5), r"momentum.*1\.5"),
         ([torch.ones(2).to(torch.float8_e4m3fn)], [torch.zeros(2)], 0.9, r"float8_e4m3fn for targets\[0\]"),
-        ([ONES, ONES], [torch.zeros(2)] * 2, 0.9, "memory of its own"),
-        ([ONES, ONES.view(2)], [torch.zeros(2)] * 2, 0.9, "memory of its own"),
+        ([ONES, ONES], [torch.zeros(2)] * 2, 0.9, "must not share memory"),
+        ([ONES, ONES.view(2)], [torch.zeros(2)] * 2, 0.9, "must not share memory"),
     ],
 )
 def test_bad_arguments_are_named_and_nothing_is_written(targets, sources, momentum, names):
@@ -206,7 +206,7 @@ def test_bad_arguments_are_named_and_nothing_is_written(targets, sources, moment
     assert all(bool((t == 1).all()) for t in targets)
 
 
-def test_the_op_refuses_lists_that_do_not_go_together():
+def test_the_op_refuses_lists_that_do_not_match():
     for sources, weight in (
         ([torch.ones(5)], torch.ones(())),
         ([torch.ones(5), torch.ones(6)], torch.ones(())),
@@ -218,8 +218,8 @@ def test_the_op_refuses_lists_that_do_not_go_together():
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
-def test_float64_beside_the_others(device):
-    """A float64 target is computed in float64; a float64 source is not rounded before it is."""
+def test_float64_mixed_with_other_dtypes(device):
+    """Pairs with a float64 target or source are computed in float64; the source is not rounded first."""
     momentum = 0.9999
     kinds = [(torch.float64, torch.float64), (torch.float64, torch.bfloat16), (torch.float32, torch.float64)]
     targets = [torch.randn(3, 67, device=device).to(to) for to, _ in [*kinds, *MIXTURES]]
@@ -235,7 +235,7 @@ def test_float64_beside_the_others(device):
 
 
 @implementations
-def test_a_tensor_at_an_odd_address_among_others(ema, device):
+def test_unaligned_tensors_among_aligned_ones(ema, device):
     lengths, exact = (3000, 3001, 3000, 3001), []
     bases = [torch.randn(n + 1, device=device) for n in lengths]
     targets = [bases[0][1:], bases[1][:-1], bases[2][:-1], bases[3][1:]]
@@ -248,14 +248,14 @@ def test_a_tensor_at_an_odd_address_among_others(ema, device):
     assert ends == [bases[0][0].item(), bases[1][-1].item(), bases[2][-1].item(), bases[3][0].item()]
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own below")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter needs CPU memory; another test covers a GPU")
 def test_addresses_beyond_32_bits(tmp_path):
-    """The last block of a tensor of 2**31 + 1029 elements, in a file of holes: nothing but that block is touched."""
+    """The last block of a tensor of 2**31 + 1029 elements in a sparse file: only that block is touched."""
     n = 2**31 + 1029
     target = torch.from_file(str(tmp_path / "t"), shared=True, size=n, dtype=torch.bfloat16)
     target[-5:] = 1.0
     source = torch.full((5,), 3.0)
-    shifted = source.data_ptr() - 4 * (n - 5)  # the address that its elements would have behind n - 5 others
+    shifted = source.data_ptr() - 4 * (n - 5)  # its base address if n - 5 elements preceded it
     table = torch.tensor([[n, target.data_ptr(), shifted, 1, 0]])
     blocks = torch.tensor([[0, (n - 5) // 1024]], dtype=torch.int32)
     _ema_kernel[(1,)](blocks, table, 0.5, ON_DEVICE=False, BLOCK=1024)

@@ -1,4 +1,4 @@
-"""gather_tokens: a copy, so exact; its gradient bit for bit the float32 sum in the order of k."""
+"""gather_tokens: the copy is exact, and the gradient is bit for bit the float32 sum in the order of k."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from jepa_kernels import gather_tokens
 from jepa_kernels.gather import gather_backward_ref, gather_backward_triton, gather_ref, gather_triton
 from numerics import cut_off, far_apart, strided_views
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels: on a CPU, in the interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernels; on a CPU they run in the interpreter
 OP = torch.ops.jepa_kernels
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [  # B, N, K, D
@@ -19,7 +19,7 @@ SHAPES = [  # B, N, K, D
     (2, 5, 3, 0),
     (1, 1, 1, 1),
     (3, 17, 7, 13),
-    (2, 67, 131, 65),  # more kept than there are: repeats for certain
+    (2, 67, 131, 65),  # K > N: there must be repeats
     (2, 196, 51, 768),
     (1, 256, 69, 1280),
 ]
@@ -63,7 +63,7 @@ def test_any_strides(gather, device):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradient_sums_repeats_in_order(gather_backward, device, dtype, shape):
-    """Against a loop over k in float32: the same additions in the same order, so the same bits."""
+    """Compared with a loop over k in float32: the same additions in the same order give the same bits."""
     B, N, K, D = shape
     dy, index = torch.randn(B, K, D).to(dtype), random_index(B, N, K)
     total = np.zeros((B, N, D), np.float64 if dtype == torch.float64 else np.float32)
@@ -90,7 +90,7 @@ def test_gradient_of_any_strides(gather_backward, device):
 
 
 def test_gradient_does_not_depend_on_threads():
-    N = 1500  # 12,000 rows: a task is 992 of them
+    N = 1500  # 12,000 rows, 992 per task
     dy, index = torch.randn(8, 2000, 33, dtype=torch.bfloat16), random_index(8, N, 2000)
     threads = torch.get_num_threads()
     results = []
@@ -121,14 +121,14 @@ def test_opcheck(device):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
-def test_compiles_whole(device, dynamic):
+def test_compiles_as_one_graph(device, dynamic):
     torch.compiler.reset()
     compiled = torch.compile(lambda x, i: 2 * gather_tokens(x, i), fullgraph=True, dynamic=dynamic)
     for B, N, K, D in ((2, 9, 5, 8), (3, 16, 7, 12)):
         x, dy = torch.randn(B, N, D, device=device), torch.randn(B, K, D, device=device)
         index = random_index(B, N, K).to(device)
         inputs = [x.clone().requires_grad_() for _ in range(2)]
-        with torch._dynamo.config.patch(error_on_recompile=dynamic):  # dynamic: for every size
+        with torch._dynamo.config.patch(error_on_recompile=dynamic):  # dynamic: one graph for all sizes
             outputs = [compiled(inputs[0], index), 2 * gather_tokens(inputs[1], index)]
         for y in outputs:
             y.backward(dy)
@@ -142,11 +142,11 @@ def test_an_index_out_of_range_is_refused(wrong):
     with pytest.raises(ValueError, match=f"index.* {wrong};"):
         gather_tokens(x, index)
     for call in (OP.gather, torch.compile(gather_tokens, fullgraph=True)):
-        with pytest.raises((RuntimeError, IndexError)):  # nothing is read from where it points
+        with pytest.raises((RuntimeError, IndexError)):  # nothing is read out of bounds
             call(x, index)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a failed assert ends the process's use of the GPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="after a failed assert the process cannot use the GPU")
 def test_the_kernel_asserts_its_index(monkeypatch):
     from triton.runtime import interpreter
 
@@ -178,7 +178,7 @@ def test_bad_arguments_are_named(x, index, name):
 
 
 def test_addresses_beyond_32_bits(tmp_path):
-    """A row whose offset does not fit in 31 bits, out of a file of holes: nothing but that row is read."""
+    """A row whose offset does not fit in 31 bits, in a sparse file of which only the selected rows are read."""
     N, D = 2**20 + 3, 2**11
     x = torch.from_file(str(tmp_path / "x"), shared=True, size=N * D, dtype=torch.float16).view(1, N, D)
     x[0, N - 2] = torch.arange(D)
@@ -186,7 +186,7 @@ def test_addresses_beyond_32_bits(tmp_path):
     assert torch.equal(y[0, 0], torch.arange(D).half()) and not y[0, 1].any()
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter needs CPU memory; another test covers a GPU")
 def test_the_triton_kernels_reach_beyond_32_bits(tmp_path):
     x, index = torch.randn(4, 3, 7).half(), random_index(4, 3, 3)
     far = far_apart(x, tmp_path / "x")
@@ -194,7 +194,7 @@ def test_the_triton_kernels_reach_beyond_32_bits(tmp_path):
     assert torch.equal(gather_backward_triton(far, index, 5), gather_backward_ref(x, index, 5))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs 9 GB of a GPU's memory")
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 9 GB of GPU memory")
 def test_addresses_beyond_32_bits_on_a_gpu():
     N, D = 2**20 + 3, 2**11
     x = torch.zeros(1, N, D, dtype=torch.float16, device="cuda")
@@ -205,7 +205,7 @@ def test_addresses_beyond_32_bits_on_a_gpu():
     assert torch.equal(gather_backward_triton(y, index, N), x)
 
 
-def test_an_index_in_a_parameter_is_read_too():
+def test_index_values_in_a_parameter_are_checked_too():
     index = torch.nn.Parameter(torch.full((2, 1), 3), requires_grad=False)
-    with pytest.raises(ValueError, match="index holds 3"):
+    with pytest.raises(ValueError, match="index contains 3"):
         gather_tokens(torch.ones(2, 3, 4), index)

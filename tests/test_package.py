@@ -1,4 +1,4 @@
-"""The package as other people get it: built from the sdist, installed into an empty folder, imported alone."""
+"""The package as users get it: built from the sdist, installed into an empty folder, imported in isolation."""
 
 import ast
 import email
@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Every op once, forward and backward, on the numbers of one seed; what came out is saved.
+# Runs every op once, forward and backward, with inputs from one seed, and saves the results.
 USE = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -35,13 +35,13 @@ mask_token = torch.randn(D, requires_grad=True)
 optimizer = jk.AdamWEMA([*embed.parameters(), mask_token])
 x = jk.gather_tokens(embed(rows), torch.randint(7, (B, 7)))
 tokens = jk.predictor_tokens(x, context, target, torch.randn(N, D), mask_token)
-of_context = torch.rand(M, B, N).argsort(2)[:, :, :7]  # the first rows come from the images, the others do not
+of_context = torch.rand(M, B, N).argsort(2)[:, :, :7]  # the first rows come from the images, the rest do not
 loss = jk.prediction_loss(tokens, torch.randn(B, N, D), torch.cat([of_context, target], 2))
 terms = jk.vicreg(tokens.mean(1).view(M, B, D).transpose(0, 1))
 (loss + sum(terms)).backward()
 gradients = [p.grad.clone() for p in (*embed.parameters(), mask_token)]
 assert all(gradient.abs().min() > 0 for gradient in gradients)
-for p in (*embed.parameters(), mask_token):  # AdamW's first step is the sign, and the sign of a rounding is any
+for p in (*embed.parameters(), mask_token):  # AdamW's first step is the sign, which is arbitrary for a rounding error
     p.grad = p.grad.where(p.grad.abs() > 1e-3 * p.grad.square().mean().sqrt(), 0)
 optimizer.step()
 jk.ema_(teacher.parameters(), embed.parameters(), .9)
@@ -50,7 +50,7 @@ torch.save([rows, tokens.detach(), loss.detach(), *terms, *gradients, *averages,
            sys.argv[2])
 """
 
-# What an import brings into a process that has torch and triton, and which CPU kernels are then there.
+# What an import adds to a process that has torch and triton, and which CPU kernels are then registered.
 LOOK = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -80,7 +80,7 @@ def alone(code: str, *words: object) -> str:
 
 
 def registered_in_csrc() -> set[str]:
-    """`namespace::op` of every kernel that csrc gives the CPU."""
+    """`namespace::op` of every CPU kernel that csrc registers."""
     ops = set()
     for source in ROOT.glob("csrc/*.cpp"):
         for namespace, body in re.findall(r"LIBRARY_IMPL\((\w+), CPU, m\) {(.*?)^}", source.read_text(), re.M | re.S):
@@ -90,7 +90,7 @@ def registered_in_csrc() -> set[str]:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """Built in a copy that holds only what git would: files left over from other builds hide what is missing."""
+    """Built in a copy without git-ignored files: leftovers of other builds would hide what is missing."""
     folder = tmp_path_factory.mktemp("sdist")
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
     shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(".git", "shared", *ignored))
@@ -140,7 +140,7 @@ def test_sdist_holds_the_repository(sdist):
     assert not fnmatch.filter(held, "*.so") and not fnmatch.filter(held, "*.pyc")
 
 
-def test_wheel_serves_every_python_and_holds_the_package_alone(wheel):
+def test_wheel_serves_every_python_and_holds_only_the_package(wheel):
     assert re.fullmatch(r"jepa_kernels-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -155,7 +155,7 @@ def test_wheel_serves_every_python_and_holds_the_package_alone(wheel):
     assert fields.get_payload().strip() == (ROOT / "kernels/README.md").read_text().strip()
 
 
-def test_the_packages_readme_runs_as_it_stands(installed):
+def test_the_packages_readme_example_runs(installed):
     text = (ROOT / "kernels/README.md").read_text()
     (example,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     alone(f"import sys; sys.path.insert(0, sys.argv[1])\n{example}", installed)
@@ -192,7 +192,7 @@ def test_a_broken_extension_is_not_taken_for_a_missing_one(installed, tmp_path, 
     shutil.copytree(installed, tmp_path, dirs_exist_ok=True)
     library = tmp_path / "jepa_kernels/_C.abi3.so"
     whole = library.read_bytes()
-    sparc = whole[:18] + b"\2\0" + whole[20:]  # the field of the ELF header that names the processor
+    sparc = whole[:18] + b"\2\0" + whole[20:]  # e_machine in the ELF header
     library.write_bytes({"text": b"not a library", "another machine": sparc}[damage])
     command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import jepa_kernels"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -200,12 +200,12 @@ def test_a_broken_extension_is_not_taken_for_a_missing_one(installed, tmp_path, 
 
 
 @pytest.mark.parametrize(("damage", "says"), [("missing", "is missing"), ("stale", "lacks patchify")])
-def test_a_missing_or_stale_extension_is_not_replaced_in_silence(installed, tmp_path, damage, says):
+def test_a_missing_or_stale_extension_is_not_silently_replaced(installed, tmp_path, damage, says):
     shutil.copytree(installed, tmp_path, dirs_exist_ok=True)
     library = tmp_path / "jepa_kernels/_C.abi3.so"
     if damage == "missing":
         library.unlink()
-    else:  # it registers another name
+    else:  # so that it registers another name
         library.write_bytes(library.read_bytes().replace(b"\0patchify\0", b"\0patchifi\0"))
     command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import jepa_kernels"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -213,13 +213,13 @@ def test_a_missing_or_stale_extension_is_not_replaced_in_silence(installed, tmp_
     assert done.returncode == 1 and said.startswith("ImportError") and says in said and "build_ext --inplace" in said
 
 
-def test_a_source_tree_runs_where_it_lies(sdist, installed, tmp_path):
-    """With the library built in place, and without it when that was asked for; the later build decides."""
+def test_a_source_tree_runs_in_place(sdist, installed, tmp_path):
+    """With the library built in place, and without it if the build leaves it out; the latest build decides."""
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (tree,) = tmp_path.glob("jepa_kernels-*")
     (tmp_path / "built").mkdir()
-    shutil.copytree(installed / "jepa_kernels", tmp_path / "built/jepa_kernels")  # newer than its sources: stays
+    shutil.copytree(installed / "jepa_kernels", tmp_path / "built/jepa_kernels")  # newer than its sources: not rebuilt
     for no_ext, ops in (("1", []), ("0", ["jepa_kernels::gather"])):
         build = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-lib", tmp_path / "built"]
         run(*build, cwd=tree, env=os.environ | {"JEPA_KERNELS_NO_EXT": no_ext})
@@ -227,7 +227,7 @@ def test_a_source_tree_runs_where_it_lies(sdist, installed, tmp_path):
 
 
 def test_building_without_torch_says_what_to_do(tmp_path):
-    """In an environment of its own, with setuptools and nothing else."""
+    """In a separate environment that has only setuptools."""
     import setuptools
 
     venv.create(tmp_path / "bare", with_pip=False)

@@ -1,4 +1,4 @@
-"""patchify against float64 images cut up by `unfold`, and against the convolution that it feeds."""
+"""patchify against `unfold` of float64 images, and against the convolution whose input it computes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch.nn.functional import conv2d, unfold
 from jepa_kernels import patchify
 from jepa_kernels.patchify import patchify_ref, patchify_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel: on a CPU, in the interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernel; on a CPU it runs in the interpreter
 OP = torch.ops.jepa_kernels.patchify
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, BIAS = [1 / (255 * s) for s in STD], [-m / s for m, s in zip(MEAN, STD, strict=True)]
@@ -21,7 +21,7 @@ SHAPES = [  # B, H, W, P, K; None: all patches
     (3, 21, 35, 7, 11),
     (2, 33, 22, 11, 5),
     (2, 51, 34, 17, 3),
-    (2, 74, 37, 37, 3),  # a patch in two parts
+    (2, 74, 37, 37, 3),  # a patch takes two programs
     (2, 32, 32, 4, 20),
     (3, 40, 24, 8, None),
     (1, 224, 224, 14, 69),
@@ -43,7 +43,7 @@ def random_index(B: int, N: int, K: int | None) -> Tensor | None:
 
 
 def oracle(images: Tensor, index: Tensor | None, P: int) -> tuple[Tensor, Tensor]:
-    """The patches in float64, and the size |x/std| + |mean/std| of the terms that made them."""
+    """The patches in float64, and |x/std| + |mean/std|, the magnitude of their terms."""
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
     pixels = images.double() / 255
     results = []
@@ -75,12 +75,12 @@ def test_values(op, device, dtype, channels_last, shape):
         return
     error = y.double() - expected
     assert y.shape == expected.shape
-    if dtype == torch.float32:  # scale, bias, product and sum are rounded, each to half of the last bit
+    if dtype == torch.float32:  # scale, bias, product and sum each round by up to half of the last bit
         assert (error.abs() <= 4 * 2**-24 * size).all()
     else:
         rounding = expected.to(dtype).double() - expected
-        truncates = op is patchify_triton and device == "cpu" and dtype == torch.bfloat16  # the interpreter
-        if error.numel() < 64:  # too few for a mean: each within its own last bit, or half of it
+        truncates = op is patchify_triton and device == "cpu" and dtype == torch.bfloat16  # in the interpreter
+        if error.numel() < 64:  # too few for an RMS: each within its own last bit, or half of it
             bit = torch.finfo(dtype).eps * expected.abs() * (1 if truncates else 0.5)
             assert (error.abs() <= bit + 4 * 2**-24 * size).all()
         else:
@@ -104,7 +104,7 @@ def test_any_strides(op, device):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_feeds_the_patch_embedding(channels_last):
-    """The rows are in the order of a convolution's weight."""
+    """The rows have the order of a convolution's weight."""
     images, weight = random_images(2, 28, 42), torch.randn(11, 3, 7, 7, dtype=torch.float64)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
     expected = conv2d((images.double() / 255 - mean) / std, weight, stride=7).flatten(2).mT
@@ -127,7 +127,7 @@ def test_opcheck(device):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
-def test_compiles_whole(device, dynamic):
+def test_compiles_as_one_graph(device, dynamic):
     def embed(images: Tensor, index: Tensor | None) -> Tensor:
         return 2 * patchify(images, index, mean=MEAN, std=STD, patch_size=4)
 
@@ -150,11 +150,11 @@ def test_an_index_out_of_range_is_refused(wrong):
     index[1, 2] = wrong
     with pytest.raises(ValueError, match=f"index.* {wrong};"):
         patchify(images, index, mean=MEAN, std=STD, patch_size=4)
-    with pytest.raises((RuntimeError, IndexError)):  # nothing is read from where it points
+    with pytest.raises((RuntimeError, IndexError)):  # nothing is read out of bounds
         OP(images, index, SCALE, BIAS, 4, torch.float32)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a failed assert ends the process's use of the GPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="after a failed assert the process cannot use the GPU")
 def test_the_kernel_asserts_its_index(monkeypatch):
     from triton.runtime import interpreter
 
@@ -193,7 +193,7 @@ def test_bad_arguments_are_named(changed, name):
 
 
 def test_addresses_beyond_32_bits(tmp_path):
-    """A pixel whose offset does not fit in 32 bits, out of a file of holes: nothing but its patch is read."""
+    """A pixel whose offset does not fit in 32 bits, in a sparse file of which only its patch is read."""
     H, W = 2**15, 2**15 + 2**14
     images = torch.from_file(str(tmp_path / "x"), shared=True, size=3 * H * W, dtype=torch.uint8).view(1, 3, H, W)
     images[0, 2, -16:, -16:] = torch.arange(256).view(16, 16)
@@ -201,7 +201,7 @@ def test_addresses_beyond_32_bits(tmp_path):
     assert torch.equal(y[0, 0, -256:], torch.arange(256.0)) and not y[0, 0, :-256].any()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs 5 GB of a GPU's memory")
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 5 GB of GPU memory")
 def test_addresses_beyond_32_bits_on_a_gpu():
     H, W = 2**15, 2**15 + 2**14
     images = torch.zeros(1, 3, H, W, dtype=torch.uint8, device="cuda")

@@ -1,4 +1,4 @@
-"""prediction_loss against a float64 re-derivation: values, gradients, and what it must leave alone."""
+"""prediction_loss against a float64 derivation: values, gradients, and what it must not change."""
 
 from collections.abc import Iterator
 
@@ -28,10 +28,10 @@ SHAPES = [  # M, B, N, K, D
     (2, 3, 11, 4, 127),
     (4, 2, 196, 33, 384),
     (4, 1, 256, 11, 1280),
-    (2, 1, 5, 3, 2056),  # wider than rows of one warp
+    (2, 1, 5, 3, 2056),  # too wide for one warp per row
 ]
 EMPTY = [(0, 2, 5, 3, 4), (2, 0, 5, 3, 4), (2, 3, 5, 0, 4), (2, 3, 5, 3, 0)]
-# The Triton kernels take the CPU's place here: in the interpreter, through the same public function.
+# Registered as the CPU kernels, to run under the same public function; Triton's then run in the interpreter.
 KERNELS = {
     "reference": (prediction_loss_ref, prediction_loss_scale_ref),
     "triton": (prediction_loss_triton, prediction_loss_scale_triton),
@@ -58,13 +58,13 @@ def on(kernel: str, *tensors: Tensor) -> list[Tensor]:
 
 
 def inputs(M: int, B: int, N: int, K: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Predictions of the targets' size, so that both branches occur; rows of many sizes, means away from 0."""
+    """Predictions as large as the targets, so that both branches occur; target rows vary in scale and mean."""
     target = ((torch.randn(B, N, D) + 2 * torch.randn(B, N, 1)) * torch.rand(B, N, 1).add(0.01) * 9).to(dtype)
     return (1.2 * torch.randn(M * B, K, D)).to(dtype), target, torch.randint(max(N, 1), (M, B, K))
 
 
 def oracle(pred: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """[M] losses and d(their mean)/d(pred), float64, a row at a time, the derivative by hand."""
+    """[M] losses and d(their mean)/d(pred) in float64, row by row, with the derivative written out."""
     M, B, K = index.shape
     D = pred.shape[2]
     losses, grad = torch.zeros(M, dtype=torch.float64), torch.zeros(pred.shape, dtype=torch.float64)
@@ -90,20 +90,20 @@ def test_values_and_gradient(kernel, shape, dtype):
     loss.backward()
     wide = torch.promote_types(dtype, torch.float32)
     assert loss.dtype == per_block.dtype == wide and pred_.grad.dtype == dtype
-    # From the same inputs: a few roundings per element, of numbers a few times the result's size.
+    # A few roundings per element, of numbers a few times larger than the result.
     unit = torch.finfo(wide).eps
     torch.testing.assert_close(per_block.cpu().double(), losses, rtol=16 * unit, atol=0)
     torch.testing.assert_close(loss.item(), losses.mean().item(), rtol=16 * unit, atol=0)
     budget = 1.25 * rms(rounding(grad, dtype, kernel == "triton")) if dtype.itemsize == 2 else 16 * unit * rms(grad)
     assert rms(pred_.grad.cpu() - grad) <= budget
-    with torch.no_grad():  # compiled apart, a GPU's kernel may fuse other products and sums
+    with torch.no_grad():  # compiled separately, a GPU kernel may fuse products and sums differently
         alone = prediction_loss(pred_, target_, index_)
     torch.testing.assert_close(alone, loss, rtol=2 * unit if kernel == "cuda" else 0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gradient_of_any_mix_of_blocks(kernel, dtype):
-    """Per-block weights, and a loss scale without which float16 would lose the gradient."""
+    """Per-block weights, and a loss scale without which the gradient would underflow in float16."""
     pred, target, index = inputs(3, 2, 50, 31, 640, dtype)
     _, grad = oracle(pred, target, index)
     weight = torch.randn(3)
@@ -112,7 +112,7 @@ def test_gradient_of_any_mix_of_blocks(kernel, dtype):
     loss, per_block = prediction_loss(pred_, target_, index_, per_block=True)
     (2**14 * (loss + weight_ @ per_block)).backward()
     expected = grad.view(3, -1) * (1 + 3 * weight.double())[:, None] * 2**14
-    # The gradient is rounded once, and once more when it is multiplied by a number that is no power of two.
+    # The gradient is rounded once, and again when it is multiplied by anything but a power of two.
     budget = torch.finfo(dtype).eps * expected.abs() + 4e-6 * expected.abs().max()
     assert ((pred_.grad.cpu().view(3, -1) - expected).abs() <= budget).all()
 
@@ -121,11 +121,11 @@ def test_gradient_of_any_mix_of_blocks(kernel, dtype):
 @pytest.mark.parametrize("weight", [0.7, 1 / 3, -1.5, 3.0])
 @pytest.mark.parametrize("compiled", [None, False, True], ids=["eager", "static", "dynamic"])
 def test_weighted_16_bit_gradients_are_rounded_twice_and_not_biased(kernel, dtype, weight, compiled):
-    """The first rounding is at most twice as coarse as the second: sqrt(1 + 4) of one. Where the loss is linear all
-    elements are equal, and an error of theirs would be a bias."""
+    """The first rounding is at most twice as coarse as the second, so the error is at most sqrt(1 + 4) times one
+    rounding. Where the loss is linear all elements are equal, and a common error would be a bias."""
     if compiled is not None and kernel == "triton":
         pytest.skip("the interpreter cannot be traced")
-    torch._dynamo.reset()  # each weight is another graph
+    torch._dynamo.reset()  # each weight compiles another graph
     for shape in ((2, 2, 50, 31, 640), (3, 2, 11, 5, 24)):
         pred, target, index = inputs(*shape, dtype)
         expected = weight * oracle(pred, target, index)[1]
@@ -144,7 +144,7 @@ def test_weighted_16_bit_gradients_are_rounded_twice_and_not_biased(kernel, dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kept_graph_gives_its_gradient_again(kernel, dtype):
-    """Under other weights each time, into a leaf that accumulates; the last backward may consume the graph."""
+    """With another weight each time, accumulating into a leaf; the last backward may free the graph."""
     pred, target, index = inputs(2, 3, 11, 5, 24, dtype)
     _, grad = oracle(pred, target, index)
     pred_, target_, index_ = on(kernel, pred, target, index)
@@ -154,8 +154,8 @@ def test_a_kept_graph_gives_its_gradient_again(kernel, dtype):
     for weight, keep in ((1.0, True), (3.0, True), (1.0, True), (-0.25, False)):
         (weight * loss).backward(retain_graph=keep)
         total += weight
-        pred_.grad *= 1  # what an optimizer does to it is no business of the graph's
-        budget = 40 * torch.finfo(dtype).eps * grad.abs() + 1e-4 * grad.abs().max()  # of a sum of weights up to 5
+        pred_.grad *= 1  # changing .grad in place must not affect the graph
+        budget = 40 * torch.finfo(dtype).eps * grad.abs() + 1e-4 * grad.abs().max()  # for sums of weights up to 5
         assert ((pred_.grad.cpu().double() - total * grad).abs() <= budget).all()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
@@ -174,7 +174,7 @@ def test_any_strides(kernel):
     pred, target, index = inputs(2, 3, 11, 5, 24, torch.float32)
     expected, grad = oracle(pred, target, index)
     pred_, target_, index_ = on(kernel, pred, target, index)
-    behind = torch.full((6, 9, 48), float("nan"), device=pred_.device)  # a predictor's output, context first
+    behind = torch.full((6, 9, 48), float("nan"), device=pred_.device)  # a predictor's output: context comes first
     behind[:, 4:, ::2] = pred_
     for p in (behind[:, 4:], pred_.mT.contiguous().mT, pred_.transpose(0, 1).contiguous().transpose(0, 1)):
         p = p[:, :, ::2] if p.shape[2] == 48 else p
@@ -195,9 +195,9 @@ def test_a_mean_over_nothing_is_nan(kernel, shape):
     assert pred.grad.shape == pred.shape
 
 
-def test_a_mean_over_no_channels_is_nan_whatever_the_memory_held(kernel):
-    """Which is NaN in these tests, and hides what nobody wrote."""
-    torch.use_deterministic_algorithms(False)  # empty memory is what it was: here, ones
+def test_a_mean_over_no_channels_is_nan_whatever_memory_held(kernel):
+    """Uninitialised memory is NaN in these tests, which would hide a result that was never written."""
+    torch.use_deterministic_algorithms(False)  # torch.empty then returns what memory held: here, ones
     for _ in range(4):
         held = torch.ones(2, 3 * 5, device=on(kernel, torch.empty(0))[0].device)
         del held
@@ -241,9 +241,9 @@ def test_same_bits_for_any_number_of_threads():
         assert torch.equal(losses, results[0][0]) and torch.equal(grad, results[0][1])
 
 
-@pytest.mark.skipif(not IN_CPP, reason="the plain reference would make four copies of 8 GB")
+@pytest.mark.skipif(not IN_CPP, reason="the reference would make four copies of 8 GB")
 def test_more_elements_than_int32_counts():
-    """One row of 2^16 + 1 channels, seen 2^15 times: 2^31 elements that take no memory."""
+    """One row of 2^16 + 1 channels, expanded 2^15 times: more than 2^31 elements that take no memory."""
     pred, target, index = inputs(1, 1, 1, 1, 2**16 + 1, torch.bfloat16)
     index = torch.zeros(1, 1, 2**15, dtype=torch.int64)
     losses, _ = OP.prediction_loss(pred.expand(1, 2**15, -1), target, index, False)
@@ -251,7 +251,7 @@ def test_more_elements_than_int32_counts():
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.skipif(CUDA, reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+@pytest.mark.skipif(CUDA, reason="the interpreter needs CPU memory; another test covers a GPU")
 def test_the_triton_kernel_reaches_beyond_32_bits(tmp_path):
     pred, target, index = inputs(2, 2, 3, 3, 7, torch.float16)
     far = far_apart(pred, tmp_path / "pred"), far_apart(target, tmp_path / "target"), index
@@ -259,9 +259,9 @@ def test_the_triton_kernel_reaches_beyond_32_bits(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(not CUDA, reason="needs 13 GB of a GPU's memory")
+@pytest.mark.skipif(not CUDA, reason="needs 13 GB of GPU memory")
 def test_more_elements_than_int32_counts_on_a_gpu():
-    """Predictions, gradient and targets beyond 2^31 elements each; the last row is as the same row alone."""
+    """Predictions, gradient and targets of more than 2^31 elements each; the last row is as if computed alone."""
     K, D = 2**20 + 3, 2**11
     row, goal = 1.2 * torch.randn(D, device="cuda"), torch.randn(D, device="cuda")
     pred, target = (torch.zeros(1, K, D, dtype=torch.bfloat16, device="cuda") for _ in range(2))
@@ -341,12 +341,12 @@ def test_bad_input_is_refused_before_anything_is_read(argument, arguments):
 
 @pytest.mark.parametrize("value", [-1, 11])
 def test_no_kernel_reads_through_an_index_out_of_range(monkeypatch, value):
-    """A compiled call passes values that Python has not seen."""
+    """A compiled call passes values that Python has not checked."""
     pred, target, index = inputs(2, 3, 11, 5, 24, torch.float32)
     index[1, 2, 3] = value
     with pytest.raises(RuntimeError, match=f"index.* {value}"):
         OP.prediction_loss(pred, target, index, True)
-    if not CUDA:  # there a failed assertion ends the process's use of the GPU
+    if not CUDA:  # after a failed assertion the process cannot use the GPU
         debug = interpreter.InterpreterOptions(debug=True)
         monkeypatch.setattr(interpreter.interpreter_builder, "options", debug)
         with pytest.raises(interpreter.InterpreterError, match="prediction_loss: index out of range"):

@@ -15,9 +15,9 @@ from jepa_kernels.predictor_tokens import (
 )
 from numerics import far_apart, strided_views
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels: on a CPU, in the interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernels; on a CPU they run in the interpreter
 OP = torch.ops.jepa_kernels
-DTYPES = [  # of context, of pos and the mask token
+DTYPES = [  # context; pos and mask token
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),
     (torch.bfloat16, torch.bfloat16),
@@ -34,7 +34,7 @@ SHAPES = [  # M, B, Kc, Kt, N, D
     (1, 1, 1, 1, 1, 1),
     (3, 5, 7, 11, 13, 17),
     (2, 1, 3, 2, 4, 2056),  # wider than eleven chunks of columns
-    (2, 3, 64, 32, 37, 131),  # tiles of the kernels end where the context does
+    (2, 3, 64, 32, 37, 131),  # the context ends on a tile boundary
     (4, 2, 69, 44, 256, 384),
 ]
 forwards = pytest.mark.parametrize(
@@ -73,10 +73,10 @@ def by_loops(context: Tensor, context_index: Tensor, target_index: Tensor, pos: 
 
 
 def within_rounding(value: Tensor, exact: Tensor, interpreted: bool) -> bool:
-    """Rounded once: the error is that of rounding `exact`. The interpreter cuts bfloat16 off: twice that."""
+    """Whether the error is that of rounding `exact` once, or twice that where the interpreter truncates to bfloat16."""
     rounding = exact.to(value.dtype).double() - exact
     budget = 2.5 if interpreted and value.dtype == torch.bfloat16 else 1.25
-    if exact.numel() < 512:  # too few for a mean: each within its own last bit, or half of it
+    if exact.numel() < 512:  # too few for an RMS: each within its own last bit, or half of it
         bit = torch.finfo(value.dtype).eps * exact.abs() * (1 if budget > 2 else 0.5)
         return bool(((value.double() - exact).abs() <= 1.01 * bit + 2**-22).all())
     return bool((value.double() - exact).norm() <= budget * rounding.norm())
@@ -117,7 +117,7 @@ def test_gradients(op, device, dtype, shape):
     d_context, d_mask = (grad.cpu() for grad in op(dy.to(device), M, B, Kc))
     wide = dy.double().view(M, B, Kc + Kt, D)
     assert d_context.dtype == dtype and d_context.is_contiguous() and d_context.shape == (B, Kc, D)
-    assert d_mask.dtype == torch.promote_types(dtype, torch.float32)  # sums, for the caller to round
+    assert d_mask.dtype == torch.promote_types(dtype, torch.float32)  # unrounded sums: the caller rounds
     exact, terms = wide[:, :, Kc:].sum((0, 1, 2)), wide[:, :, Kc:].abs().sum((0, 1, 2))
     last_bit = torch.finfo(d_mask.dtype).eps / 2
     assert ((d_mask.double() - exact).abs() <= (M * Kt + B) * last_bit * terms).all()
@@ -150,7 +150,7 @@ def test_gradients_repeat_bit_for_bit(op, device):
     assert all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again, strict=True))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter needs CPU memory; another test covers a GPU")
 def test_the_triton_kernels_reach_beyond_32_bits(tmp_path):
     context, *rest = random_inputs((2, 4, 3, 2, 5, 7), torch.float16, torch.float16)
     far = far_apart(context, tmp_path / "context")
@@ -159,9 +159,9 @@ def test_the_triton_kernels_reach_beyond_32_bits(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter needs CPU memory; another test covers a GPU")
 def test_triton_sequences_beyond_32_bits(tmp_path):
-    """Those of the first image, for the last blocks of a batch whose other images nobody computes."""
+    """The first image's sequences, up to the last block, in a batch whose other images are not computed."""
     M, B, Kc, Kt, N, D = 3, 2**20, 2, 2, 5, 512
     context, seen, asked, *tables = random_inputs((M, 1, Kc, Kt, N, D), torch.float16, torch.float16)
     where = torch.from_file(str(tmp_path / "index"), shared=True, size=M * B * Kt, dtype=torch.int64).view(M, B, Kt)
@@ -174,9 +174,9 @@ def test_triton_sequences_beyond_32_bits(tmp_path):
     assert torch.equal(y[::B], predictor_tokens_triton(context, seen, asked, *tables))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs 14 GB of a GPU's memory")
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 14 GB of GPU memory")
 def test_addresses_beyond_32_bits_on_a_gpu():
-    """The last rows of a result of more than 2^31 elements, and of its gradient, are as they are alone."""
+    """The last image of a result of more than 2^31 elements, and its gradient, are as if computed alone."""
     M, B, Kc, Kt, D = 2, 2**15 + 1, 17, 16, 1024
     context = torch.zeros(B, Kc, D, dtype=torch.bfloat16, device="cuda")
     context[-1] = torch.randn(Kc, D)
@@ -224,7 +224,7 @@ def test_opcheck(device):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
-def test_compiles_whole(device, dynamic):
+def test_compiles_as_one_graph(device, dynamic):
     torch.compiler.reset()
     compiled = torch.compile(lambda *inputs: 2 * predictor_tokens(*inputs), fullgraph=True, dynamic=dynamic)
     for shape in ((2, 3, 4, 5, 9, 8), (4, 2, 6, 7, 16, 12)):
@@ -232,7 +232,7 @@ def test_compiles_whole(device, dynamic):
         results = []
         for call in (compiled, lambda *inputs: 2 * predictor_tokens(*inputs)):
             context, mask = (tensor.detach().clone().requires_grad_() for tensor in (inputs[0], inputs[4]))
-            with torch._dynamo.config.patch(error_on_recompile=dynamic):  # dynamic: for every size
+            with torch._dynamo.config.patch(error_on_recompile=dynamic):  # dynamic: one graph for all sizes
                 y = call(context, *inputs[1:4], mask)
             y.backward(torch.ones_like(y))
             results.append((y, context.grad, mask.grad))
@@ -246,11 +246,11 @@ def test_an_index_out_of_range_is_refused(name, wrong):
     inputs[1 if name == "context_index" else 2][..., 4, 3] = wrong
     with pytest.raises(ValueError, match=f"{name}.* {wrong};"):
         predictor_tokens(*inputs)
-    with pytest.raises((RuntimeError, IndexError)):  # nothing is read from where it points
+    with pytest.raises((RuntimeError, IndexError)):  # nothing is read out of bounds
         OP.predictor_tokens(*inputs)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a failed assert ends the process's use of the GPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="after a failed assert the process cannot use the GPU")
 def test_the_kernel_asserts_its_indices(monkeypatch):
     from triton.runtime import interpreter
 

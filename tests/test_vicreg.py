@@ -1,4 +1,4 @@
-"""vicreg against the criterion written out pair by pair in float64; its three steps on every implementation."""
+"""vicreg against the criterion written out pair by pair in float64; its three ops in every implementation."""
 
 from collections.abc import Callable, Iterator
 from itertools import permutations
@@ -22,9 +22,9 @@ from jepa_kernels.covariance import (
 from numerics import far_apart, rms, rounding, strided_views
 
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"  # of the Triton kernels: on a CPU, in the interpreter
+DEVICE = "cuda" if CUDA else "cpu"  # for the Triton kernels; on a CPU they run in the interpreter
 OP = torch.ops.jepa_kernels
-SHAPES = [  # N, M, D: rows above and below the channels, tiles that are not full, sums in parts
+SHAPES = [  # N, M, D: more and fewer rows than channels, partial tiles, sums in parts
     (2, 2, 1),
     (2, 3, 5),
     (3, 2, 2),
@@ -36,7 +36,7 @@ SHAPES = [  # N, M, D: rows above and below the channels, tiles that are not ful
     (5, 2, 577),
     (1021, 2, 3),
 ]
-# The Triton kernels take the CPU's place here: in the interpreter, through the same public function.
+# Registered as the CPU kernels, to run under the same public function; Triton's then run in the interpreter.
 KERNELS = {
     "reference": (vicreg_moments_ref, vicreg_products_ref, vicreg_backward_ref),
     "triton": (vicreg_moments_triton, vicreg_products_triton, vicreg_backward_triton),
@@ -61,13 +61,13 @@ def on(kernel: str, x: Tensor) -> Tensor:
 
 
 def embeddings(N: int, M: int, D: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Views of one image agree in part; channels are correlated, off zero, and spread below and above gamma."""
+    """Views of an image are similar; channels are correlated, with nonzero means and stds below and above gamma."""
     shared, own, mixing = torch.randn(N, 1, D), torch.randn(N, M, D), torch.randn(D, D) / D**0.5
     return ((shared + 0.5 * own) @ (mixing + torch.eye(D)) * (0.2 + 1.5 * torch.rand(D)) + torch.randn(D)).to(dtype)
 
 
 def criterion(a: Tensor, b: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """VICReg's three terms of two views, each [N, D]."""
+    """VICReg's three terms for two views, each [N, D]."""
     N, D = a.shape
     similarity = (a - b).pow(2).mean()
     std = cov = 0
@@ -118,16 +118,16 @@ def test_one_view_has_no_pair(kernel, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(4, 2, 1), (5, 3, 5), *SHAPES[3:]], ids=str)
 def test_low_precision(kernel, shape, dtype):
-    """Float32 inside, whatever comes in; the gradient rounded once.
+    """Computed in float32 for any input dtype; the gradient is rounded once.
 
-    Of fewer than four images (x / std of two is +-1, whatever they are) float64 tells the same: see above.
+    Fewer than four images are left to the float64 test above: x / std of two is +-1, whatever they are.
     """
     z = embeddings(*shape, dtype)
     exact, z_ = z.double().requires_grad_(), on(kernel, z).requires_grad_()
     expected, terms = pairwise(exact), vicreg(z_)
     scales = [2.0 ** (9 - g.abs().max().clamp(min=1e-9).log2().floor().item()) for g in gradients(expected, exact)]
     scaled = [scale * term for scale, term in zip(scales, expected, strict=True)]
-    # A few images of nearly equal embeddings are ill-conditioned: inputs off by a float32 rounding give other answers.
+    # A few images with similar embeddings are ill-conditioned: float32 rounding of the inputs changes the answer.
     others = []
     for _ in range(4):
         off = (z.double() * (1 + 2**-24 * torch.randn(z.shape, dtype=torch.float64))).requires_grad_()
@@ -137,7 +137,7 @@ def test_low_precision(kernel, shape, dtype):
         assert a.dtype == torch.float32
         atol = 1e-6 * z.double().var().item() ** 2 + 4 * max((b - there[i]).abs().item() for there, _ in others)
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=atol)
-    # Scaled, so that float16 can hold the gradients at all.
+    # Scaled so that float16 can represent the gradients.
     results = gradients([scale * term for scale, term in zip(scales, terms, strict=True)], z_)
     for i, (a, b) in enumerate(zip(results, gradients(scaled, exact), strict=True)):
         conditioned = 4 * max(rms(b - there[i]) for _, there in others)
@@ -147,7 +147,7 @@ def test_low_precision(kernel, shape, dtype):
 
 @pytest.mark.parametrize("shape", [(31, 3, 67), (67, 3, 31)], ids=str)
 def test_autocast_does_not_reach_the_products(kernel, shape):
-    """Which it would round to 16 bits: float32 inside, whatever surrounds the call or its backward."""
+    """Autocast around the call or its backward must not lower the matrix products to 16 bits."""
     z = on(kernel, embeddings(*shape)).requires_grad_()
     results = []
     for dtype in (None, torch.bfloat16):
@@ -165,8 +165,8 @@ def test_a_product_in_16_bits_is_refused():
         OP.vicreg_products(z, mean, 31, True, True, "ieee")
 
 
-def test_gram_form_when_the_diagonal_is_nearly_all(kernel):
-    """||C||^2 - ||diag C||^2 cancels where one channel dwarfs the rest: what float32 loses is what cancels."""
+def test_gram_form_when_the_diagonal_dominates(kernel):
+    """||C||^2 - ||diag C||^2 cancels if one channel dwarfs the rest: the error is relative to what cancels."""
     z = torch.randn(16, 3, 40, dtype=torch.float64)
     z[:, :, 7] *= 30
     exact = pairwise(z)[2].item()
@@ -177,7 +177,7 @@ def test_gram_form_when_the_diagonal_is_nearly_all(kernel):
 
 @pytest.mark.parametrize("N", [5, 40])
 def test_large_means_cost_no_digits(kernel, N):
-    """Statistics of what is left after the mean: at 1000 sigma a sum of squares would have lost six digits."""
+    """The mean is subtracted first: at 1000 sigma, a plain sum of squares would lose six digits."""
     z = torch.randn(N, 3, 17) + 1000
     exact, z_ = z.double().requires_grad_(), on(kernel, z).requires_grad_()
     expected, terms = pairwise(exact), vicreg(z_)
@@ -189,7 +189,7 @@ def test_large_means_cost_no_digits(kernel, N):
 
 @pytest.mark.parametrize("shape", [(11, 3, 7), (7, 3, 11)], ids=str)
 def test_any_strides(kernel, shape):
-    """The engine's own layout among them: predictions come block-major, [M, N, D]."""
+    """Including the engine's: its predictions are block-major, [M, N, D]."""
     z = embeddings(*shape)
     expected = vicreg(leaf := z.clone().requires_grad_())
     grads = gradients(expected, leaf)
@@ -205,7 +205,7 @@ def test_any_strides(kernel, shape):
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
 def test_products_of_a_part_of_the_rows(kernel, gram, keep):
-    """As the distributed form calls them: statistics that are not those of the rows at hand."""
+    """As in the distributed case: the statistics are not those of the given rows."""
     z, mean = embeddings(67, 3, 70), torch.randn(3, 70)
     squares, matrix = OP.vicreg_products(on(kernel, z), on(kernel, mean), 100, gram, keep, "ieee")
     x = (z - mean).double().transpose(0, 1)
@@ -231,7 +231,7 @@ def test_backward_of_a_part_of_the_rows(kernel, gram):
     torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not CUDA, reason="no CPU multiplies in TF32; test_compile_targets.py sees that the kernels would")
+@pytest.mark.skipif(not CUDA, reason="CPUs have no TF32; test_compile_targets.py checks that the kernels use it")
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 @pytest.mark.parametrize("shape", [(9, 2, 67), (67, 2, 9)], ids=str)
 def test_tf32_when_asked(precision, shape):
@@ -276,7 +276,7 @@ def test_same_bits_every_time(kernel):
 
 @pytest.mark.parametrize("shape", [(130, 3, 600), (600, 3, 130)], ids=str)
 def test_threads_change_no_more_than_the_order_of_a_blas_sum(shape):
-    """Rows and channels for several tasks each; what is not a matrix product has the same bits."""
+    """Enough rows and channels for several tasks; everything but the matrix products has the same bits."""
     z, threads, results = embeddings(*shape).requires_grad_(), torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -291,7 +291,7 @@ def test_threads_change_no_more_than_the_order_of_a_blas_sum(shape):
 
 
 def kept(z: Tensor) -> int:
-    """Bytes that a call with gradient keeps until its backward, other than z."""
+    """Bytes other than z that a call with a gradient keeps until its backward."""
     sizes: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -306,7 +306,7 @@ def kept(z: Tensor) -> int:
 
 
 class Allocated(TorchDispatchMode):
-    """Counts the bytes of the memory that calls ask for."""
+    """Counts the bytes allocated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -323,13 +323,13 @@ class Allocated(TorchDispatchMode):
 def test_memory_is_one_small_matrix_per_view(kernel, shape):
     N, M, D = shape
     z = on(kernel, embeddings(*shape, torch.bfloat16)).requires_grad_()
-    terms = 64 * D  # the three, and what else is the size of a mean
+    terms = 64 * D  # allowance for the terms and for tensors the size of a mean
     assert kept(z) <= 4 * M * min(N, D) ** 2 + 2 * 4 * M * D + terms
 
 
 @pytest.mark.parametrize("shape", [(200, 2, 190), (190, 2, 200), (2048, 2, 70), (70, 2, 2048)], ids=str)
 def test_without_gradient_the_triton_kernels_store_no_matrix(shape):
-    """Sums in parts (of the last two) pass through a workspace of at most 256 tiles of 64 x 64."""
+    """Sums in parts (the last two shapes) use a workspace of at most 256 tiles of 64 x 64."""
     N, M, D = shape
     z, mean = embeddings(*shape, torch.bfloat16), torch.zeros(M, D)
     with Allocated() as allocated:
@@ -403,7 +403,7 @@ def test_bad_input_is_refused(argument, z, options):
         vicreg(z, **options)
 
 
-@pytest.mark.skipif(CUDA, reason="the interpreter reads a CPU's memory; a GPU has a test of its own")
+@pytest.mark.skipif(CUDA, reason="the interpreter needs CPU memory; another test covers a GPU")
 @pytest.mark.parametrize("gram", [False, True])
 def test_the_triton_kernels_reach_beyond_32_bits(tmp_path, gram):
     z, weight = embeddings(4, 3, 7, torch.bfloat16), torch.randn(3, 7)
@@ -421,7 +421,7 @@ def test_the_triton_kernels_reach_beyond_32_bits(tmp_path, gram):
     [1037, pytest.param(2**20 + 3, marks=pytest.mark.skipif(not CUDA, reason="needs a GPU with 16 GB"))],
 )
 def test_addresses_beyond_32_bits(N):
-    """2**31 elements, of which all but the last rows are 0: their statistics follow from those rows."""
+    """More than 2**31 elements on a GPU, 0 in all but the last rows, from which the statistics follow."""
     M, D, R = 2, (1024 if N > 2**20 else 64), 40
     last = embeddings(R, M, D, torch.bfloat16).double()
     z = torch.zeros(N, M, D, dtype=torch.bfloat16, device=DEVICE)

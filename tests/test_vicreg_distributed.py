@@ -1,4 +1,4 @@
-"""vicreg over a process group: ranks with their share of the rows, against one process with all of them."""
+"""vicreg over a process group: ranks that share the rows, against one process with all of them."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from jepa_kernels import vicreg
 
-# N rows per rank, M, D: rows gathered (Gram matrix; covariance), and the covariance reduced.
+# N rows per rank, M, D: cases that gather rows (Gram matrix; covariance), and that reduce the covariance.
 SHAPES = [(3, 3, 11), (16, 4, 64), (5, 2, 6), (40, 3, 5)]
 WEIGHTS = (25.0, 25.0, 1.0)
 RANKS = 2
 
 
 def step(z: Tensor, layer: nn.Linear, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms, the gradient of the rows and that of a layer before them, of a weighted sum of the terms."""
+    """The terms, and the gradients of their weighted sum with respect to the rows and the weight of a layer."""
     z = z.clone().requires_grad_()
     terms = vicreg(layer(z), group=group)
     sum(w * t for w, t in zip(WEIGHTS, terms, strict=True)).backward()
@@ -35,12 +35,12 @@ def rank_main(rank: int, folder: Path) -> None:
         mine = z.chunk(RANKS)[rank]
         terms, grad, weight_grad = step(mine, layer, dist.group.WORLD)
         dist.all_reduce(weight_grad)
-        # The gradient of ranks that weigh the same numbers differently: that of the sum of their losses.
+        # Ranks that weight the loss differently get the gradient of the sum of their losses.
         leaf = mine.clone().requires_grad_()
         (vicreg(leaf, group=dist.group.WORLD)[2] * (rank + 0.5)).backward()
         with torch.no_grad():
             again = torch.stack(vicreg(layer(mine), group=dist.group.WORLD))
-            if z.dtype == torch.float64:  # the collectives are no graph break
+            if z.dtype == torch.float64:  # the collectives cause no graph break
                 compiled = torch.compile(vicreg, backend="aot_eager", fullgraph=True)
                 torch.testing.assert_close(torch.stack(compiled(layer(mine), group=dist.group.WORLD)), again)
         results.append((terms, grad / RANKS, weight_grad / RANKS, leaf.grad, again))
@@ -59,11 +59,11 @@ def cases() -> list[tuple[Tensor, Tensor]]:
 
 def unequal_rank_main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=30), world_size=RANKS, rank=rank)
-    for N, D in ((3, 12), (1, 7), (40, 2)):  # where the other rank, with one row less, would send something else
-        with pytest.raises(ValueError, match=rf"rows on every rank.*\[{N}, {N - 1}\]"):
+    for N, D in ((3, 12), (1, 7), (40, 2)):  # with one row less, rank 1 would communicate something else
+        with pytest.raises(ValueError, match=rf"row count on every rank.*\[{N}, {N - 1}\]"):
             vicreg(torch.randn(N - rank, 2, D), group=dist.group.WORLD)
     compiled = torch.compile(vicreg, backend="aot_eager", fullgraph=True)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="rows on every rank"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="row count on every rank"):
         compiled(torch.randn(40 - rank, 2, 3), group=dist.group.WORLD)
     dist.destroy_process_group()
 
@@ -87,7 +87,7 @@ def test_ranks_equal_one_process_with_all_rows(cases, ranks, case):
     layer.load_state_dict({"weight": weight})
     terms, grad, weight_grad = step(z, layer, None)
     close = {"rtol": 1e-5, "atol": 1e-5} if z.dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
-    # The layer's gradient adds up products that cancel: its rounding is that of their magnitudes.
+    # The layer's gradient sums products that cancel: its rounding error is relative to their magnitudes.
     magnitude = grad.abs().sum((0, 1)).max().item() * z.abs().max().item()
     close_weight = close if z.dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5 + 1e-6 * magnitude}
     for rank in range(RANKS):

@@ -1,4 +1,4 @@
-"""Fused kernels for joint-embedding predictive pretraining. torch and triton, nothing else."""
+"""Fused kernels for joint-embedding predictive pretraining. Depends on torch and triton only."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ _OF_CSRC = (
 
 
 def _load(folder: Path) -> None:
-    """Registers the CPU kernels. Only a build that was asked to leave them out (it left a mark) goes without."""
+    """Registers the CPU kernels. Only a build made without them, which leaves a NO_EXT file, may lack the library."""
     library = folder / "_C.abi3.so"
     if (folder / "NO_EXT").exists():
         return
@@ -49,14 +49,14 @@ def _load(folder: Path) -> None:
     if not library.exists():
         raise ImportError(
             f"jepa_kernels: {library} is missing. Build the CPU kernels: {build}. With JEPA_KERNELS_NO_EXT=1 the same "
-            "commands build the package without them, and plain PyTorch takes their place"
+            "commands build the package without them, and plain PyTorch is used instead"
         )
     torch.ops.load_library(str(library))
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     missing = [op for op in _OF_CSRC if not has_kernel(f"jepa_kernels::{op}", "CPU")]
     if missing:
         raise ImportError(
-            f"jepa_kernels: {library} was built from other sources and lacks {', '.join(missing)}. Build again: {build}"
+            f"jepa_kernels: {library} was built from different sources and lacks {', '.join(missing)}. Rebuild: {build}"
         )
 
 

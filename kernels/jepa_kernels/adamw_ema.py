@@ -5,11 +5,10 @@
     p <- (1 - lr * weight_decay) p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
     e <- momentum e + (1 - momentum) p
 
-Averages are computed as x + (1 - beta) (new - x), and p by subtracting what is small from it: the one rounding that
-counts is that of the result. What depends on the step alone is worked out before, in float64, by an op of its own that
-also counts the steps. Bytes per parameter: 28 for AdamW (p, m, v read and written, g read) and 8 for e; 2 less for a
-16-bit gradient, 2 more for each 16-bit copy. The CPU kernels are in csrc/adamw_ema.cpp; AdamWEMA (optimizer.py) checks
-what it hands to these ops.
+Averages are computed as x + (1 - beta) (new - x), and p by subtracting a small update, so only the final rounding
+matters. A separate op computes what depends only on the step, in float64, and increments the step counters. Bytes per
+parameter: 28 for AdamW (p, m, v read and written, g read) and 8 for e; 2 less for a 16-bit gradient, 2 more for each
+16-bit copy. The CPU kernels are in csrc/adamw_ema.cpp; AdamWEMA (optimizer.py) checks the arguments of these ops.
 """
 
 import math
@@ -24,14 +23,14 @@ from .tables import BLOCK, CACHES, at, lerp, table, tables, upload
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-# --- reference: the definition, the fallback for devices without a kernel, the oracle of the tests
+# --- reference: the definition, and the fallback for devices without a kernel
 
 
 def adamw_ema_coefficients_ref(steps: list[Tensor], numbers: list[Tensor], beta1: float, beta2: float) -> Tensor:
-    """Counts the steps, and returns [R, 6] float32: what the update of each parameter multiplies by.
+    """Increments the steps and returns [R, 6] float32: one row of update coefficients per parameter.
 
     numbers: lr, weight_decay, momentum, grad_scale, found_inf. A row: lr * weight_decay, lr / (1 - beta1^t),
-    1 / sqrt(1 - beta2^t), 1 - momentum, grad_scale, 1 to apply or 0.
+    1 / sqrt(1 - beta2^t), 1 - momentum, grad_scale, 1 to apply the update or 0 to skip it.
     """
     lr, weight_decay, momentum, scale, inf = (x.to(steps[0].device, torch.float64) for x in numbers)
     apply = (inf == 0).float()
@@ -71,13 +70,13 @@ def adamw_ema_ref(
             old.copy_(torch.where(apply != 0, value, old))
 
 
-# --- triton: the coefficients of all parameters in one small launch, then all of their elements in another
+# --- triton: one small launch for the coefficients of all parameters, then one for all of their elements
 
 
 @triton.jit
 def _coefficients_kernel(
-    steps,  # int64 [R]: addresses of the counters, which are float32
-    lr,  # pointers to one number each, of any floating dtype
+    steps,  # int64 [R]: addresses of the float32 step counters
+    lr,  # this and the next four: pointers to scalars of any floating-point dtype
     weight_decay,
     momentum,
     grad_scale,
@@ -104,7 +103,7 @@ def _coefficients_kernel(
 
 
 def adamw_ema_coefficients_triton(steps: list[Tensor], numbers: list[Tensor], beta1: float, beta2: float) -> Tensor:
-    """Where a number lies on the CPU it is sent, and so are the counters, which are then counted there."""
+    """Copies numbers and counters that are on the CPU to the device; such counters are incremented on the CPU."""
     device = next((t.device for t in (steps[0], *numbers) if not t.is_cpu), steps[0].device)
     counters = steps
     if steps[0].device != device:
@@ -124,8 +123,8 @@ def adamw_ema_coefficients_triton(steps: list[Tensor], numbers: list[Tensor], be
 
 @triton.jit
 def _adamw_ema_kernel(
-    blocks,  # int32 [total, 2]: row, which block of it
-    rows,  # int64 [R, 8]: elements, addresses of p, g, m, v, e and the copies of p and e (0: none)
+    blocks,  # int32 [total, 2]: row, block within the row
+    rows,  # int64 [R, 8]: element count, addresses of p, g, m, v, e and the copies of p and e (0: none)
     coefficients,  # float32 [R, 6]
     beta1_c,  # 1 - beta1
     beta2_c,  # 1 - beta2
@@ -146,9 +145,9 @@ def _adamw_ema_kernel(
     for column in tl.static_range(2, 8):
         addresses |= tl.load(row + column)
     wide = (left >= BLOCK) & (addresses % 16 == 0)
-    for WIDE in tl.static_range(2):  # a mask, or an odd address, would break wide loads into single elements
+    for WIDE in tl.static_range(2):  # a mask or an unaligned address would split wide loads into single elements
         if (tl.load(c + 5) != 0) & (wide == WIDE):
-            PIECE: tl.constexpr = BLOCK if WIDE else BLOCK // 4  # single elements take more registers
+            PIECE: tl.constexpr = BLOCK if WIDE else BLOCK // 4  # single-element accesses need more registers
             for k in range(0, BLOCK, PIECE):
                 _update(
                     row, c, start + k, left - k, beta1_c, beta2_c, eps,
@@ -188,7 +187,7 @@ def _update(
         e = tl.load(e_at, mask=mask)
     m = lerp(m, g, beta1_c)
     v = lerp(v, g * g, beta2_c)
-    tiny = v < 1e-30  # tl.sqrt takes a subnormal for 0, and eps may be 0
+    tiny = v < 1e-30  # tl.sqrt flushes subnormals to 0, and eps may be 0
     root = tl.sqrt(tl.where(tiny, v * 2.0**64, v)) * tl.where(tiny, 2.0**-32, 1.0)
     p -= decay * p + lr * m / (root * rsqrt_bias2 + eps)
     tl.store(m_at, m, mask=mask)
@@ -218,7 +217,7 @@ def adamw_ema_triton(
     beta2: float,
     eps: float,
 ) -> None:
-    """Each list in one dtype; `emas` and the copies as many as parameters, or none."""
+    """Each list has a single dtype; `emas` and the copies have one tensor per parameter or are empty."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, emas, weight_copies, ema_copies)
     columns = [[t.data_ptr() for t in tensors] or [0] * len(params) for tensors in lists]
     blocks, rows = tables(list(zip((p.numel() for p in params), *columns, strict=True)), params[0].device)
@@ -241,7 +240,7 @@ def adamw_ema_triton(
             )
 
 
-# --- registration; csrc adds the CPU
+# --- registration; csrc registers the CPU kernels
 
 torch.library.define(
     "jepa_kernels::adamw_ema_coefficients_",

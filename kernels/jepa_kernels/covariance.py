@@ -1,9 +1,9 @@
-"""What VICReg reads of its views: moments, squared covariances (or Gram matrices), and the gradient through them.
+"""The ops of VICReg: moments, squared covariances (or Gram matrices), and the gradient through them.
 
-Three ops, which vicreg.py puts together. Shapes: N rows, M views, D channels. The covariance is computed a tile at a
-time, mirrored tiles once, and only its squares are kept; sums that are cut into parts pass through at most 256 tiles
-(4 MiB). The CPU kernels are in csrc/vicreg.cpp: there BLAS multiplies, and the matrix and a float32 copy of z exist
-during the call.
+vicreg.py combines the three ops. Shapes: N rows, M views, D channels. The covariance is computed tile by tile, mirrored
+tiles once, and only its squared norm is stored unless `keep` asks for the matrix; sums that are split into parts go
+through a workspace of at most 256 tiles (4 MiB). The CPU kernels are in csrc/vicreg.cpp: they leave the matrix products
+to BLAS, and hold the matrix and a float32 copy of z during the call.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def wide(z: Tensor) -> torch.dtype:
-    """What z is accumulated in: float32, or float64 for float64."""
+    """The dtype that z is accumulated in: float32, or float64 for float64."""
     return torch.promote_types(z.dtype, torch.float32)
 
 
@@ -21,7 +21,7 @@ def wide(z: Tensor) -> torch.dtype:
 
 
 def vicreg_moments_ref(z_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per view and channel the mean and the sum of squared deviations over rows; their sum over views."""
+    """[M, D] means and sums of squared deviations over rows; the sum of all squared deviations from the mean view."""
     z = z_NMD.to(wide(z_NMD))
     mean_MD = z.mean(0)
     spread = torch.linalg.vector_norm(z - z.mean(1, keepdim=True)).square()
@@ -31,9 +31,9 @@ def vicreg_moments_ref(z_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def vicreg_products_ref(
     z_NMD: Tensor, mean_MD: Tensor, rows: int, gram: bool, keep: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Squared norms [M] of x^T x / (rows-1) without diagonal, or of x x^T / (rows-1); if asked, these matrices.
+    """Squared norms [M] of x^T x / (rows-1) without its diagonal, or of x x^T / (rows-1); the matrices if `keep`.
 
-    rows: of all ranks; z may hold some of them.
+    rows: the total over all ranks; z may hold only some of them.
     """
     x_MND = (z_NMD - mean_MD).transpose(0, 1)
     if gram:
@@ -56,7 +56,7 @@ def vicreg_backward_ref(
     count: int,
     precision: str,
 ) -> Tensor:
-    """Rows first..first+count of pull * (z - mean over views) + weight * x + push * (x C, or K x)."""
+    """Rows [first, first + count) of pull * (z - mean over views) + weight * x + push * (x C, or K x)."""
     rows = z_NMD[first : first + count]
     x = rows - mean_MD
     if gram:
@@ -79,8 +79,8 @@ def squares_of(matrix: Tensor) -> Tensor:
 @triton.jit
 def _moments_kernel(
     z,  # [N, M, D]
-    mean,  # [C, M, D], of the N/C rows of a chunk
-    scatter,  # [C, M, D], their squared deviations from it
+    mean,  # [C, M, D], of the rows of each chunk
+    scatter,  # [C, M, D], sums of squared deviations from it
     spread,  # [C, D / BLOCK_D]
     N,
     M,
@@ -109,7 +109,7 @@ def _moments_kernel(
         tl.store(scatter + out, tl.sum(x * x, 0), column < D)
     views /= M
     apart = tl.zeros([BLOCK_N, BLOCK_D], wide)
-    for i in range(M):  # from cache
+    for i in range(M):  # reads from cache
         x = tl.load(at + i * tl.cast(stride_m, tl.int64), mask, other=0).to(wide) - views
         apart += x * x
     tl.store(spread + chunk * tl.num_programs(1) + tl.program_id(1), tl.sum(apart))
@@ -124,7 +124,7 @@ def _combine_kernel(
     N,
     C,
     S,
-    ROWS: tl.constexpr,  # of a chunk
+    ROWS: tl.constexpr,  # per chunk
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -153,14 +153,14 @@ def _combine_kernel(
 
 @triton.jit
 def _products_kernel(
-    z,  # [N, M, D]; a side of the matrix is D long, summed over N; if GRAM, N long, summed over D
+    z,  # [N, M, D]; the matrix is D x D, summed over N; if GRAM, N x N, summed over D
     mean,  # [M, D]
-    partial,  # [P, M, T(T+1)/2, BLOCK, BLOCK], T = side / BLOCK: what is summed in P > 1 parts
+    partial,  # [P, M, T(T+1)/2, BLOCK, BLOCK], T = side / BLOCK: partial sums if P > 1
     matrix,  # [M, side, side], written if KEEP
     squares,  # [M, T * T]
-    rows,  # of all ranks
+    rows,  # over all ranks
     side,
-    length,  # of the sum
+    length,  # of the summed axis
     M,
     D,
     stride_side,
@@ -177,7 +177,7 @@ def _products_kernel(
     wide = mean.dtype.element_ty
     tiles = tl.cdiv(side, BLOCK)
     p, q, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
-    if q < p:  # the mirror image of another tile
+    if q < p:  # below the diagonal: mirrors another tile
         if not IN_PARTS:
             tl.store(squares + i.to(tl.int64) * tiles * tiles + tl.program_id(0), 0.0)
         return
@@ -236,7 +236,7 @@ def _parts_kernel(
 
 @triton.jit
 def _partial_tile(partial, k, M, i, p, q, tiles, BLOCK: tl.constexpr):
-    tile = p * (2 * tiles - p - 1) // 2 + q  # of those on and above the diagonal, row by row
+    tile = p * (2 * tiles - p - 1) // 2 + q  # counts tiles on and above the diagonal, row by row
     place = (tl.cast(k, tl.int64) * M + i) * (tiles * (tiles + 1) // 2) + tile
     inside = tl.arange(0, BLOCK)
     return partial + place * BLOCK * BLOCK + inside[:, None] * BLOCK + inside[None, :]
@@ -270,12 +270,12 @@ def _backward_kernel(
     weight,  # [M, D]
     pull,  # scalar
     push,  # scalar
-    grad,  # [N, M, D], rows first..first+N
+    grad,  # [N, M, D], for rows [first, first + N)
     first,
     N,
     M,
     D,
-    length,  # of the matrix
+    length,  # side of the matrix
     stride_n,
     stride_m,
     grad_stride_n,
@@ -325,7 +325,7 @@ def _backward_kernel(
 
 def vicreg_moments_triton(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     z = _unit_stride(z)
-    (N, M, D), rows, columns = z.shape, 256 // wide(z).itemsize, 64  # twice as many would spill
+    (N, M, D), rows, columns = z.shape, 256 // wide(z).itemsize, 64  # a tile twice as large would spill
     chunks, across = triton.cdiv(N, rows), triton.cdiv(D, columns)
     means, scatters = z.new_empty(2, chunks, M, D, dtype=wide(z))
     mean = z.new_empty(M, D, dtype=wide(z))
@@ -350,8 +350,8 @@ def vicreg_products_triton(
     block, block_k = 256 // mean.itemsize, _block_k(precision)
     tiles = triton.cdiv(side, block)
     upper = tiles * (tiles + 1) // 2
-    # Few tiles with long sums (small batch, wide projector) would leave a GPU idle: sum in parts then, at most 256
-    # tiles of 16 KiB in all.
+    # A few tiles with long sums (small batch, wide projector) would leave most of the GPU idle: such sums are split
+    # into parts, using at most 256 tiles of 16 KiB in total.
     parts = max(1, min(256 // (M * upper), length // 256))
     part = triton.cdiv(triton.cdiv(length, parts), block_k) * block_k
     parts = triton.cdiv(length, part)
@@ -397,7 +397,7 @@ def vicreg_backward_triton(
 
 
 def _block_k(precision: str) -> int:
-    return 32 if precision == "tf32" else 16  # the others keep more in registers
+    return 32 if precision == "tf32" else 16  # the others need more registers
 
 
 def _unit_stride(z: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Exponential moving average of many tensors in one launch: t <- momentum * t + (1 - momentum) * s.
 
-Computed as torch.lerp does, t + (1 - momentum) * (s - t): the difference is scaled down before it is added, so the
-one rounding that counts is that of the result. float32, bfloat16 and float16 in any mixture, float32 inside. float64,
-which is rare, is torch.lerp's in float64, a tensor at a time.
-Floor: read t and s, write t. The CPU kernel is in csrc/ema.cpp.
+Computed like torch.lerp, t + (1 - momentum) * (s - t): the difference is scaled down before it is added, so only the
+final rounding matters. Any mix of float32, bfloat16 and float16, computed in float32. Pairs with float64, which are
+rare, go through torch.lerp in float64, one at a time.
+Minimum traffic: read t and s, write t. The CPU kernel is in csrc/ema.cpp.
 """
 
 from collections.abc import Iterable
@@ -24,27 +24,27 @@ _NARROW = set(_CODES)
 def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float | Tensor) -> None:
     """Moves every target towards its source, in place.
 
-    A bfloat16 target moves only by more than half of its last bit, so most of its values stand still from a momentum of
-    about .996: keep it in float32.
+    A bfloat16 target changes only where the update exceeds half of its last bit: from a momentum of about .996, most of
+    its values never change. Keep it in float32.
 
     Args:
-        targets, sources: as many of each, pairwise of one shape, all on one device; float64, float32, bfloat16 or
-            float16 in any mixture. Targets may have any dense layout (channels_last, transposed) and must not share
-            memory with each other or with another's source.
-        momentum: in [0, 1]. A 0-d tensor on the device is read there: nothing waits for it, and a CUDA graph follows
-            it. Best in float64: rounded to float32, .9999 leaves a 1 - momentum that is 2e-4 of itself off.
+        targets, sources: as many of each, with pairwise equal shapes, all on one device; float64, float32, bfloat16 or
+            float16 in any mix. Targets may have any dense layout (channels_last, transposed) and must not share memory
+            with each other or with another target's source.
+        momentum: in [0, 1]. A 0-d tensor on the device is read there, without synchronisation, and a CUDA graph uses
+            its current value. Best in float64: rounding .9999 to float32 changes 1 - momentum by 2e-4, relatively.
 
     Raises:
-        ValueError: before anything is written, for anything else. (Targets that overlap in part are not noticed, and
-            a momentum that lies on a GPU is not read back.)
+        ValueError: for any other argument, before anything is written. (Targets that overlap partially are not
+            detected, and a momentum on a GPU is not read back.)
     """
     targets, sources = list(targets), list(sources)
     if len(targets) != len(sources):
-        raise ValueError(f"ema_: one source per target wanted, got {len(targets)} targets, {len(sources)} sources")
+        raise ValueError(f"ema_: every target needs one source, got {len(targets)} targets, {len(sources)} sources")
     if not targets:
         return
     if not torch.compiler.is_compiling() and len({t.data_ptr() or id(t) for t in targets}) < len(targets):
-        raise ValueError("ema_: every target must have memory of its own, and two of them have the same")
+        raise ValueError("ema_: targets must not share memory, got two that do")
     device = targets[0].device
     double: list[bool] = []
     if not _plain(targets, sources, device):
@@ -55,7 +55,7 @@ def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float |
             double.append(torch.float64 in (target.dtype, source.dtype))
     weight = _weight(momentum, device)
     for target, source in compress(zip(targets, sources, strict=True), double):
-        # A number is part of the launch; a tensor on the CPU would be sent, and waited for.
+        # A Python number is a kernel argument; a CPU tensor would need a synchronous copy.
         number = weight.is_cpu and not torch.compiler.is_compiling()
         share = weight.item() if number else weight.double().to(device)
         target.copy_(torch.lerp(target.double(), source.double(), share))
@@ -69,7 +69,7 @@ def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float |
 
 
 def _plain(targets: list[Tensor], sources: list[Tensor], device: torch.device) -> bool:
-    """Whether all is as in most calls. A list at a time: pair by pair it would cost as much as a fifth of the pass."""
+    """Whether this is the common case. Checks whole lists: checking pair by pair could cost a fifth of the pass."""
     return (
         {t.dtype for t in targets} <= _NARROW
         and {s.dtype for s in sources} <= _NARROW
@@ -89,12 +89,12 @@ def _weight(momentum: float | Tensor, device: torch.device) -> Tensor:
             )
         weight = 1 - momentum
         if torch.compiler.is_compiling() or not momentum.is_cpu or type(momentum) is not Tensor:
-            return weight  # a subclass is a tracer's stand-in: it has no value
+            return weight  # a subclass is a placeholder used in tracing: it has no value
         momentum = momentum.item()
     else:
         weight = torch.tensor(1 - momentum, dtype=torch.float64)
     if not 0 <= momentum <= 1:
-        raise ValueError(f"ema_: momentum must lie in [0, 1], got {momentum}")
+        raise ValueError(f"ema_: momentum must be in [0, 1], got {momentum}")
     return weight
 
 
@@ -105,22 +105,22 @@ def _check(i: int, target: Tensor, source: Tensor, device: torch.device) -> None
         )
     if not {target.dtype, source.dtype} <= {torch.float64, *_CODES}:
         raise ValueError(
-            f"ema_: float64, float32, bfloat16 or float16 wanted, "
+            f"ema_: tensors must be float64, float32, bfloat16 or float16, "
             f"got {target.dtype} for targets[{i}] and {source.dtype} for sources[{i}]"
         )
     if target.device != device or source.device != device:
         raise ValueError(
-            f"ema_: every tensor must be on {device} as targets[0] is, "
+            f"ema_: every tensor must be on {device} like targets[0], "
             f"got targets[{i}] on {target.device} and sources[{i}] on {source.device}"
         )
     if not target.is_contiguous() and torch.empty_like(target, device="meta").stride() != target.stride():
         raise ValueError(
-            f"ema_: targets[{i}] must fill its memory without gaps or overlaps, got shape {tuple(target.shape)} "
+            f"ema_: targets[{i}] must be non-overlapping and dense, got shape {tuple(target.shape)} "
             f"with strides {target.stride()}: average a contiguous() copy and copy_() it back"
         )
 
 
-# --- reference: the definition, the fallback for devices without a kernel, the oracle of the tests
+# --- reference: the definition, and the fallback for devices without a kernel
 
 
 def ema_ref(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
@@ -154,8 +154,8 @@ def _store(address, code, start, offset, x, mask, WIDE: tl.constexpr):
 
 @triton.jit
 def _ema_kernel(
-    blocks,  # int32 [total, 2]: row, which block of it
-    rows,  # int64 [R, 5]: elements, addresses of target and source, their dtype codes
+    blocks,  # int32 [total, 2]: row, block within the row
+    rows,  # int64 [R, 5]: element count, addresses of target and source, their dtype codes
     weight,  # float32: 1 - momentum, or a pointer to it
     ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -170,7 +170,7 @@ def _ema_kernel(
         weight = tl.load(weight)
     offset = tl.arange(0, BLOCK)
     wide = (left >= BLOCK) & ((target | source) % 16 == 0)
-    for WIDE in tl.static_range(2):  # a mask would break the wide loads of a whole block into single elements
+    for WIDE in tl.static_range(2):  # a mask would split the wide loads of a full block into single elements
         if wide == WIDE:
             mask = None if WIDE else offset < left
             t = _load(target, target_code, start, offset, mask, WIDE)
@@ -192,7 +192,7 @@ def ema_triton(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> 
             )
 
 
-# --- registration; csrc adds the CPU
+# --- registration; csrc registers the CPU kernel
 
 torch.library.define("jepa_kernels::ema_", "(Tensor(a!)[] targets, Tensor[] sources, Tensor weight) -> ()", tags=CACHES)
 torch.library.impl("jepa_kernels::ema_", "default", ema_ref)

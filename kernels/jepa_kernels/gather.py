@@ -1,6 +1,6 @@
 """Gather the visible tokens of every sample: y[b, k, :] = x[b, index[b, k], :].
 
-Shapes: B samples, N tokens, K kept tokens, D channels. A pure copy, so the floor is memory traffic: K rows
+Shapes: B samples, N tokens, K kept tokens, D channels. A pure copy, bound by memory traffic: K rows
 read and K rows written per sample. The CPU kernel is in csrc/gather.cpp.
 """
 
@@ -17,19 +17,19 @@ from .tiles import tile
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` of every sample of `x`.
+    """Gathers rows `index` of every sample of `x`.
 
     Args:
         x: [B, N, D], float32, float64, bfloat16 or float16, any strides.
         index: [B, K] int64, values in 0..N-1, in any order; repeats are allowed.
 
     Returns:
-        [B, K, D], contiguous, dtype of `x`. The gradient of a row sums over its repeats in float32, in the
-        order of k: the same bits every time.
+        [B, K, D], contiguous, dtype of `x`. Gradients of repeated rows are summed in float32 (float64 for float64) in
+        the order of k, so they are bitwise reproducible.
 
     Raises:
-        ValueError: wrong rank, dtype or device, batches that differ, an index out of range (read on a CPU
-            only; on a GPU the kernel asserts).
+        ValueError: wrong rank, dtype or device, different batch sizes, an index out of range (checked on a CPU only;
+            on a GPU the kernel asserts).
     """
     check_floats("gather_tokens", "x", x, "[B, N, D]")
     check_index("gather_tokens", "index", index, (x.shape[0], None), x.shape[1], x)
@@ -52,7 +52,7 @@ def gather_backward_ref(dy_BKD: Tensor, index_BK: Tensor, N: int) -> Tensor:
     return total.to(dy_BKD.dtype)
 
 
-# --- triton: a program copies ROWS x BLOCK_D of one sample; neighbours in the grid are neighbours in memory
+# --- triton: a program copies ROWS x BLOCK_D of one sample; adjacent programs access adjacent memory
 
 
 @triton.jit(do_not_specialize=["K"])  # K changes from step to step
@@ -96,7 +96,7 @@ def _gather_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Rows of dx look for themselves in the index, once: no atomics, no zeroing first, repeats in the order of k.
+    # Each row of dx searches the index for its terms, once: no atomics, no zeroing first, repeats in the order of k.
     wide: tl.constexpr = tl.float64 if dy.dtype.element_ty == tl.float64 else tl.float32
     tiles = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -107,8 +107,8 @@ def _gather_backward_kernel(
         found = tl.load(index + b * K + k, mask=k < K, other=-1).to(tl.int32)[None, :] == n[:, None]
         first = tl.minimum(first, tl.min(tl.where(found, k[None, :], K), 1))
         last = tl.maximum(last, tl.max(tl.where(found, k[None, :], -1), 1))
-    after = tl.min(tl.where(last > first, first, K), 0) + 1  # repeats lie from here on
-    stop = tl.max(tl.where(last > first, last, -1), 0) + 1  # to here: nowhere, mostly
+    after = tl.min(tl.where(last > first, first, K), 0) + 1  # all repeats are in [after, stop),
+    stop = tl.max(tl.where(last > first, last, -1), 0) + 1  # which is usually empty
     dy += b * dy_b
     dx += b * N * D
     for start in range(0, D, BLOCK_D):

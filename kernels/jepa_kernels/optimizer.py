@@ -1,4 +1,4 @@
-"""AdamWEMA: torch.optim.AdamW that keeps an average of the weights, and both in one pass (adamw_ema.py)."""
+"""AdamWEMA: AdamW that also maintains an average of the weights, both in one pass over memory (adamw_ema.py)."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
@@ -11,38 +11,37 @@ from .adamw_ema import DTYPES
 from .tables import is_capturing
 
 Number: TypeAlias = float | Tensor
-Row: TypeAlias = tuple[Any, ...]  # p, gradient, step, exp_avg, exp_avg_sq, ema, copies of p and of ema; None: no such
-Kind: TypeAlias = tuple[Any, ...]  # device, whether the counters are on the CPU, dtypes of gradient and copies
+Row: TypeAlias = tuple[Any, ...]  # p, gradient, step, exp_avg, exp_avg_sq, ema, copies of p and of ema; None: absent
+Kind: TypeAlias = tuple[Any, ...]  # device, whether the step counters are on the CPU, dtypes of gradient and copies
 
 TO_CAPTURE = "Create the optimizer with capturable=True and take one step before the capture"
 
 
 class AdamWEMA(torch.optim.Optimizer):
-    """`torch.optim.AdamW` that also keeps the exponential moving average of the weights.
+    """`torch.optim.AdamW` that also maintains an exponential moving average of the weights.
 
     Args:
-        params: float32 parameters or groups of them; a group may set any option below for itself. Gradients may be
+        params: float32 parameters or parameter groups; a group may override any option below. Gradients may be
             float32, bfloat16 or float16 (`p.grad_dtype`).
-        lr, weight_decay, momentum: numbers or 0-d tensors, on the CPU or where the parameters are. Set them in
-            `param_groups`, or a tensor in place, before any step: no kernel is compiled again, and a tensor on the
-            device is read there. torch.compile and a CUDA graph take a number for a constant: around a compiled or
-            captured step give them tensors. `momentum` is that of the average, which starts as a copy of the weights
-            before their first update.
-        betas: decay of the averages of the gradient and of its square, in [0, 1).
-        eps: added to the square root of the latter, after its bias is corrected, as torch does.
-        ema: whether there is an average.
-        capturable: keeps the step counters on the device, so a CUDA graph can hold a step and `found_inf` undo it.
-            Take one step before the capture, which makes the state.
+        lr, weight_decay, momentum: numbers or 0-d tensors, on the CPU or on the parameters' device. To change one, set
+            it in `param_groups` or write to the tensor in place: no kernel is recompiled, and a tensor on the device is
+            read there. torch.compile and CUDA graphs treat numbers as constants: use tensors for compiled or captured
+            steps. `momentum` is that of the average, which starts as a copy of the weights before their first update.
+        betas: decay rates of the running averages of the gradient and of its square, in [0, 1).
+        eps: added to the square root of the latter after bias correction, as in torch.
+        ema: whether to maintain the average.
+        capturable: keeps the step counters on the device, so that a CUDA graph can contain a step and `found_inf` can
+            cancel one. Take one step before the capture, to create the state.
 
     Raises:
-        ValueError: an option out of range; here, in `add_param_group` and, before anything is written, in `step`. (A
-            tensor on a GPU is not read back.)
+        ValueError: an option out of range; here, in `add_param_group` and, before anything is written, in `step`.
+            (Tensors on a GPU are not read back.)
 
-    `state[p]` holds `step` (float32, 0-d) and, float32 in the layout of p, `exp_avg`, `exp_avg_sq` and `ema`. An
-    `ema` that is put there before the first step is kept: a teacher's own weight, which then is the average, and into
-    which load_state_dict writes. (The other states that it loads it lays out like p.) A parameter without a gradient is
-    left out of the step, and so is its average. Weights in 16 bits are refused: AdamW's updates vanish in them. Keep
-    float32 ones here and let `set_copies` write the others. copy.deepcopy and pickle take the copies along.
+    `state[p]` holds `step` (float32, 0-d) and, in float32 and p's layout, `exp_avg`, `exp_avg_sq` and `ema`. An `ema`
+    placed there before the first step is kept, such as a teacher's weight: it then is the average, and load_state_dict
+    writes into it. (Other loaded states take the layout of p.) A step skips parameters without a gradient, and their
+    averages. 16-bit weights are refused: AdamW's updates vanish in them. Keep float32 weights here and let `set_copies`
+    write the 16-bit ones. copy.deepcopy and pickle include the copies.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class AdamWEMA(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_copies", {})
         self._checked = {}
-        for group in self.param_groups:  # a state of torch.optim.AdamW lacks these
+        for group in self.param_groups:  # torch.optim.AdamW's state lacks these
             for option in ("momentum", "ema", "capturable"):
                 group.setdefault(option, self.defaults[option])
         for p, of_p in self.state.items():
@@ -89,20 +88,21 @@ class AdamWEMA(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def set_copies(self, param: Tensor, *, weight: Tensor | None = None, ema: Tensor | None = None) -> None:
-        """From the next step on, also writes the new weight and its average here, in the same pass.
+        """From the next step on, also writes the new weight and its average to these tensors, in the same pass.
 
         Args:
             param: one of this optimizer's parameters.
-            weight, ema: bfloat16, float16 or float32, with param's shape, strides and device; None: no copy. They
-                stay the caller's: give them a first value; no state_dict holds them.
+            weight, ema: bfloat16, float16 or float32, with param's shape, strides and device; None: no copy. The caller
+                owns and initialises them; state_dict does not include them.
 
         Raises:
-            ValueError: a param of another optimizer; an `ema` where there is no average; a copy that is not as above,
-                or shares memory with a parameter or another copy. Where param has changed since, `step` raises it.
+            ValueError: a param of another optimizer; an `ema` for a group without an average; a copy that does not
+                match the above, or shares memory with a parameter or another copy. If param changes later, `step`
+                raises it.
         """
         group = next((g for g in self.param_groups if any(param is p for p in g["params"])), None)
         if group is None:
-            raise ValueError("AdamWEMA.set_copies: param must be a parameter of this optimizer, and is none")
+            raise ValueError("AdamWEMA.set_copies: param must be a parameter of this optimizer, and is not")
         if ema is not None and not group["ema"]:
             raise ValueError("AdamWEMA.set_copies: ema given, but param's group has ema=False")
         for name, copy in (("weight", weight), ("ema", ema)):
@@ -115,7 +115,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 if any(start < t.data_ptr() + t.nbytes and t.data_ptr() < end for t in taken):
                     raise ValueError(
                         "AdamWEMA.set_copies: a copy must not share memory with a parameter or another copy, and one "
-                        "of them does"
+                        "does"
                     )
                 taken.append(copy)
         self._copies[param] = (weight, ema)
@@ -131,19 +131,19 @@ class AdamWEMA(torch.optim.Optimizer):
         """Updates every parameter that has a gradient, and its average.
 
         Args:
-            closure: computes the loss again, gradients included.
+            closure: recomputes the loss and the gradients.
             grad_scale: number or 0-d tensor that multiplies the gradients as they are read: 1 / loss scale, a
                 clipping factor or their product. (torch's fused optimizers divide by theirs.)
-            found_inf: 0-d tensor; where it is not 0 nothing changes, and nobody waits to learn it. The step
-                counters must lie where the parameters do: on the CPU, or capturable=True.
+            found_inf: 0-d tensor; if it is not 0, nothing changes. It is read on the device, without synchronisation.
+                The step counters must be on the parameters' device: parameters on the CPU, or capturable=True.
 
         Returns:
             The closure's loss.
 
         Raises:
-            ValueError: before anything is written, for an option, parameter, gradient, state or copy that is not as
-                the class asks for.
-            RuntimeError: in a CUDA graph's capture, without state and counters on the device.
+            ValueError: before anything is written, for an option, parameter, gradient, state or copy that does not meet
+                the requirements of the class.
+            RuntimeError: during the capture of a CUDA graph, without state or with step counters on the CPU.
         """
         for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
             if isinstance(value, Tensor) and value.dim() != 0:
@@ -160,12 +160,12 @@ class AdamWEMA(torch.optim.Optimizer):
             for kind, batch in self._batches(group).items():
                 _check_place(kind, numbers, found_inf is not None)
                 batches.append((group, numbers, batch))
-        for each in batches:  # nothing is written before everything is checked
+        for each in batches:  # everything is checked before anything is written
             self._update(*each)
         return loss
 
     def _batches(self, group: dict[str, Any]) -> dict[Kind, list[Row]]:
-        """What to update, a row per parameter, together where one launch can do it."""
+        """What to update, one row per parameter, grouped by what can share a launch."""
         batches: defaultdict[Kind, list[Row]] = defaultdict(list)
         for p in group["params"]:
             g = p.grad
@@ -183,7 +183,7 @@ class AdamWEMA(torch.optim.Optimizer):
             layout, layout_of_g = p.stride(), g.stride()
             if torch.compiler.is_compiling():
                 kind = _check(row)
-            else:  # again only where something has changed: with hundreds of parameters it would be half of a step
+            else:  # check again only after a change: with hundreds of parameters, checks would take half of a step
                 marks = (
                     *(p.data_ptr(), p.dtype, p.shape, layout, g.dtype, g.shape, layout_of_g),
                     *(step.data_ptr(), step.dtype, step.shape),
@@ -204,7 +204,7 @@ class AdamWEMA(torch.optim.Optimizer):
         columns: list[Any] = [[] if column[0] is None else list(column) for column in zip(*batch, strict=True)]
         params, grads, steps, *others = columns
         ops = torch.ops.jepa_kernels
-        home = steps[0].device if torch.compiler.is_compiling() else None  # a compiler makes them where they are read
+        home = steps[0].device if torch.compiler.is_compiling() else None  # compiled: create them where they are read
         ready = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=home) for x in numbers]
         coefficients = ops.adamw_ema_coefficients_(steps, ready, *group["betas"])
         ops.adamw_ema_(params, grads, *others, coefficients, *group["betas"], group["eps"])
@@ -216,29 +216,29 @@ class AdamWEMA(torch.optim.Optimizer):
 def _create(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     _check_weight(p, g)
     if is_capturing(p.device):
-        raise RuntimeError(f"AdamWEMA.step: a CUDA graph needs the state before it. {TO_CAPTURE}")
+        raise RuntimeError(f"AdamWEMA.step: the state must exist before a CUDA graph is captured. {TO_CAPTURE}")
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
         state["exp_avg"] = torch.zeros_like(p)
         state["exp_avg_sq"] = torch.zeros_like(p)
-    if group["ema"] and "ema" not in state:  # also after loading a state of torch.optim.AdamW
+    if group["ema"] and "ema" not in state:  # e.g. after loading torch.optim.AdamW's state
         state["ema"] = p.detach().clone()
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    for name in ("amsgrad", "maximize", "differentiable"):  # of a loaded state of torch's
+    for name in ("amsgrad", "maximize", "differentiable"):  # from a loaded state of torch.optim.AdamW
         if options.get(name):
-            raise ValueError(f"AdamWEMA: {name}=True is not offered here; load a state, or give a group, without it")
+            raise ValueError(f"AdamWEMA: {name}=True is not supported; load a state, or pass a group, without it")
     for name in ("lr", "weight_decay", "momentum", "eps"):
         value = options[name]
         if isinstance(value, Tensor):
             if value.dim() != 0:
                 raise ValueError(f"AdamWEMA: {name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
             if torch.compiler.is_compiling() or not value.is_cpu or type(value) is not Tensor:
-                continue  # not read back; a subclass is a tracer's stand-in
+                continue  # not read back; a subclass is a placeholder used in tracing
             value = value.item()
         if not 0 <= value <= (1 if name == "momentum" else float("inf")):
-            raise ValueError(f"AdamWEMA: {name} must not be negative (momentum: nor above 1), got {value}")
+            raise ValueError(f"AdamWEMA: {name} must be >= 0 (momentum: also <= 1), got {value}")
     if len(options["betas"]) != 2 or not all(0 <= beta < 1 for beta in options["betas"]):
         raise ValueError(f"AdamWEMA: betas must be two numbers in [0, 1), got {options['betas']}")
 
@@ -249,7 +249,7 @@ def _check_place(kind: Kind, numbers: list[Number], may_skip: bool) -> None:
         raise RuntimeError(f"AdamWEMA.step: a CUDA graph needs the step counters on the device. {TO_CAPTURE}")
     if steps_on_cpu and may_skip and device.type != "cpu":
         raise ValueError(
-            f"AdamWEMA.step: found_inf needs the step counters on {device} beside the parameters, got them on the "
+            f"AdamWEMA.step: found_inf needs the step counters on {device} like the parameters, got them on the "
             "CPU: create the optimizer with capturable=True"
         )
     for number in numbers:
@@ -261,7 +261,7 @@ def _check_place(kind: Kind, numbers: list[Number], may_skip: bool) -> None:
 
 
 def _check(row: Row) -> Kind:
-    """What tells apart the parameters that cannot share a launch, of one that is as it should be."""
+    """Checks a row and returns its kind; rows of different kinds cannot share a launch."""
     p, g, step, m, v, e, weight, average = row
     _check_weight(p, g)
     if step.dtype != torch.float32 or step.dim() or (step.device != p.device and not step.is_cpu):
@@ -290,22 +290,22 @@ def _check_weight(p: Tensor, grad: Tensor) -> None:
         )
     if not p.is_contiguous() and torch.empty_like(p, device="meta").stride() != p.stride():
         raise ValueError(
-            f"AdamWEMA: a parameter must fill its memory without gaps or overlaps, got shape {tuple(p.shape)} "
-            f"with strides {p.stride()}: make it contiguous() before it is given to the optimizer"
+            f"AdamWEMA: a parameter must be non-overlapping and dense, got shape {tuple(p.shape)} "
+            f"with strides {p.stride()}: make it contiguous() before passing it to the optimizer"
         )
 
 
 def _check_laid_out(name: str, t: Tensor | None, p: Tensor, dtypes: Collection[torch.dtype]) -> None:
-    """Kernels walk all of a parameter's tensors in the order of its memory: none may be of another shape or layout."""
+    """Kernels walk all of a parameter's tensors in memory order, so they must have the same shape and strides."""
     if t is not None and (t.dtype not in dtypes or (t.shape, t.stride(), t.device) != (p.shape, p.stride(), p.device)):
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
             f"AdamWEMA: {name} must be {wanted} with its parameter's shape {tuple(p.shape)}, strides {p.stride()} "
             f"and device {p.device}, got {t.dtype}, {tuple(t.shape)}, {t.stride()}, {t.device}. "
-            "torch.empty_like(p, dtype=...) makes such a tensor; load_state_dict(state_dict()) lays out all states anew"
+            "torch.empty_like(p, dtype=...) makes such a tensor; load_state_dict(state_dict()) fixes all layouts"
         )
 
 
 def _in_layout_of(p: Tensor, tensor: Tensor) -> Tensor:
-    """Its elements in the order of p's memory, which is the order kernels walk."""
+    """`tensor` with the strides of p: kernels walk both in memory order."""
     return tensor if tensor.stride() == p.stride() else torch.empty_like(p, dtype=tensor.dtype).copy_(tensor)

@@ -1,11 +1,11 @@
-"""Cut the kept patches out of uint8 images, normalise, cast: the matrix that the patch embedding reads.
+"""Extract the kept patches of uint8 images, normalise and cast them: the input matrix of the patch embedding.
 
     y[b, k, (c, py, px)] = (images[b, c, P*row + py, P*col + px] / 255 - mean[c]) / std[c]
     row, col = divmod(index[b, k], W / P)
 
 Shapes: B images of H x W pixels, N = (H/P)(W/P) patches of P x P pixels in raster order, K kept. A row of y
-is in the order of a Conv2d weight [D, 3, P, P], so the embedding is y @ weight.flatten(1).T. The float image
-never exists: a kept pixel is read once as a byte and written once. The CPU kernel is in csrc/patchify.cpp.
+has the order of a Conv2d weight [D, 3, P, P], so the embedding is y @ weight.flatten(1).T. No float image is
+created: a kept pixel is read once as a byte and written once. The CPU kernel is in csrc/patchify.cpp.
 """
 
 import math
@@ -28,21 +28,21 @@ def patchify(
     patch_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The patches of `images` named by `index`, normalised.
+    """Extracts and normalises the patches of `images` that `index` selects.
 
     Args:
-        images: uint8 [B, 3, H, W] or [B, H, W, 3], any strides; H and W multiples of `patch_size`. Where
-            both readings fit, axis 1 holds the channels.
-        index: [B, K] int64 in raster order of the patch grid, values in 0..N-1; None keeps all N.
-        mean, std: of each channel, for pixels scaled to 0..1.
+        images: uint8 [B, 3, H, W] or [B, H, W, 3], any strides; H and W multiples of `patch_size`. If
+            both shapes fit, axis 1 is the channel axis.
+        index: [B, K] int64, 0..N-1 in raster order of the patch grid; None keeps all N.
+        mean, std: per channel, for pixels scaled to 0..1.
         patch_size: P, in pixels.
         dtype: of the result: float32, bfloat16 or float16. Computed in float32, rounded once.
 
     Returns:
-        [B, K, 3*P*P], contiguous, without a gradient: bytes have none.
+        [B, K, 3*P*P], contiguous, not differentiable: uint8 has no gradient.
 
     Raises:
-        ValueError: wrong rank, dtype or device, a size that P does not divide, an index out of range (read
+        ValueError: wrong rank, dtype or device, a size that P does not divide, an index out of range (checked
             on a CPU only; on a GPU the kernel asserts).
     """
     if not isinstance(images, Tensor):
@@ -89,17 +89,17 @@ def patchify_ref(
     if index is not None:
         bytes_BNL = bytes_BNL.gather(1, index[:, :, None].expand(-1, -1, 3 * P * P))
     channels = bytes_BNL.float().unflatten(2, (3, P * P)).unbind(2)
-    rows = [x * scale[c] + bias[c] for c, x in enumerate(channels)]  # numbers, not tensors: a GPU's host would wait
+    rows = [x * scale[c] + bias[c] for c, x in enumerate(channels)]  # tensors would need a synchronous copy to a GPU
     return torch.cat(rows, 2).to(dtype)
 
 
-# --- triton: a program writes ROWS patches of one image; where a pixel of a patch lies is found once for all of them
+# --- triton: a program writes ROWS patches of one image, and computes pixel offsets once for all of them
 
 
 @triton.jit(do_not_specialize=["K"])  # K changes from step to step
 def _patchify_kernel(
     images,  # [B, 3, H, W] uint8
-    index,  # [B, K]; anything where INDEXED is false
+    index,  # [B, K]; ignored if INDEXED is false
     y,  # [B, K, 3*P*P]
     K,
     grid_h,  # H / P
@@ -117,12 +117,12 @@ def _patchify_kernel(
     INDEXED: tl.constexpr,
     P: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,  # pixels of a patch
+    BLOCK: tl.constexpr,  # pixels of a patch per program
 ):
     program = tl.program_id(0)
     parts, tiles = (P * P + BLOCK - 1) // BLOCK, tl.cdiv(K, ROWS)
     b = (program // parts // tiles).to(tl.int64)
-    k = tl.minimum(program // parts % tiles * ROWS + tl.arange(0, ROWS), K - 1)  # spare rows do the last one again
+    k = tl.minimum(program // parts % tiles * ROWS + tl.arange(0, ROWS), K - 1)  # surplus rows repeat the last one
     pixel = program % parts * BLOCK + tl.arange(0, BLOCK)
     if INDEXED:
         n = tl.load(index + b * K + k)

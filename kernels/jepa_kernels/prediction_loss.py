@@ -1,9 +1,9 @@
-"""The JEPA loss: smooth L1 between predictions and layer-normed targets, its gradient from the same pass.
+"""The JEPA loss: smooth L1 between predictions and layer-normed targets, with its gradient from the same pass.
 
 Shapes: M target blocks, B images, N patches, K patches per block, D channels. Rows of `pred` are block-major
-(m*B + b). Per element one prediction and one target are read, and the gradient of the mean loss is written only
-when one is wanted; the chosen target rows are gathered and normalised in registers. The backward hands that
-gradient on as it is, unless something but 1 comes in. The CPU kernel is in csrc/prediction_loss.cpp.
+(m*B + b). One prediction and one target are read per element, and the gradient of the mean loss is written only
+if needed; the selected target rows are gathered and normalised in registers. The backward returns that gradient
+unchanged if the incoming gradient is 1, and scales it otherwise. The CPU kernel is in csrc/prediction_loss.cpp.
 """
 
 import math
@@ -35,8 +35,8 @@ def prediction_loss(
 
         loss = mean over m, b, k, d of smooth_l1(pred[m*B + b, k, d] - norm(target[b, index[m, b, k]])[d])
 
-    The norm has no weights and eps 1e-5. I-JEPA, arXiv 2301.08243, section 3 (its code takes the smooth L1
-    where the paper's equation 1 has the squared norm); C-JEPA keeps it.
+    The norm has no affine parameters and eps 1e-5. I-JEPA, arXiv 2301.08243, section 3 (its code uses the smooth L1
+    where the paper's equation 1 has the squared norm); C-JEPA does the same.
 
     Args:
         pred: [M*B, K, D], float32, float64, bfloat16 or float16, any strides; block-major rows.
@@ -46,11 +46,12 @@ def prediction_loss(
 
     Returns:
         A float32 scalar (float64 for float64 predictions); with `per_block` (scalar, [M] losses), the scalar
-        being their mean. Both carry gradients to `pred`, rounded once; a second time under a weight of the loss
-        that is no power of two. Sums are in float32 and in a fixed order. A mean over nothing is NaN, as torch's is.
+        being their mean. Both are differentiable in `pred`, whose gradient is rounded once, and a second time if the
+        loss is multiplied by anything but a power of two. Sums are in float32 or wider, in a fixed order. The mean of
+        an empty input is NaN, as in torch.
 
     Raises:
-        ValueError: wrong rank, dtype or device, sizes that differ, an index out of range (read on a CPU only;
+        ValueError: wrong rank, dtype or device, sizes that differ, an index out of range (checked on a CPU only;
             on a GPU the kernel asserts), a target that requires a gradient.
     """
     check_floats("prediction_loss", "pred", pred, "[M*B, K, D]")
@@ -62,7 +63,7 @@ def prediction_loss(
             f"got {list(target.shape)} on {target.device}"
         )
     if torch.is_grad_enabled() and target.requires_grad:
-        raise ValueError("prediction_loss: target requires a gradient, and gets none here; pass target.detach()")
+        raise ValueError("prediction_loss: target requires a gradient, but receives none; pass target.detach()")
     check_index("prediction_loss", "index", index, (None, B, K), N, pred)
     if rows != index.shape[0] * B:
         raise ValueError(
@@ -80,7 +81,7 @@ def prediction_loss(
 
 
 def prediction_loss_ref(pred: Tensor, target_BND: Tensor, index_MBK: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """The [M] block losses; if wanted, d(their mean)/d(pred) over `_unit`'s power of two, in the dtype of pred."""
+    """The [M] block losses and, if wanted, d(their mean)/d(pred) divided by `_unit`'s power of two, in pred's dtype."""
     (M, B, K), D = index_MBK.shape, pred.shape[2]
     wide = torch.promote_types(pred.dtype, torch.float32)
     index = index_MBK.transpose(0, 1).reshape(B, M * K, 1).expand(-1, -1, D)
@@ -95,7 +96,7 @@ def prediction_loss_ref(pred: Tensor, target_BND: Tensor, index_MBK: Tensor, wit
 
 
 def prediction_loss_scale_ref(grad: Tensor, grad_losses_M: Tensor) -> None:
-    """Turns what the forward wrote into the gradient under grad_losses, in place."""
+    """Multiplies the gradient that the forward stored by grad_losses, in place."""
     if grad.numel():
         M, (fraction, power) = grad_losses_M.numel(), _unit(grad)
         rows = grad.view(M, -1)
@@ -103,20 +104,20 @@ def prediction_loss_scale_ref(grad: Tensor, grad_losses_M: Tensor) -> None:
 
 
 def _unrounded(grad: Tensor, fraction: Tensor) -> Tensor:
-    """Where the loss is linear all elements are +- fraction, off by its rounding: those as if not yet rounded."""
+    """Widens grad. Where the loss is linear all elements are +-fraction, rounded: restores those to full precision."""
     wide = grad.to(fraction.dtype)
     if grad.dtype == fraction.dtype:
         return wide
-    # By their bits: a compiler that fuses takes a rounding to 16 bits and back for nothing.
+    # Compares bits: a compiler that fuses would drop a rounding to 16 bits and back.
     bits, sign = fraction.to(grad.dtype).view(torch.int16), 1 << 15
     return torch.where((grad.view(torch.int16) & (sign - 1)) == bits, wide.sign() * fraction, wide)
 
 
 def _unit(pred: Tensor) -> tuple[float, float]:
-    """1 / pred.numel() as (fraction, power of two); the gradient is stored times the fraction only.
+    """1 / pred.numel() as (fraction, power of two); the stored gradient is multiplied by the fraction only.
 
-    The power is 1, but for float16, whose subnormals the mean's gradient would reach: there the incoming
-    gradient, which holds the loss scale, is multiplied by it first.
+    The power is 1 except for float16, in which the mean's gradient could be subnormal: there the incoming
+    gradient, which contains the loss scale, is multiplied by it first.
     """
     mean = 1 / max(pred.numel(), 1)
     if pred.dtype != torch.float16:
@@ -125,7 +126,7 @@ def _unit(pred: Tensor) -> tuple[float, float]:
     return fraction, 2.0**exponent
 
 
-# --- triton: a warp takes a row, in CHUNKS that fit D, and keeps it in registers
+# --- triton: a warp reads a row, in chunks that fit D, and keeps it in registers
 
 
 @triton.jit(do_not_specialize=["R", "B", "K"])  # R and K change from step to step
@@ -135,7 +136,7 @@ def _prediction_loss_kernel(
     index,  # [R], R = M*B*K rows
     losses,  # [R] float32 (float64): mean over D
     grad,  # [R, D], written if WITH_GRAD
-    power,  # of two, which the gradient is stored over: exact in the float32 that arguments come in
+    power,  # of two, by which the stored gradient is divided; exact in float32, as kernel arguments are
     R,
     B,
     N,
@@ -154,7 +155,7 @@ def _prediction_loss_kernel(
 ):
     wide = losses.dtype.element_ty
     fraction = (1 / (R.to(tl.float64) * D * power)).to(wide)
-    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), R - 1)  # spare rows do the last one again
+    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), R - 1)  # surplus rows repeat the last one
     q = row // K
     column = tl.arange(0, CHUNK)
     at = pred + (q.to(tl.int64) * pred_q + (row - q * K).to(tl.int64) * pred_k)[:, None]
@@ -184,7 +185,7 @@ def _prediction_loss_kernel(
         error = tl.where(d < D, p[c].to(wide) - (y[c] - mean) * scale, 0)
         if wide == tl.float64:
             clamped = tl.where(error > 1, 1.0, tl.where(error < -1, -1.0, error))
-        else:  # one instruction; NaN stays NaN in both
+        else:  # one instruction; both branches propagate NaN
             clamped = tl.clamp(error, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         total += clamped * (error - 0.5 * clamped)  # smooth L1
         if WITH_GRAD:
@@ -224,7 +225,7 @@ def prediction_loss_triton(pred: Tensor, target: Tensor, index: Tensor, with_gra
     losses = pred.new_empty(M, B * K, dtype=torch.promote_types(pred.dtype, torch.float32))
     grad = pred.new_empty(pred.shape if with_grad else 0)
     if not pred.numel():
-        losses.fill_(torch.nan)  # rows without channels have no mean, and no kernel writes one
+        losses.fill_(torch.nan)  # D may be 0: the mean of nothing, and no kernel runs
     else:
         columns = chunk(D)
         rows, warps = max(1, min(4, 1024 // columns)), max(4, min(columns // 256, 16))
@@ -269,7 +270,7 @@ def _prediction_loss_scale_fake(grad: Tensor, grad_losses: Tensor) -> None:
     return None
 
 
-# Whether the backward that runs may run again (retain_graph). A torch that does not say gets a copy every time.
+# Whether the current backward may run again (retain_graph). If this torch cannot tell, assume that it may.
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -285,12 +286,12 @@ class _PredictionLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        if torch.compiler.is_compiling() and grad.dtype != torch.float16:  # whose power of two would be a constant
+        if torch.compiler.is_compiling() and grad.dtype != torch.float16:  # float16's power would be a constant
             weight = (grad_losses * len(grad_losses))[:, None].expand(-1, ctx.B).reshape(-1, 1, 1)
             fraction = (weight.new_ones((), dtype=torch.float64) / grad.numel()).to(weight.dtype)
             scaled = _unrounded(grad, fraction) * weight
-            return scaled.to(grad.dtype), None, None  # one kernel of the compiler's, and no copy first
+            return scaled.to(grad.dtype), None, None  # the compiler fuses this: one kernel, no copy
         if torch.compiler.is_compiling() or _graph_is_kept():
-            grad = grad.clone()  # else this is its last use, and it may be scaled in place and given away
+            grad = grad.clone()  # otherwise this is its last use: scale in place and return it
         torch.ops.jepa_kernels.prediction_loss_scale_(grad, grad_losses)
         return grad, None, None

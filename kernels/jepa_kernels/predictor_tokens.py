@@ -1,10 +1,10 @@
-"""The predictor's input: visible tokens and mask tokens, positions added, one sequence per target block.
+"""The predictor's input: visible tokens and mask tokens plus positions, one sequence per target block.
 
     y[m*B + b, k]      = context[b, k] + pos[context_index[b, k]]        k < Kc
     y[m*B + b, Kc + t] = mask_token    + pos[target_index[m, b, t]]      t < Kt
 
 Shapes: B images, M target blocks, Kc visible and Kt hidden tokens, N positions, D the predictor's width. One
-pass: y is written once, context is read once. The CPU kernel is in csrc/predictor_tokens.cpp. I-JEPA, arXiv
+pass: y is written once; on a GPU, context is read once. The CPU kernel is in csrc/predictor_tokens.cpp. I-JEPA, arXiv
 2301.08243, section 3.
 """
 
@@ -24,22 +24,22 @@ from .tiles import chunk, tile
 def predictor_tokens(
     context: Tensor, context_index: Tensor, target_index: Tensor, pos: Tensor, mask_token: Tensor
 ) -> Tensor:
-    """One sequence [context, mask tokens] for every target block of every image.
+    """Builds one sequence [context, mask tokens] for every target block of every image.
 
     Args:
         context: [B, Kc, D], float32, float64, bfloat16 or float16, any strides.
         context_index: [B, Kc] int64, the position of each visible token, 0..N-1.
         target_index: [M, B, Kt] int64, the positions to predict, 0..N-1.
-        pos: [N, D] position table, dtype of `context` or float32; it gets no gradient and may not require it.
+        pos: [N, D] position table, dtype of `context` or float32; it gets no gradient and may not require one.
         mask_token: [D], dtype of `context` or float32.
 
     Returns:
         [M*B, Kc+Kt, D], contiguous, block-major rows, dtype of `context`; added in float32, rounded once.
-        Gradients reach `context` (summed over blocks) and `mask_token` (over all its copies), in float32 and
-        in a fixed order: the same bits every time.
+        Gradients of `context` (summed over blocks) and `mask_token` (over all its copies) are accumulated in
+        float32 (float64 for float64) in a fixed order, so they are bitwise reproducible.
 
     Raises:
-        ValueError: wrong rank, dtype or device, sizes that differ, an index out of range (read on a CPU only;
+        ValueError: wrong rank, dtype or device, sizes that differ, an index out of range (checked on a CPU only;
             on a GPU the kernel asserts), a `pos` that requires a gradient.
     """
     check_floats("predictor_tokens", "context", context, "[B, Kc, D]")
@@ -53,7 +53,7 @@ def predictor_tokens(
                 f"got {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
             )
     if torch.is_grad_enabled() and pos.requires_grad:
-        raise ValueError("predictor_tokens: pos requires a gradient, and gets none here; pass pos.detach()")
+        raise ValueError("predictor_tokens: pos requires a gradient, but receives none; pass pos.detach()")
     check_index("predictor_tokens", "context_index", context_index, (B, Kc), pos.shape[0], context)
     check_index("predictor_tokens", "target_index", target_index, (None, B, None), pos.shape[0], context)
     if torch.is_grad_enabled() and (context.requires_grad or mask_token.requires_grad):
@@ -81,7 +81,7 @@ def predictor_tokens_backward_ref(dy: Tensor, M: int, B: int, Kc: int) -> tuple[
     return wide[:, :, :Kc].sum(0).to(dy.dtype), wide[:, :, Kc:].sum((0, 1, 2))
 
 
-# --- triton: a program makes ROWS tokens of one image in registers, and writes them into its M sequences
+# --- triton: a program builds ROWS tokens of one image in registers and writes them to its M sequences
 
 
 @triton.jit(do_not_specialize=["B", "Kc", "Kt"])  # Kc and Kt change from step to step
@@ -119,7 +119,7 @@ def _predictor_tokens_kernel(
     tl.device_assert(right, "predictor_tokens: context_index or target_index out of range")
     column = tl.arange(0, BLOCK_D)
     row = context + (b * context_b + s.to(tl.int64) * context_k)[:, None]
-    token = tl.tuple([])  # context + pos where seen; the mask token, still without a position, where not
+    token = tl.tuple([])  # context + pos if seen; else the mask token, its position not added yet
     for start in tl.static_range(0, D, BLOCK_D):
         d = (start + column)[None, :]
         inside = seen[:, None] & (d < D)
@@ -139,7 +139,7 @@ def _predictor_tokens_kernel(
 def _predictor_tokens_backward_kernel(
     dy,  # [M*B, S, D]
     d_context,  # [B, Kc, D]
-    partial,  # [B, tiles from the first with a mask token on, D]: their sums, tile by tile
+    partial,  # [B, tiles from the first with a mask token on, D]: sums over each tile's mask tokens
     B,
     Kc,
     S,

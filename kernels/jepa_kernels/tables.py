@@ -1,10 +1,10 @@
-"""Many tensors, one launch: the addresses that a kernel works on, as tables in the device's memory.
+"""One launch for many tensors: the addresses that a kernel works on, as tables in device memory.
 
 A list of tensors is cut into blocks of `BLOCK` elements. Program b of a launch reads `blocks[b] = (row, k)`, then
-`rows[row] = (elements, address, ...)`, and works on elements k * BLOCK and up of those addresses. Both tables are
-cached by what they hold and by the stream that they were copied on: tensors that stay in place cost a look-up, and new
-ones (gradients, mostly) a small copy that the host does not wait for. In a CUDA graph that copy is a node. Ops that use
-them are `CACHES`: Inductor would give the cached tables memory of a graph of its own (mode="reduce-overhead").
+`rows[row] = (elements, address, ...)`, and processes the block that starts at element k * BLOCK of each address. Both
+tables are cached by content and by the stream that they were copied on: tensors that stay in place cost a lookup, new
+ones (mostly gradients) a small asynchronous copy, which a CUDA graph captures as a node. Ops that use the tables are
+tagged `CACHES`: otherwise Inductor would put the cached tables in a graph's private memory (mode="reduce-overhead").
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # per program of four warps: two 16-byte loads of each float32 tensor in flight per thread
+BLOCK = 1024  # per program of four warps: two 16-byte loads per thread and float32 tensor in flight
 
-CACHES = (torch.Tag.cudagraph_unsafe,)  # of an op that keeps device memory from one call to the next
+CACHES = (torch.Tag.cudagraph_unsafe,)  # tags of an op that keeps device memory between calls
 
 Row = tuple[int, ...]
 
-# What CUDA graphs copy from, each time that they are replayed: kept for as long as the process lives, because no graph
-# says when it ends. A capture adds a few dozen bytes per tensor.
+# Pinned memory that CUDA graphs copy from on every replay: kept for the life of the process, because nothing tells when
+# a graph is destroyed. A capture adds a few dozen bytes per tensor.
 _captured: list[Tensor] = []
 
 
 def tables(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """`blocks` int32 [total, 2] and `rows` int64 [R, columns], of which the first counts elements."""
+    """`blocks` int32 [total, 2] and `rows` int64 [R, columns], whose first column is the element count."""
     elements = tuple(row[0] for row in rows)
     stream = _stream(device)
     make = _blocks if stream is not None else _blocks.__wrapped__
@@ -36,14 +36,14 @@ def tables(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def table(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers, or rows of them, on the device."""
+    """A tensor of the numbers, or rows of numbers, on the device."""
     stream = _stream(device)
     make = _table if stream is not None else _table.__wrapped__
     return make(values, dtype, device, stream)
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being made of what is launched on the device now. Never while torch.compile traces."""
+    """Whether the device's current stream is being captured into a CUDA graph. False while torch.compile traces."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return False
     with torch.cuda.device(device):
@@ -51,8 +51,8 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def _stream(device: torch.device) -> int | None:
-    """What the caches tell streams apart by. None in a capture: what is copied into the memory of a graph, which holds
-    nothing before a replay, is not for them."""
+    """The stream, as a cache key. None during a capture: a graph's memory is undefined before a replay, so copies into
+    it must not be cached."""
     if is_capturing(device):
         return None
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -60,7 +60,7 @@ def _stream(device: torch.device) -> int | None:
 
 @triton.jit
 def at(address, dtype: tl.constexpr, start, WIDE: tl.constexpr):
-    """Element `start` behind an address of the table, as a pointer; WIDE: the address is a multiple of 16 bytes."""
+    """Pointer to element `start` from an address in the table; WIDE: the address is a multiple of 16 bytes."""
     pointer = address.to(tl.pointer_type(dtype))
     if WIDE:
         pointer = tl.multiple_of(pointer, 16)
@@ -69,12 +69,12 @@ def at(address, dtype: tl.constexpr, start, WIDE: tl.constexpr):
 
 @triton.jit
 def lerp(a, b, weight):
-    """a + weight * (b - a) from the nearer end, as torch.lerp: exact at both."""
+    """a + weight * (b - a), computed from the nearer end like torch.lerp: exact at both ends."""
     return tl.where(weight < 0.5, a + weight * (b - a), b - (1 - weight) * (b - a))
 
 
 def upload(table: Tensor, device: torch.device) -> Tensor:
-    """Copies to the device without waiting for it."""
+    """Copies to the device asynchronously."""
     if device.type != "cuda":
         return table
     pinned = table.pin_memory()

@@ -1,14 +1,14 @@
-"""VICReg's invariance, variance and covariance between M views, in O(M) instead of O(M^2).
+"""VICReg's invariance, variance and covariance of M views, in O(M) instead of O(M^2).
 
-Shapes: N rows (images), M views (C-JEPA's target blocks), D channels; W ranks, G = W*N rows of all of them.
-The definition is the mean of the two-view criterion over all ordered pairs of views. Variance and covariance
-of a view do not depend on its partner, and the squared distances between all views are those to their mean,
-so M covariances stand for 2*M*(M-1). Where rows are fewer than channels, the covariance (D x D) gives way to
-the Gram matrix (G x G), which has the same norm and gives the same gradient.
+Shapes: N rows (images), M views (C-JEPA's target blocks), D channels; W ranks with G = W*N rows in total.
+The definition is the mean of the two-view criterion over all ordered pairs of views. The variance and covariance
+of a view do not depend on its partner, and the squared distances between all views follow from those to their
+mean, so M covariances replace 2*M*(M-1). With fewer rows than channels, the Gram matrix (G x G) replaces the
+covariance (D x D): it has the same norm and gives the same gradient.
 
-When a gradient is wanted one matrix per view stays until the backward: M * min(G, D)^2 numbers in float32, never more
-than a float32 copy of z, beside z itself and two [M, D]. Computing it again instead would add half to the FLOPs of the
-backward. The ops that read z are in covariance.py.
+If a gradient is needed, one matrix per view is kept until the backward: M * min(G, D)^2 numbers in float32, never more
+than a float32 copy of all G rows, in addition to z and two [M, D] tensors. Recomputing it would add half to the FLOPs
+of the backward. The ops that read z are in covariance.py.
 """
 
 import math
@@ -43,26 +43,26 @@ def vicreg(
     VICReg, arXiv 2105.04906, section 4 and its code; C-JEPA, arXiv 2410.19560, algorithm 1.
 
     Args:
-        z: [N, M, D], float32, float64, bfloat16 or float16, any strides. One view alone has no pair: its invariance
-            is 0.
-        group: a process group whose ranks hold equally many rows each; the statistics are those of all rows. What
-            is sent depends on N, so ranks first tell one another: a few bytes, and nothing waits for a GPU.
-        gamma, eps: of the variance term.
-        precision: how a GPU multiplies float32: "ieee", "tf32x3" (three TF32 products, nearly as exact) or
-            "tf32".
+        z: [N, M, D], float32, float64, bfloat16 or float16, any strides. A single view forms no pairs: its
+            invariance is 0.
+        group: a process group whose ranks all hold the same number of rows; the statistics are over all rows. What
+            is communicated depends on N, so ranks exchange it first: a few bytes, without waiting for a GPU.
+        gamma, eps: parameters of the variance term.
+        precision: how a GPU multiplies float32 matrices: "ieee", "tf32x3" (three TF32 products, nearly as
+            accurate) or "tf32".
 
     Returns:
-        Three float32 scalars (float64 for float64 input), accumulated in that type. On a GPU the order of every sum
-        is fixed; on a CPU it is but for the matrix products, whose order is that of the BLAS and may change with its
-        number of threads. What training keeps until the backward: z, one min(G, D) x min(G, D) matrix per view, two
-        [M, D]. With a `group`, the same numbers on every rank, and gradients that sum over the ranks' losses: averaged
-        over ranks, as DDP and ZeRO do, they are those of one process with all rows. All ranks must call this, and its
-        backward, together.
+        Three float32 scalars (float64 for float64 input), accumulated in at least that precision. On a GPU every
+        sum has a fixed order; on a CPU all do except in the matrix products, where BLAS may change it with its number
+        of threads. Training keeps until the backward: z (the rows of all ranks if G < D), one
+        min(G, D) x min(G, D) matrix per view and two [M, D] tensors. With a `group`, all ranks return the same numbers,
+        and the gradient is that of the sum of all ranks' losses: averaged over ranks, as DDP and ZeRO do, gradients
+        equal those of one process with all rows. All ranks must call this, and its backward, together.
 
     Raises:
-        ValueError: wrong rank or dtype, fewer than 2 rows over all ranks; a gamma or eps that is negative, an unknown
-            precision; ranks of a group with unequal rows (on a GPU, and in a compiled call, an assertion on the
-            device).
+        ValueError: wrong rank or dtype, fewer than 2 rows over all ranks; a negative or infinite gamma or eps, an
+            unknown precision; ranks of a group with different numbers of rows (on a GPU, and in a compiled call, an
+            assertion on the device).
     """
     if group is not None and dist.get_world_size(group) == 1:
         group = None
@@ -70,7 +70,7 @@ def vicreg(
     if z.shape[1] < 1 or z.shape[2] < 1:
         raise ValueError(f"vicreg: z must have at least one view and one channel; got {list(z.shape)}")
     if not 0 <= gamma < math.inf or not 0 <= eps < math.inf:
-        raise ValueError(f"vicreg: gamma and eps must be finite and not negative; got {gamma} and {eps}")
+        raise ValueError(f"vicreg: gamma and eps must be finite and >= 0; got {gamma} and {eps}")
     if group is not None:
         _check_rows(z, group)
     if z.shape[0] * _ranks(group) < 2:
@@ -87,21 +87,21 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def _no_autocast(z: Tensor) -> AbstractContextManager[Any]:
-    """Autocast would compute the matrix products in 16 bits, and their results would be taken for float32."""
+    """Autocast would compute the matrix products in 16 bits, where float32 results are expected."""
     device = z.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _check_rows(z: Tensor, group: dist.ProcessGroup) -> None:
-    """Unequal rows would hang the collectives that follow, or be averaged as if they were equal."""
+    """Unequal numbers of rows would hang the collectives that follow, or be averaged as if they were equal."""
     own = torch.full((1,), z.shape[0], device=z.device)
     rows = own.new_empty(dist.get_world_size(group))
     _all_gather(rows, own, group=group)
     if z.device.type == "cpu" and not torch.compiler.is_compiling():
         if len(rows.unique()) > 1:
-            raise ValueError(f"vicreg: z must have as many rows on every rank of the group; got {rows.tolist()}")
+            raise ValueError(f"vicreg: z must have the same row count on every rank of the group; got {rows.tolist()}")
     else:
-        torch._assert_async((rows == own).all(), "vicreg: z must have as many rows on every rank of the group")
+        torch._assert_async((rows == own).all(), "vicreg: z must have the same row count on every rank of the group")
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:
@@ -111,13 +111,13 @@ def _ranks(group: dist.ProcessGroup | None) -> int:
 def _forward(
     z: Tensor, gamma: float, eps: float, precision: str, group: dist.ProcessGroup | None, keep: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The three terms; and for the backward z (gram: all rows), mean, variance and matrix."""
+    """The three terms and, for the backward, z (gram: the rows of all ranks), mean, variance and matrix."""
     ops = torch.ops.jepa_kernels
     N, M, D = z.shape
     G = N * _ranks(group)
     gram = G < D
-    # Two ways to the statistics of all rows; what a rank receives per view decides. Gather the rows: G x D of
-    # z's type, and every rank does all the work. Or all-reduce a D x D matrix, which travels twice.
+    # Two ways to get statistics of all rows, chosen by what a rank receives per view. Gather the rows: G x D in
+    # z's dtype, and every rank does all the work. Or all-reduce a D x D matrix, which is transferred twice.
     reduce = group is not None and not gram and G * z.element_size() > 2 * D * wide(z).itemsize
     rows = z
     if group is not None and not reduce:
@@ -134,7 +134,7 @@ def _forward(
     squares, matrix = ops.vicreg_products(rows, mean, G, gram, keep or reduce, precision)
     if reduce:
         diagonal = matrix.diagonal(dim1=1, dim2=2)
-        diagonal.copy_(var)  # it travels where the matrix has nothing
+        diagonal.copy_(var)  # reduced along with the matrix, whose diagonal is unused
         dist.all_reduce(matrix, group=group)
         var = diagonal.clone()
         diagonal.zero_()
@@ -167,7 +167,7 @@ class _VICReg(torch.autograd.Function):
         gram = G < D
         if group is not None:
             shared = torch.stack(grads)
-            dist.all_reduce(shared, group=group)  # every rank's losses depend on these rows
+            dist.all_reduce(shared, group=group)  # the losses of all ranks depend on these rows
             grads = shared.unbind()
         first = N * dist.get_rank(group) if gram and group is not None else 0
         by_invariance, by_variance, by_covariance = grads
@@ -175,7 +175,7 @@ class _VICReg(torch.autograd.Function):
         push = by_covariance * (8 / (M * D * (G - 1)))
         std = (var + eps).sqrt()
         weight = torch.where(std < gamma, by_variance * (-1 / (M * D * (G - 1))) / std, 0)
-        if gram:  # K x / (G - 1) = x C with the diagonal of C
+        if gram:  # K x / (G - 1) is x C with the diagonal of C: subtract its part
             weight = weight - push * var
         with _no_autocast(z):
             dz = torch.ops.jepa_kernels.vicreg_backward(z, mean, matrix, weight, pull, push, gram, first, N, precision)
