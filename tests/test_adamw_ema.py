@@ -317,6 +317,11 @@ def test_a_state_of_another_layout_is_refused_at_the_same_address_too(device):
             optimizer.step()
         optimizer.state[p][name] = right
     assert equal(before, everything(optimizer))
+    for name in ("exp_avg", "exp_avg_sq", "ema"):  # as the message advises
+        wrong = optimizer.state[p][name] = optimizer.state[p][name].view(32, 64).T
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert torch.equal(optimizer.state[p][name], wrong) and optimizer.state[p][name].is_contiguous()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))

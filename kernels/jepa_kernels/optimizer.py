@@ -79,7 +79,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 elif isinstance(value, Tensor) and (value.shape, value.device) == (p.shape, p.device):
                     of_p[name] = _in_layout_of(p, value)
             own = linked.get(p)
-            if own is not None and isinstance(of_p.get("ema"), Tensor) and own.shape == of_p["ema"].shape:
+            if own is not None and isinstance(of_p.get("ema"), Tensor) and _is_like(own, of_p["ema"]):
                 with torch.no_grad():
                     of_p["ema"] = own.copy_(of_p["ema"])
 
@@ -304,6 +304,10 @@ def _check_laid_out(name: str, t: Tensor | None, p: Tensor, dtypes: Collection[t
             f"and device {p.device}, got {t.dtype}, {tuple(t.shape)}, {t.stride()}, {t.device}. "
             "torch.empty_like(p, dtype=...) makes such a tensor; load_state_dict(state_dict()) fixes all layouts"
         )
+
+
+def _is_like(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.shape, a.stride(), a.device) == (b.dtype, b.shape, b.stride(), b.device)
 
 
 def _in_layout_of(p: Tensor, tensor: Tensor) -> Tensor:
