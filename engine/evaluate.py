@@ -1,9 +1,9 @@
-"""What a checkpoint's frozen features tell: k-NN and linear probes beside an untrained encoder and raw pixels.
+"""k-NN and linear probes of a checkpoint's frozen features, compared with an untrained encoder and raw pixels.
 
     python engine/evaluate.py runs/demo/jepa-latest --train data/demo/train --val data/demo/val
 
-Labels are the sub-folders' names, or, with --label COLUMN, a column of the `labels.csv` in both folders (its first
-column names the files).
+Labels are the names of the sub-folders or, with --label COLUMN, a column of `labels.csv` in both folders, whose first
+column names the files.
 """
 
 import argparse
@@ -33,14 +33,14 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def last(encoder: VisionTransformer, layers: int) -> Encoder:
-    """The outputs of the last blocks side by side, [B, N, layers * D]; I-JEPA reports the better of one and four."""
+    """The outputs of the last blocks, concatenated: [B, N, layers * D]. I-JEPA reports the better of one and four."""
     if not 1 <= layers <= len(encoder.blocks):
-        raise ValueError(f"--layers {layers}: the encoder has {len(encoder.blocks)} blocks")
+        raise ValueError(f"--layers {layers}: must be from 1 to the encoder's {len(encoder.blocks)} blocks")
     return lambda images: torch.cat(encoder.features(images, range(-layers, 0)), dim=2)
 
 
 def features(encoder: Encoder, source: ImageSource, config: Config, device: torch.device) -> tuple[Tensor, list[int]]:
-    """Mean-pooled features [S, D] of the images that can be used, and their numbers."""
+    """Mean-pooled features [S, D] of the images that can be decoded, and the indices of those images."""
     batches = eval_batches(
         source,
         crop_size=config.data.crop_size,
@@ -52,17 +52,17 @@ def features(encoder: Encoder, source: ImageSource, config: Config, device: torc
 
 
 def column(source: ImageSource, name: str) -> list[str]:
-    """One column of a source's labels.csv, in the order of its images. Raises ValueError where it is not there."""
+    """One column of a source's labels.csv, in the order of its images. Raises ValueError if a value is missing."""
     table = Path(source.path) / "labels.csv"
     with table.open(newline="") as file:
         first, *_ = columns = next(csv.reader(file), [""])
         file.seek(0)
         if name not in columns:
-            raise ValueError(f"--label {name}: {table} has the columns {', '.join(columns)}")
+            raise ValueError(f"--label {name}: {table} has only the columns {', '.join(columns)}")
         values = {os.path.abspath(Path(source.path, row[first])): row[name] for row in csv.DictReader(file)}
     images = [os.path.abspath(source.name(i)) for i in range(len(source))]
     if missing := [image for image in images if image not in values]:
-        raise ValueError(f"--label {name}: {table} has no row for {len(missing)} images, such as {missing[0]}")
+        raise ValueError(f"--label {name}: {table} has no row for {len(missing)} images, for example {missing[0]}")
     return [values[image] for image in images]
 
 
@@ -74,7 +74,7 @@ def is_number(text: str) -> bool:
 
 
 def labels_of(sources: list[ImageSource], name: str | None) -> list[Tensor]:
-    """int64 labels of both sources; numbers with a fraction are cut into quarters at the training set's quartiles."""
+    """int64 labels of both sources; fractional numbers are binned at the training set's quartiles."""
     if name is None:
         return [torch.from_numpy(source.labels) for source in sources]
     train, val = (column(source, name) for source in sources)
@@ -88,7 +88,7 @@ def labels_of(sources: list[ImageSource], name: str | None) -> list[Tensor]:
 def evaluate(
     checkpoint: str, train_path: str, val_path: str, names: list[str | None], layers: int = 1
 ) -> list[dict[str, object]]:
-    """One row an encoder: accuracies in percent under "<label> k-NN" and "<label> linear"."""
+    """One row per encoder: accuracies in percent under "<label> k-NN" and "<label> linear"."""
     encoder, config = load_encoder(checkpoint)
     sources = open_labelled(train_path, val_path) if None in names else [open_images(train_path), open_images(val_path)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,14 +129,12 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or an exported .safetensors")
-    parser.add_argument(
-        "--train", required=True, metavar="FOLDER", help="labelled images that the probes are fitted on"
-    )
-    parser.add_argument("--val", required=True, metavar="FOLDER", help="labelled images that they are judged on")
-    parser.add_argument("--label", action="append", metavar="COLUMN", help="of labels.csv; may be given several times")
-    parser.add_argument("--layers", type=int, default=1, help="last blocks whose outputs are joined (default: 1)")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="write the numbers there too")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or exported .safetensors")
+    parser.add_argument("--train", required=True, metavar="FOLDER", help="labelled images to fit the probes on")
+    parser.add_argument("--val", required=True, metavar="FOLDER", help="labelled images to measure accuracy on")
+    parser.add_argument("--label", action="append", metavar="COLUMN", help="column of labels.csv; may be repeated")
+    parser.add_argument("--layers", type=int, default=1, help="number of last blocks to concatenate (default: 1)")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="also write the accuracies to this file")
     args = parser.parse_args()
     try:
         rows = evaluate(args.checkpoint, args.train, args.val, args.label or [None], args.layers)

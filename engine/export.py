@@ -1,21 +1,21 @@
-"""Writes the weights of a run for others to read, and makes other people's readable here.
+"""Exports a run's weights to other formats, and imports the published I-JEPA weights.
 
     python engine/export.py runs/demo/jepa-latest --to safetensors --out demo.safetensors
     python engine/export.py runs/demo/jepa-latest --to huggingface --out demo-ijepa
     python engine/export.py IN1K-vit.h.14-300e.pth.tar --config engine/configs/in1k_vith14_ep300_ijepa.yaml \\
         --to safetensors --out in1k_vith14.safetensors
 
-The first argument is a checkpoint, a safetensors file that this program wrote, or a `.pth.tar` of the published I-JEPA
-code. That one does not say which model it holds: name its config, and change it by section.key=value as in training.
-`evaluate.py` and `visualize.py` take checkpoints and safetensors files.
+The first argument is a checkpoint, a safetensors file written by this program, or a `.pth.tar` of the published I-JEPA
+code. A `.pth.tar` does not say which model it holds: give its --config, overridden by section.key=value as in training.
+`evaluate.py` and `visualize.py` read checkpoints and safetensors files.
 
-    safetensors   one file, the config in its metadata; --part all: both encoders and the predictor
-    published     the published code's .pth.tar: all three parts, without the optimizer's state
+    safetensors   one file, with the config in its metadata; --part all: both encoders and the predictor
+    published     a .pth.tar for the published code: all three parts, without optimizer state
     timm          one file for timm's VisionTransformer, built with
                   class_token=False, global_pool="avg", fc_norm=False, num_classes=0
     huggingface   a folder for transformers' IJepaModel.from_pretrained
 
-Nothing is unpickled but plain tensors. The memory needed is that of what is written.
+Only plain tensors are unpickled. Peak memory is about the size of the output.
 """
 
 import argparse
@@ -33,13 +33,13 @@ FORMATS = ("safetensors", "published", "timm", "huggingface")
 def export(
     source: str, to: str, out: Path, part: str | None, dtype: str, config: str | None, changes: list[str]
 ) -> str:
-    """Writes `out`; returns what was written. Raises as `open_weights` does, and ValueError for a wrong part."""
+    """Writes `out` and returns a summary. Raises as `open_weights` does, and ValueError for an impossible part."""
     possible = {"safetensors": [*interop.PARTS, "all"], "published": ["all"]}.get(to, list(interop.ENCODERS))
     part = part or possible[0]
     if part not in possible:
-        raise ValueError(f"--part {part}: --to {to} writes {' or '.join(possible)}")
+        raise ValueError(f"--part {part}: must be {' or '.join(possible)} for --to {to}")
     if changes and not config:
-        raise ValueError(f"{changes[0]}: there is no --config to change")
+        raise ValueError(f"{changes[0]}: an override needs --config")
     weights = interop.open_weights(source, load_config(config, changes) if config else None)
     parts = list(interop.PARTS) if part == "all" else [part]
     if missing := [name for name in parts if name not in weights.shapes]:
@@ -61,10 +61,10 @@ def main() -> int:
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint, a .safetensors or a .pth.tar")
     parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="must not exist yet")
-    parser.add_argument("--part", choices=[*interop.PARTS, "all"], help="default: the target encoder, or all")
+    parser.add_argument("--part", choices=[*interop.PARTS, "all"], help="default: target_encoder; for published: all")
     parser.add_argument("--dtype", choices=list(interop.DTYPES), default="fp32")
-    parser.add_argument("--config", metavar="YAML", help="the model of a .pth.tar")
-    parser.add_argument("changes", nargs="*", metavar="section.key=value", help="changes to --config")
+    parser.add_argument("--config", metavar="YAML", help="config of the model in a .pth.tar")
+    parser.add_argument("changes", nargs="*", metavar="section.key=value", help="overrides of --config")
     args = parser.parse_intermixed_args()
     try:
         print(export(args.source, args.to, args.out, args.part, args.dtype, args.config, args.changes))

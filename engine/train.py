@@ -2,7 +2,7 @@
 
     deepspeed engine/train.py --config engine/configs/in1k_vith14_ep300_cjepa.yaml data.root_path=/data/imagenet
 
-Any key of the config can be set behind it as section.key=value. torchrun, srun and plain python start it too.
+Any config key can be overridden on the command line as section.key=value. torchrun, srun and plain python work too.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from jepa.vit import compile_blocks
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
-    """Trains, or replays a step, and returns the exit code; jepa.interrupt says which there are."""
+    """Trains, or replays a step, and returns the exit code (listed in jepa.interrupt)."""
     engine = config.engine
     ranks = distributed.start(engine.device, engine.timeout_minutes, engine.deterministic)
     with (
@@ -55,7 +55,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
 
 def open_loader(config: Config, ranks: Ranks) -> Loader:
-    """Raises ValueError on all ranks where one of them finds other images than the others."""
+    """Raises ValueError on all ranks if they do not all find the same images."""
     data, (micro_batch, accumulation, _) = config.data, config.batch(ranks.world_size)
     loader = Loader(
         open_images(data.folder),
@@ -103,9 +103,9 @@ def train(
 
     log = RunLog(config, progress.step, last_step, loader.steps_per_epoch, global_batch, ranks.device)
     log.say(
-        f"{config.meta.model_name} ({config.loss.objective}), {len(loader.source)} images, {global_batch} a step on "
+        f"{config.meta.model_name} ({config.loss.objective}), {len(loader.source)} images, {global_batch} per step on "
         f"{ranks.world_size} x {ranks.device.type}; steps {progress.step} to {last_step} of {all_steps}; "
-        f"kill {os.getpid()} stops it with everything saved"
+        f"kill {os.getpid()} saves and stops"
     )
     table = ScheduleTable(schedules, progress.applied, last_step - progress.step, zero.schedule_device(engine))
     outcomes, owed = Outcomes(progress, global_batch), False
@@ -126,24 +126,24 @@ def train(
         saving = owed or ending
         examining, probing = due(taken, config.logging.health_freq), due(taken, config.eval.every)
         if not (saving or examining or probing or due(taken, config.logging.log_freq)):
-            continue  # without waiting for the device: its queue never runs dry
+            continue  # without synchronising, so that the device's queue never runs dry
 
         skipped, applied = outcomes.read(log.say)
         found = examine(step, done, teacher, log) if examining and applied else {}
         if probe and probing:
             watchdog.at(step, "evaluating")
             found |= (accuracy := probe(teacher.encoder))
-            log.say(f"step {step}: k-NN of the target encoder {100 * accuracy['knn']:.1f} %")
+            log.say(f"step {step}: k-NN accuracy of the target encoder {100 * accuracy['knn']:.1f} %")
         lr, weight_decay, momentum = numbers.tolist()
         grad_norm = None if done.grad_norm is None else float(done.grad_norm)
         log.flush(skipped, lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=grad_norm, **found)
         outcomes.check(step, config.engine.max_skipped, saver.newest)
-        if ending or (owed and not outcomes.skipped_in_a_row):  # weights from which no step is finite can wait
+        if ending or (owed and not outcomes.skipped_in_a_row):  # saves wait while steps are being skipped
             watchdog.at(step, "saving")
             log.say(f"saved {saver.save(progress, rotate=not outcomes.skipped_in_a_row)}")
             owed = False
         if stopping and taken < last_step:
-            log.say(f"stopped on request after step {step}: --resume goes on. Exit code {interrupt.STOPPED}")
+            log.say(f"stopped on request after step {step}; --resume continues. Exit code {interrupt.STOPPED}")
             break
         if probing or saving:
             log.restart_clock()
@@ -153,21 +153,21 @@ def train(
 
 
 def examine(step: int, done: "Step", teacher: Teacher, log: RunLog) -> dict[str, float]:
-    """The health of the features and the teacher's distance; warns of a collapse. Every rank calls it."""
-    found = health(done.h_BUD, done.predicted_RD)  # nothing, except on the first rank
+    """Feature health metrics and the teacher's distance; warns of collapse. Every rank must call it."""
+    found = health(done.h_BUD, done.predicted_RD)  # empty except on the first rank
     if found and (warning := collapse_warning(found)):
         log.say(f"step {step}: {warning}")
     return found | {"teacher_distance": teacher.distance()}
 
 
 def replay_step(config: Config, args: argparse.Namespace, ranks: Ranks, loader: Loader, watchdog: Watchdog) -> None:
-    """One step, looked at alone; those between the checkpoint and it are taken again, and nothing is written."""
+    """Examines one step, after repeating those between the checkpoint and it. Writes nothing."""
     step = args.replay_step
     path, state = start_of_replay(config, loader, step, args.resume, args.accept_changes)
     progress, read = checkpoint.Progress.of(state), Reader(path, state).tensor
-    head = f"step {step} with the weights that {path} holds, of step {progress.step}"
+    head = f"step {step} with the weights in {path}, of step {progress.step}"
     if progress.step > step:
-        head += ": not those that it had in the run, and the numbers are others"
+        head += ": not the weights that the run had at this step, so the numbers differ"
     elif progress.step < step:
         engine, teacher = start_model(config, ranks.device)
         checkpoint.load(path, state, engine)
@@ -181,19 +181,19 @@ def replay_step(config: Config, args: argparse.Namespace, ranks: Ranks, loader: 
             done = take_step(config, ranks, engine, teacher, batches, before, watchdog.at)
             table.count(done.applied)
             progress.count(bool(done.applied), 0)
-        head += f", and {step - state['step']} steps from there"
+        head += f", advanced by {step - state['step']} steps"
         read = partial(checkpoint.gathered, engine)
     watchdog.at(step, "replaying")
     replay(config, ranks, loader, step, read, progress.applied > 0, head)
 
 
 def due(taken: int, every: int) -> bool:
-    """Whether what happens every so many steps (0: never) happens after so many."""
+    """Whether something done every `every` steps (0: never) is due after `taken` steps."""
     return every > 0 and taken % every == 0
 
 
 def start_model(config: Config, device: torch.device) -> tuple[Any, Teacher]:
-    """The model, freshly initialised, under DeepSpeed, and its teacher."""
+    """The DeepSpeed engine around a freshly initialised model, and the teacher."""
     torch.manual_seed(config.engine.seed)
     model = JepaModel(config).to(device)
     target_encoder = copy.deepcopy(model.encoder)
@@ -205,16 +205,16 @@ def start_model(config: Config, device: torch.device) -> tuple[Any, Teacher]:
 
 
 class Step(NamedTuple):
-    """What became of a step, unread: a number on the device is waited for when it is read."""
+    """The outcome of a step. Its tensors are still on the device; reading one synchronises."""
 
-    applied: Tensor  # bool, 0-d: whether it moved the weights
+    applied: Tensor  # bool, 0-d: whether the weights were updated
     grad_norm: Tensor | None
-    losses: list[Losses]  # one a micro-batch
-    kept: tuple[int, int]  # tokens of a context, of a target
+    losses: list[Losses]  # one per micro-batch
+    kept: tuple[int, int]  # tokens in a context, in a target
     h_BUD: Tensor  # features and predictions of the last micro-batch
     predicted_RD: Tensor
     files: list[str]  # of all micro-batches
-    replaced: int  # of these, stand in for one that cannot be used
+    replaced: int  # how many of these replace a file that cannot be used
 
 
 def take_step(
@@ -226,9 +226,8 @@ def take_step(
     step: int,
     at: Callable[[int, str], None] = lambda step, doing: None,
 ) -> Step:
-    """Step `step`, all its micro-batches, under the numbers last given to `zero.schedule`; then the teacher follows.
-
-    `at` is told what is done next.
+    """Takes step `step`, all its micro-batches, with the schedule values last given to `zero.schedule`, and updates the
+    teacher. `at` is called with each thing about to be done.
     """
     losses, files, replaced = [], [], 0
     for micro in range(config.batch(ranks.world_size).accumulation):
@@ -238,7 +237,7 @@ def take_step(
         masks = masks_of(config, ranks, step, micro)
         rows = tokens(masks, config, ranks.device, whole=(step + 1) % config.logging.health_freq == 0)
         features: Any = partial(teacher, batch.images, rows.teacher)
-        if ranks.world_size == 1:  # else it waits for its weights, which travel behind the context encoder
+        if ranks.world_size == 1:  # else called later, so that its weights' all-gather overlaps the encoder
             features = features()
         output = engine(batch.images, rows.context, rows.target_MBK, features, rows.places_MBK)
         engine.backward(poison(output.losses.total))
@@ -254,27 +253,27 @@ def take_step(
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="YAML", help="a file such as those in engine/configs")
-    parser.add_argument("--dry-run", action="store_true", help="validate, print what the run would be, and stop")
-    parser.add_argument("--world-size", type=int, metavar="N", help="the ranks that --dry-run reckons with")
+    parser.add_argument("--config", required=True, metavar="YAML", help="a file like those in engine/configs")
+    parser.add_argument("--dry-run", action="store_true", help="validate, print what the run would need, and stop")
+    parser.add_argument("--world-size", type=int, metavar="N", help="number of ranks to assume for --dry-run")
     parser.add_argument(
         "--resume",
         nargs="?",
         const="latest",
         metavar="CHECKPOINT",
-        help="go on from the newest checkpoint, or from this one; auto: from the newest, or begin where there is none",
+        help="resume from this checkpoint, by default the newest; auto: from the newest, or start if there is none",
     )
     parser.add_argument(
-        "--accept-changes", action="store_true", help="resume even if steps compute another loss than before"
+        "--accept-changes", action="store_true", help="resume even if a step would compute something different"
     )
     parser.add_argument(
-        "--max-minutes", type=float, metavar="M", help=f"then save and end with exit code {interrupt.STOPPED}"
+        "--max-minutes", type=float, metavar="M", help=f"save and exit with code {interrupt.STOPPED} after M minutes"
     )
     parser.add_argument(
         "--replay-step",
         type=int,
         metavar="N",
-        help="look at step N alone, with the weights of the newest checkpoint up to it, or of that behind --resume",
+        help="examine step N alone, starting from the checkpoint given to --resume, by default the newest up to N",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

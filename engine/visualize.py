@@ -1,8 +1,8 @@
-"""Draws a run: what its encoder attends to, what its features tell apart, which patches it predicts, its curves.
+"""Plots a run: attention maps, principal components of the features, masks, and training curves.
 
     python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl --out pictures
 
-writes attention.png, features.png and masks.png for a checkpoint, curves.png for a log; either will do.
+writes attention.png, features.png and masks.png for a checkpoint, curves.png for a log. Give either or both.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from jepa.sources import open_images
 
 
 def draw_encoder(checkpoint: str, images_path: str, count: int, out: Path) -> list[Path]:
-    """Draws the target encoder's view of `count` images spread evenly over those at `images_path`."""
+    """Plots attention, features and masks for `count` images spread evenly over those at `images_path`."""
     encoder, config = load_encoder(checkpoint)
     source = open_images(images_path)
     indices = torch.linspace(0, len(source) - 1, min(count, len(source))).round().int().tolist()
@@ -28,7 +28,7 @@ def draw_encoder(checkpoint: str, images_path: str, count: int, out: Path) -> li
     images, _ = next(batches, (None, None))
     if images is None:
         raise ValueError(f"--images: none of the {len(indices)} images chosen from {images_path} can be decoded")
-    # As in training, contexts are as long as the shortest of a batch.
+    # As in training, contexts are cut to the shortest of a batch.
     cut = (0, max(config.data.batch_size, len(images)))
     masks = sample_masks(config.mask_spec, seed=config.engine.seed, step=0, first=0, batch=len(images), cut=cut)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
         raise ValueError("nothing to draw; wanted a checkpoint with --images FOLDER, or --log FILE.jsonl, or both")
     if bool(args.checkpoint) != bool(args.images):
         given, wanted = ("a checkpoint", "--images FOLDER") if args.checkpoint else ("--images", "a checkpoint")
-        raise ValueError(f"given {given} alone; wanted {wanted} with it")
+        raise ValueError(f"given {given} alone; wanted {wanted} as well")
     if args.count < 1:
         raise ValueError(f"--count: given {args.count}, wanted at least 1")
     paths = draw_encoder(args.checkpoint, args.images, args.count, args.out) if args.checkpoint else []
@@ -55,11 +55,11 @@ def draw(args: argparse.Namespace) -> list[Path]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a folder, or an exported .safetensors")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint or exported .safetensors")
     parser.add_argument("--images", metavar="FOLDER", help="a folder tree, a .txt list, or WebDataset tars")
     parser.add_argument("--log", metavar="FILE.jsonl", help="the log of a run")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the pictures go")
-    parser.add_argument("--count", type=int, default=6, metavar="N", help="images shown (default 6)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the plots")
+    parser.add_argument("--count", type=int, default=6, metavar="N", help="number of images to show (default: 6)")
     return parser.parse_args()
 
 

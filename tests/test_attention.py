@@ -1,4 +1,4 @@
-"""Attention against its definition in float64, at the head dims of the published models; every backend that is here."""
+"""All installed attention backends against the definition in float64, at the head dims of the published models."""
 
 import math
 import random
@@ -15,7 +15,7 @@ HEAD_DIMS = (80, 88, 64, 32, 24)
 
 
 def case(backend: str, device: str, dtype: torch.dtype, packages: tuple[str, ...] = ()) -> ParameterSet:
-    """In bf16 the output is rounded, and so are the scores' weights before they meet v: a few 2^-8."""
+    """In bf16 the output and the attention weights are rounded: an error of a few 2^-8."""
     missing = [f"{backend} is not installed"] if packages and not any(map(_installed, packages)) else []
     missing += ["needs a GPU"] if device == "cuda" and not torch.cuda.is_available() else []
     mark = pytest.mark.skipif(bool(missing), reason=", ".join(missing))
@@ -34,7 +34,7 @@ END_TO_END = [*ANYWHERE, case("sdpa", "cuda", torch.float32)]
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One sequence, [Kq, H, C] and [K, H, C]."""
+    """Attention of one sequence; q [Kq, H, C], k and v [K, H, C]."""
     heads = []
     for h in range(q.shape[1]):
         scores = (q[:, h] @ k[:, h].T / math.sqrt(q.shape[-1])).exp()
@@ -52,14 +52,14 @@ def with_gradients(y: Tensor, dy: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def compare(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
-    """Against the largest of output and gradients: of a single key the gradients of q and k are zero."""
+    """Relative to the largest of output and gradients, as with a single key the gradients of q and k are zero."""
     scale = max(float(b.detach().norm()) for b in wanted)
     for a, b in zip(got, wanted, strict=True):
         assert float((a.detach().double() - b.detach()).norm()) < tolerance * scale
 
 
 def inputs_of(Kq: int, K: int, H: int, C: int, device: str, dtype: torch.dtype, lead: tuple[int, ...] = ()) -> list:
-    """q, k, v (k and v as the model has them: parts of one matrix) and the output's gradient, exact in `dtype`."""
+    """q, output gradient, k and v, exact in `dtype`; k and v are views of one matrix, as in the model."""
     kv = torch.randn(*lead, K, 2, H, C, device=device, dtype=dtype).unbind(-3)
     return [*(torch.randn(*lead, Kq, H, C, device=device, dtype=dtype) for _ in range(2)), *kv]
 

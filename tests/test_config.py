@@ -1,4 +1,4 @@
-"""Configs: what loads, what is refused and how, and whether DeepSpeed reads what is made for it."""
+"""Configs: what loads, what is rejected and with which message, and that DeepSpeed reads the config made for it."""
 
 import random
 import shutil
@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "engine/configs"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 PATHS = ["data.root_path=/images", "logging.folder=/runs"]
 
-# The values of the four published configs, under the published key names.
+# The values of the four published configs that differ between them.
 PUBLISHED = {
     "in1k_vith14_ep300": ("vit_huge", 12, 14, 224, 128, 300, 40),
     "in1k_vith16-448_ep300": ("vit_huge", 12, 16, 448, 16, 300, 40),
@@ -46,7 +46,7 @@ optimization: {{ema: [0.996, 1.0], epochs: {epochs}, final_lr: 1.0e-06, final_we
 
 
 def small(**changes: Any) -> dict[str, dict[str, Any]]:
-    """A mapping that loads, with `section__key=value` changed."""
+    """A valid mapping, changed by `section__key=value`."""
     mapping: dict[str, dict[str, Any]] = {
         "meta": {"model_name": "vit_tiny"},
         "data": {"root_path": "images", "batch_size": 8, "crop_size": 64},
@@ -315,7 +315,7 @@ YAML_BITS = [
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.sampled_from(YAML_BITS) | st.text(max_size=5), max_size=12).map("".join), st.sampled_from(SHIPPED))
 def test_text_is_a_config_or_a_config_error(text: str, path: Path) -> None:
-    """As a file of its own, at any place in a whole config, and as the value of any key."""
+    """As a whole file, anywhere in a complete config, and as the value of any key."""
     folder = Path(tempfile.mkdtemp())
     whole, at = path.read_text(), random.randrange(2000)
     for content in (text, whole[:at] + text + whole[at:], whole[:at] + text):
@@ -326,7 +326,7 @@ def test_text_is_a_config_or_a_config_error(text: str, path: Path) -> None:
 
 
 def nested(line: str, levels: int) -> str:
-    """Each line holds the one before several times: it would take more memory, written out, than there is."""
+    """Each line refers to the previous one several times: fully expanded, it would not fit into memory."""
     first = "x0: &a0 {k: 1}\n"
     return first + "".join(f"x{i + 1}: &a{i + 1} " + line.format(",".join([f"*a{i}"] * 9)) for i in range(levels))
 
@@ -388,7 +388,7 @@ def test_vicreg_needs_two_images() -> None:
 
 
 class _Read(dict):
-    """A dict that remembers which of its keys were looked up."""
+    """A dict that records which keys were looked up."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -413,7 +413,7 @@ class _Read(dict):
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("bf16", [True, False])
 def test_deepspeed_reads_every_key(stage: int, bf16: bool) -> None:
-    """DeepSpeed ignores top-level keys that it does not know."""
+    """Checked because DeepSpeed silently ignores unknown top-level keys."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     clip = None if stage % 2 else 0.5

@@ -1,4 +1,4 @@
-"""Images in: sources, order, crops against torchvision's algorithm, pixels against Pillow, bad files."""
+"""The input pipeline: sources, order, crops against torchvision's algorithm, pixels against Pillow, bad files."""
 
 import errno
 import io
@@ -33,7 +33,7 @@ def fresh_numbers(inputs_of_its_own: None) -> None:
 
 
 def picture(height: int, width: int) -> Image.Image:
-    """Blobs of colour with some noise: smooth and sharp parts, like a photograph."""
+    """Noisy blobs of colour: smooth and sharp parts, like a photograph."""
     blobs = Image.fromarray(rng.integers(0, 256, (height // 12 + 2, width // 12 + 2, 3), np.uint8))
     smooth = np.asarray(blobs.resize((width, height), Image.Resampling.BICUBIC), np.float64)
     return Image.fromarray(np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8))
@@ -61,7 +61,7 @@ def loader(path: Path, **options: object) -> Loader:
 
 
 def torchvision_box(draw, height, width, scale):
-    """RandomResizedCrop.get_params as published, one image, from a source of numbers in [0, 1)."""
+    """torchvision's RandomResizedCrop.get_params for one image; `draw` returns random numbers in [0, 1)."""
     areas, ratios = [draw() for _ in range(10)], [draw() for _ in range(10)]
     down, right = draw(), draw()
     for a, r in zip(areas, ratios, strict=True):
@@ -81,7 +81,7 @@ def torchvision_box(draw, height, width, scale):
 
 def test_boxes_are_torchvisions():
     sizes = rng.integers(1, 700, (4000, 2))
-    sizes[:500, 0] = rng.integers(1, 12, 500)  # so wide that often nothing fits
+    sizes[:500, 0] = rng.integers(1, 12, 500)  # so wide that often no box fits
     uniform = rng.random((4000, 24))
     scale = (0.3, 1.0)
     boxes = random_boxes(sizes, uniform, scale)
@@ -95,7 +95,7 @@ def test_boxes_are_torchvisions():
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (100, 900), (3, 3)])
 def test_distribution_of_the_keyed_crops(size):
-    """The loader's own random numbers give the distribution that independent ones give."""
+    """The loader's random numbers give the same distribution of crops as independent ones."""
     n, scale, seed = 6000, (0.3, 1.0), random.getrandbits(64)
     words = data._random_words(seed, data.CROP, random.getrandbits(40), 240 * data.WORDS, n * data.WORDS)
     ours = random_boxes(np.tile(size, (n, 1)), (words >> 11).reshape(n, -1) * 2.0**-53, scale)
@@ -150,7 +150,7 @@ def with_alpha(image: Image.Image) -> Image.Image:
 
 
 def part(box):
-    """A frame that decodes one box of every image and shows all of it."""
+    """A `frame` that decodes the same box of every image and shows all of it."""
 
     def frame(sizes):
         boxes = np.tile(np.array(box, np.int32), (len(sizes), 1))
@@ -161,7 +161,7 @@ def part(box):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_becomes_the_rgb_that_pillow_sees(name):
-    """Unscaled, so nothing is resampled: equal to the last bit, for any part of the image."""
+    """Without scaling nothing is resampled: bitwise equal, for any part of the image."""
     height, width, side = 97, 83, 41
     file = FORMATS[name](picture(height, width))
     top, left = random.randint(0, height - side), random.randint(0, width - side)
@@ -178,12 +178,12 @@ def test_sixteen_bits_keep_their_upper_eight():
 
 
 def assert_like_pillow(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Decoding is equal to the bit (above), and both resize with the same triangle filter; rounding differs.
+    """Decoding is bitwise equal (above), and both resize with the same triangle filter; only rounding differs.
 
-    Pillow rounds to 8 bits between its two passes, DALI does not. That rounding is off by at most half a level,
-    so no two levels differ by more than one, and on average they differ by 0.1 to 0.27 (measured). Only the
-    outermost pixels of a crop that is scaled down differ by more: there the filter reaches over the crop's edge,
-    where Pillow leaves out what is not there and DALI repeats the last pixel.
+    Pillow rounds to 8 bits between its two passes, DALI does not. That error is at most half a level, so pixels
+    differ by at most one level, and by 0.1 to 0.27 on average (measured). Only the outermost pixels of a
+    downscaled crop differ more: there the filter extends beyond the crop's edge, where Pillow ignores the
+    missing pixels and DALI repeats the last one.
     """
     gap = np.abs(ours.astype(int) - theirs.astype(int))
     inner = gap[1:-1, 1:-1]
@@ -240,7 +240,7 @@ def test_an_epoch_shows_each_image_once_and_epochs_differ(tmp_path):
     epochs = [[f for s in range(4 * e, 4 * e + 4) for f in made.batch(s).files] for e in range(3)]
     assert all(len(set(files)) == 20 for files in epochs)
     assert len({tuple(files) for files in epochs}) == 3
-    assert len({frozenset(files) for files in epochs}) > 1, "always the same three images are left out"
+    assert len({frozenset(files) for files in epochs}) > 1, "the same three images are left out every time"
 
 
 def test_a_step_can_be_made_again_and_does_not_depend_on_ranks_or_accumulation(tmp_path):
@@ -294,7 +294,7 @@ def test_bad_files_are_named_once_counted_and_replaced(tmp_path, caplog):
 
 
 class Failing:
-    """`open` whose first calls fail."""
+    """An `open` whose first calls fail."""
 
     def __init__(self, number: int, code: int) -> None:
         self.left, self.code = number, code
@@ -344,7 +344,7 @@ def test_the_law_of_a_source_is_its_names_in_order_wherever_it_lies(tmp_path):
 
 
 def test_files_that_are_bad_for_some_crops_only_do_not_let_history_into_a_batch(tmp_path):
-    """Of a truncated file the upper part is good. Whichever batches were made before, a batch is the same."""
+    """The upper part of a truncated file decodes. A batch is the same whichever batches were made before it."""
     for path in fill(tmp_path, 24, size=(160, 160))[::2]:
         content = path.read_bytes()
         path.write_bytes(content[: int(len(content) * 0.6)])
@@ -398,11 +398,11 @@ def test_a_few_bad_files_of_few_do_not_stop_the_run_but_nothing_good_does(tmp_pa
     assert [len(made.batch(step).files) for step in range(6)] == [4] * 6
     for path in paths:
         path.write_bytes(b"junk")
-    with pytest.raises(ValueError, match="not one of the 8"):
+    with pytest.raises(ValueError, match="none of the 8"):
         loader(tmp_path).batch(0)
 
 
-# --- in the background
+# --- prefetching
 
 
 def test_batches_made_ahead_are_the_batches_made_alone(tmp_path):
@@ -465,7 +465,7 @@ def test_a_folder_tree(tmp_path):
     assert source.classes == ["a", "b"] and source.labels.tolist() == [0, 0, 0, 1, 1]
     assert source.read(4).tobytes() == (tmp_path / "b/deep/0001.jpg").read_bytes()
     fill(tmp_path, 1)
-    assert open_images(tmp_path).labels is None, "one image lies in no sub-folder"
+    assert open_images(tmp_path).labels is None, "one image is in no sub-folder"
 
 
 def test_a_file_list(tmp_path):

@@ -304,7 +304,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
         "a config is needed": (tmp_path / "photos.zip", "--to", "timm"),
         "not a file of plain tensors": (tmp_path / "photos.zip", "--to", "timm", *config),
         "its own config": (checkpoint, "--to", "timm", *config),
-        "no --config to change": (checkpoint, "--to", "timm", "meta.depth=3"),
+        "needs --config": (checkpoint, "--to", "timm", "meta.depth=3"),
         "huggingface": (checkpoint, "--to", "huggingface", "--part", "predictor"),
         "no target_encoder": (tmp_path / "e", "--to", "published", *config),
     }.items():

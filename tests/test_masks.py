@@ -1,7 +1,7 @@
-"""The masks: C++ against its specification bit for bit, and both against the law stated anew here.
+"""The masks: C++ bitwise against its specification, and both against the distribution, derived independently here.
 
-Statistical tests allow SIGMAS standard errors: a false alarm of 2e-9 a comparison where the normal law holds,
-1e-5 for a run of the whole file.
+Statistical tests allow SIGMAS standard errors: a false alarm rate of 2e-9 per comparison if the normal
+approximation holds, 1e-5 for the whole file.
 """
 
 import itertools
@@ -27,7 +27,7 @@ def fresh_seed() -> int:
 
 
 def contexts(masks) -> list[list[list[int]]]:
-    """[E][B] lists of patches, whatever the mode."""
+    """[E][B] lists of patches, in any mode."""
     if masks.lengths is None:
         return masks.context.tolist()
     E, B = masks.lengths.shape
@@ -39,7 +39,7 @@ def same(a, b) -> bool:
     return all(x is y or (torch.equal(x, y) and x.dtype == y.dtype == torch.int64) for x, y in zip(a, b, strict=True))
 
 
-# --- C++ and specification, bit for bit
+# --- C++ against the specification
 
 
 @st.composite
@@ -60,7 +60,7 @@ def specs(draw) -> MaskSpec:
     side_limit = 1 if law["mode"] == "reference" else 0
     root = round(math.sqrt(int(law["height"] * law["width"] * law["enc_mask_scale"][0])))
     smallest = min(root, law["height"] - side_limit) * min(root, law["width"] - side_limit)
-    # Up to the largest that can be met: there every target has to be given up.
+    # Up to the largest possible value, at which a context must overlap every target.
     return MaskSpec(**law, min_keep=draw(st.integers(0, smallest - 1)))
 
 
@@ -117,24 +117,24 @@ def test_every_bit_of_seed_step_and_image_counts():
     neighbours += [drawn(seed ^ 1 << bit, step, image) for bit in range(64)]
     neighbours += [drawn(seed, step ^ 1 << bit, image) for bit in range(64)]
     neighbours += [drawn(seed, step, image ^ 1 << bit) for bit in range(32)]
-    # Two draws agree by chance with probability below 2e-6 (four places out of 90 or more, and the size).
+    # Two samples agree by chance with probability below 2e-6 (four of at least 90 positions each, and the size).
     assert len(neighbours) - len(set(neighbours)) <= 2
 
 
 def test_philox_known_answers():
-    """The vectors published with Random123, the generator's reference implementation."""
+    """The test vectors of Random123, the reference implementation."""
     ones, pi = 2**32 - 1, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     assert philox4x32((0,) * 4, (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     assert philox4x32((ones,) * 4, (ones, ones)) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
     assert philox4x32(pi, (0xA4093822, 0x299F31D0)) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
 
 
-# --- the law, from the text
+# --- the distribution, as the paper describes it
 
 
 @lru_cache
 def target_law(spec: MaskSpec) -> dict[tuple[int, int], float]:
-    """Probability of every size of a target, by integration over the random numbers that set it."""
+    """Probability of every target size, by integrating over the random numbers that determine it."""
     n = 1 << 16 if spec.mode == "reference" else 1 << 11
     r = (np.arange(n) + 0.5) / n
     s, a = (r, r) if spec.mode == "reference" else np.meshgrid(r, r)
@@ -159,7 +159,7 @@ def size_law(spec, scale, aspect) -> dict[tuple[int, int], float]:
 
 
 def draw_by_the_text(spec: MaskSpec, batch: int, rng: np.random.Generator):
-    """One batch of `reference` masks, uncut: lists [E * B] and [M * B] of boolean grids, image by image."""
+    """One batch of uncut `reference` masks: lists [E * B] and [M * B] of boolean grids, image by image."""
 
     def size(law):
         return list(law)[rng.choice(len(law), p=list(law.values()))]
@@ -201,7 +201,7 @@ def test_block_sizes(grid, mode):
     for law, counts in zip((context_law(spec), target_law(spec)), map(Counter, zip(*drawn, strict=True)), strict=True):
         for size in law.keys() | counts.keys():
             p = law.get(size, 0.0)
-            # 1e-3: the integration of the law.
+            # 1e-3: error of the integration.
             assert abs(counts[size] / steps - p) <= SIGMAS * math.sqrt(p * (1 - p) / steps) + 1e-3, (
                 size,
                 seed,
@@ -209,7 +209,7 @@ def test_block_sizes(grid, mode):
     if mode == "reference":
         areas = {h * w for _, (h, w) in drawn}
         contexts = {size for size, _ in drawn}
-        if grid == (16, 16):  # what the published sampler was seen to draw
+        if grid == (16, 16):  # observed with the published sampler
             assert areas == {35, 36, 42, 48, 54} and contexts == {(15, 15)}
         if grid == (14, 14):
             assert areas == {30, 35, 36, 40} and contexts == {(13, 13)}
@@ -248,7 +248,7 @@ def test_every_patch_is_visible_as_often_as_the_law_says(mode):
         target[masks.target[-1].flatten().numpy()] += 1
     for got, expected in ((visible, expected_visible), (target, expected_target)):
         p = expected.flatten()
-        error = SIGMAS * np.sqrt(p * (1 - p) / steps) + 1e-3  # 1e-3: the integration of the law of sizes
+        error = SIGMAS * np.sqrt(p * (1 - p) / steps) + 1e-3  # 1e-3: error of the integration
         assert (np.abs(got / steps - p) <= error).all(), (spec, seed)
         if mode == "reference":
             assert not got.reshape(spec.height, spec.width)[-1].any()
@@ -256,7 +256,7 @@ def test_every_patch_is_visible_as_often_as_the_law_says(mode):
 
 
 def test_reference_cuts_as_the_text_says():
-    """Length of the cut context and visibility of every row, against masks drawn by the text."""
+    """Length of the cut context and visibility of every row, against `draw_by_the_text`."""
     specs = [MaskSpec(16, 16), MaskSpec(8, 8, num_enc_masks=2, num_pred_masks=3, min_keep=28)]
     for spec, batch, steps in zip(specs, (64, 8), (150, 500), strict=True):
         rng, seed = np.random.default_rng(fresh_seed()), fresh_seed()
@@ -273,7 +273,7 @@ def test_reference_cuts_as_the_text_says():
 
 
 def test_targets_are_given_up_one_by_one():
-    """A min_keep that is hard to meet: what contexts keep, and how often they overlap each target."""
+    """With a min_keep that is hard to meet: how many patches contexts keep, and how often they overlap each target."""
     spec = MaskSpec(8, 8, num_pred_masks=3, min_keep=31, mode="reference")
     rng, seed, steps = np.random.default_rng(fresh_seed()), fresh_seed(), 1500
     ours, theirs = [], []
@@ -286,12 +286,12 @@ def test_targets_are_given_up_one_by_one():
         theirs.append([grid.sum(), *((grid & target).any() for target in targets)])
     assert_equal_means(ours, theirs)
     _, first, _, last = np.mean(ours, 0)
-    assert first < last and last > 0.05  # the case does arise, and the last target goes first
+    assert first < last and last > 0.05  # overlaps do occur, and the last target is given up first
 
 
 def test_a_target_is_given_up_after_twenty_failures():
-    """One target of 6 x 6 on 8 x 8 patches: a context of 3 x 3 always meets it, and has all nine patches only
-    if the target was given up. The probability of that by enumeration of the places.
+    """One target of 6 x 6 on 8 x 8 patches: a context of 3 x 3 always overlaps it, and keeps all nine patches only
+    if the target was given up. Positions are enumerated to compute the probability of that.
     """
     spec = MaskSpec(8, 8, (0.15, 0.15), (0.5625, 0.5625), (1, 1), num_pred_masks=1, min_keep=6, mode="packed")
     seed, images = fresh_seed(), 90_000
@@ -320,14 +320,14 @@ def test_reference_keeps_what_the_published_sampler_was_measured_to_keep(grid, b
         ([masks.context.shape[-1] for masks in uncut], before),
         ([masks.target.shape[-1] for masks in drawn], per_target),
     ):
-        # The measured means are given to the nearest integer, and carry an error of their own.
+        # The measured means are rounded to integers and have a statistical error of their own.
         error = SIGMAS * np.std(sample) / math.sqrt(len(sample))
         assert abs(np.mean(sample) - expected) <= 1 + error, (expected, seed)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_blocks_are_what_they_should_be(mode):
-    """Targets are rectangles; the context is a square block minus the targets, then cut as the mode says."""
+    """Targets are rectangles; a context is a square block minus the targets, then cut according to the mode."""
     spec, seed, step = MaskSpec(12, 15, num_enc_masks=2, mode=mode), fresh_seed(), random.getrandbits(30)
     (ch, cw), (th, tw) = block_sizes(spec, seed=seed, step=step)
     masks = sample_masks(spec, seed=seed, step=step, first=0, batch=40)
@@ -360,7 +360,7 @@ def test_overlap_allowed_keeps_the_whole_block():
 
 
 def test_random_cut_is_uniform_over_subsets():
-    """Every subset of the kept length is equally likely. A batch of one shows the context before the cut."""
+    """All subsets of the kept length are equally likely. A batch of one shows the context before the cut."""
     spec = MaskSpec(3, 3, (0.6, 0.6), (0.2, 0.4), num_pred_masks=1, min_keep=1, mode="unbiased")
     seed, steps = fresh_seed(), 12_000
     subsets: dict[tuple[int, int], Counter] = {}
@@ -384,8 +384,8 @@ def test_random_cut_is_uniform_over_subsets():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_visibility_is_symmetric_except_in_reference(mode):
-    """Turning any one image upside down leaves the law unchanged, so the signs of the images' imbalances are
-    fair coins given their sizes: by Hoeffding |sum| > 6 sqrt(sum of squares) has a probability below 4e-8.
+    """Flipping any one image upside down leaves the distribution unchanged, so given their magnitudes the signs of
+    the images' imbalances are fair coin flips: by Hoeffding P(|sum| > 6 sqrt(sum of squares)) is below 4e-8.
     """
     spec, seed = MaskSpec(random.randint(10, 18), random.randint(10, 18), mode=mode), fresh_seed()
     rows, columns = [], []
@@ -407,14 +407,14 @@ def test_visibility_is_symmetric_except_in_reference(mode):
     [
         ("mode", dict(mode="random")),
         ("height", dict(height=0)),
-        ("height", dict(height=1)),  # reference never fills a side: no room for a block
+        ("height", dict(height=1)),  # blocks of mode reference never span a side: no room for one
         ("width", dict(width=16.0)),
         ("width", dict(width=4096)),
         ("enc_mask_scale", dict(enc_mask_scale=(0.9, 0.8))),
         ("enc_mask_scale", dict(enc_mask_scale=(0.9, 1.2))),
         ("pred_mask_scale", dict(pred_mask_scale=(0.0, 0.2))),
         ("pred_mask_scale", dict(pred_mask_scale=(0.1, 0.15, 0.2))),
-        ("pred_mask_scale", dict(pred_mask_scale=(0.001, 0.2))),  # no patch in the block
+        ("pred_mask_scale", dict(pred_mask_scale=(0.001, 0.2))),  # the block has no patch
         ("aspect_ratio", dict(aspect_ratio=(0.75, math.inf))),
         ("aspect_ratio", dict(aspect_ratio=(math.nan, 1.0))),
         ("num_enc_masks", dict(num_enc_masks=0)),

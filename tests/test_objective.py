@@ -17,7 +17,7 @@ from small import run_ranks, small_config
 
 
 def batch(images: int, *overrides: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random images, masks of the config and target features."""
+    """Random images, masks sampled by the config, and target features."""
     config = small_config(*overrides)
     pixels = torch.randint(0, 256, (images, 32, 32, 3), dtype=torch.uint8)
     masks = sample_masks(config.mask_spec, seed=int(torch.randint(2**31, ())), step=3, first=0, batch=images)
@@ -25,7 +25,7 @@ def batch(images: int, *overrides: str) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def general_model(*overrides: str) -> JepaModel:
-    """A model away from its initialisation, where biases are zero and features nearly constant."""
+    """A randomly perturbed model: at initialisation biases are zero and features nearly constant."""
     model = JepaModel(small_config(*overrides))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -37,7 +37,7 @@ def norm_of(gradient: Iterable[Tensor]) -> float:
 
 
 def wanted_losses(model: JepaModel, pixels: Tensor, context: Tensor, target: Tensor, h: Tensor) -> Losses:
-    """The criterion in float64 on what the model's encoder and predictor give (tests/test_vit.py checks those)."""
+    """The criterion in float64 on the outputs of the model's encoder and predictor (checked by tests/test_vit.py)."""
     per_context = []
     for seen in context:
         z = model.encoder(pixels, seen)
@@ -76,7 +76,7 @@ def test_losses_are_the_paper_s(overrides: tuple[str, ...]) -> None:
 
 
 def test_features_may_be_made_when_they_are_needed() -> None:
-    """That is after the predictions; with two context masks, once. No bit of the loss depends on it."""
+    """After the predictions, and once for two context masks. The loss is bitwise the same."""
     overrides = ("mask.num_enc_masks=2",)
     model, (pixels, context, target, h) = general_model(*overrides), batch(4, *overrides)
     happened = []
@@ -104,7 +104,7 @@ def test_batch_norm_is_torch_s() -> None:
 
 
 def losses_and_gradient(state: dict, inputs: tuple[Tensor, ...], overrides: tuple[str, ...]) -> tuple:
-    """One rank's share of the batch: its losses, and the gradient as data parallelism averages it."""
+    """One rank's part of the batch: its losses, and the gradient averaged over the ranks."""
     model = JepaModel(small_config(*overrides))
     model.load_state_dict(state)
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Packed contexts against the papers' text in float64, one image at a time; and two ranks against one."""
+"""Packed contexts against the papers' definitions in float64, one image at a time; and two ranks against one."""
 
 import random
 from itertools import pairwise
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def general_model(*overrides: str) -> JepaModel:
-    """A model away from its initialisation, where biases are zero and features nearly constant."""
+    """A randomly perturbed model: at initialisation biases are zero and features nearly constant."""
     model = JepaModel(small_config(*PACKED, *overrides))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -109,14 +109,14 @@ def test_every_patch_is_in_the_layout_once(pad: bool) -> None:
         assert max(b - a for a, b in pairwise(begin)) == ragged.contexts.longest
         for b in range(B):
             assert torch.equal(ragged.patch_T[begin[b] : begin[b + 1]], own[b] + 64 * b)
-        if pad:  # never without a row, never more than a 128th of the batch's patches
+        if pad:  # at least one row, at most 1/128 of the batch's patches
             assert 1 <= begin[-1] - begin[-2] <= -(-64 * B // 128) and begin[-1] % -(-64 * B // 128) == 0
         source = torch.arange(len(ragged.order_R))
         assert torch.equal(source[ragged.order_R][ragged.back_R], source)
 
 
 def test_a_budget_is_always_filled_and_never_exceeded() -> None:
-    """Contexts of one size are made, and thinned where they were larger: at random, and only as far as needed."""
+    """Packed contexts have one total size; larger ones are thinned at random, and no further than needed."""
     sizes = set()
     for share in (0.25, 0.4, 0.9):
         config = small_config(*PACKED, f"mask.token_budget={share}", "data.batch_size=6", "mask.num_enc_masks=2")
@@ -140,7 +140,7 @@ def test_a_budget_is_always_filled_and_never_exceeded() -> None:
 
 
 def test_patches_are_thinned_evenly() -> None:
-    """Whatever image they are of and wherever they lie in it, but for an image's first."""
+    """Regardless of their image and their position in it, except for an image's first patch."""
     lengths, most, draws = torch.tensor([[9, 4, 12]]), 15, 3000
     masks = Masks(torch.cat([torch.arange(n) for n in lengths[0].tolist()]), torch.zeros(1, 3, 1), lengths)
     left = torch.zeros(25)
@@ -172,7 +172,7 @@ def by_image(masks: Masks) -> list[list[int]]:
 
 
 def test_rows_of_the_targets() -> None:
-    """The most that any image needs; all distinct; the targets found where they are said to be."""
+    """As many as any image needs, all distinct, with the targets at the positions returned."""
     for _ in range(20):
         M, B, Kt, N = (random.randint(1, 9) for _ in range(4))
         target = torch.rand(M, B, N).argsort(-1)[..., :Kt]
@@ -185,7 +185,7 @@ def test_rows_of_the_targets() -> None:
 
 
 def losses_and_gradient(state: dict[str, Tensor], pixels: Tensor, h: Tensor, seed: int) -> tuple:
-    """One rank's share of the batch, its masks drawn by itself: losses, and the gradient averaged over the ranks."""
+    """One rank's part of the batch, with masks it sampled itself: losses, and the gradient averaged over ranks."""
     config = small_config(*PACKED)
     model = JepaModel(config)
     model.load_state_dict(state)

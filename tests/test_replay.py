@@ -106,7 +106,7 @@ def test_a_replay_is_the_step(bf16: bool, mode: str, step: int, config: Path, tm
     run = start(2, folder, *words, "--replay-step", step)
     assert run.wait() == [0, 0], run.text()
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    how = "" if step == 3 else ", and 1 steps from there"
+    how = "" if step == 3 else ", advanced by 1 steps"
     assert "everything is finite" in run.text() and f"of step 3{how}\n" in run.text()
     row = rows(folder)[step]
     loss = sum(float(value) for value in re.findall(r"rank \d: total (\S+)", run.text())) / 2
@@ -120,7 +120,7 @@ def test_a_replay_with_other_weights_says_so_and_one_of_another_run_is_refused(c
     folder, words = tmp_path / "run", ("--config", config, "logging.save_every=2")
     assert start(1, folder, *words, "engine.max_steps=3").wait() == [0]
     run = start(1, folder, *words, "--replay-step", 1, "--resume", folder / "jepa-step00000002")
-    assert run.wait() == [0] and "not those that it had in the run, and the numbers are others" in run.text()
+    assert run.wait() == [0] and "not the weights that the run had at this step" in run.text()
     run = start(1, folder, *words, "--replay-step", 1)
     assert run.wait() == [1] and "no checkpoint of step 1 or before" in run.text()
     run = start(1, folder, *words, "--replay-step", 2, "loss.beta_vicreg=0.5")

@@ -1,4 +1,4 @@
-"""The schedules against the same curves walked step by step, in the complex plane where they are cosines."""
+"""The schedules against the same curves built step by step; the cosines by rotation in the complex plane."""
 
 import cmath
 import math
@@ -56,7 +56,7 @@ def test_against_a_walk(repeat: int) -> None:
     lr_turn = cmath.exp(1j * math.pi / max(1, end - rise))
     decay_turn = cmath.exp(1j * math.pi / max(1, end))
     for step in range(end):
-        # The first step stands one step past the start of the curves, except the momentum's.
+        # The first step uses the second point of the curves, but the first of the momentum's.
         if step + 1 < rise:
             lr += (peak - start) / rise
         elif step + 1 == rise:
@@ -75,7 +75,7 @@ def test_against_a_walk(repeat: int) -> None:
 
 
 def test_published_landmarks() -> None:
-    """ViT-H/14 on ImageNet, 2048 images a step: 625 steps an epoch, 40 epochs of warm-up, 300 in all."""
+    """ViT-H/14 on ImageNet, 2048 images per step: 625 steps per epoch, 40 of 300 epochs are warm-up."""
     schedules = Schedules(config(epochs=300), 625)
     assert close(schedules.lr(0), 2e-4 + 8e-4 / 25_000)
     assert close(schedules.lr(25_000 - 1), 1e-3)

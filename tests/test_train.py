@@ -1,4 +1,4 @@
-"""engine/train.py as people start it: real processes, real JPEGs, real checkpoints."""
+"""engine/train.py end to end: real processes, real JPEGs, real checkpoints."""
 
 import os
 import random
@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty JPEGs of noise in two classes, and one file that is no image."""
+    """Forty noise JPEGs in two classes, and one file that is not an image."""
     folder = write_images(tmp_path_factory.mktemp("images"))
     (folder / "class0" / "broken.jpg").write_bytes(random.randbytes(500))
     return folder
@@ -43,7 +43,7 @@ def run(*words: object, launcher: tuple[object, ...] = (sys.executable,)) -> sub
 
 
 def train(config: Path, folder: Path, *words: object) -> list[dict]:
-    """Runs it on one rank and returns the log, without the times."""
+    """Trains on one rank and returns the log without its times."""
     done = start(1, folder, "--config", config, *words)
     assert done.wait() == [0], done.text()
     return log_of(folder)[0]
@@ -53,9 +53,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(config: Path, images: Path, tmp_
     same = ("engine.gradient_accumulation_steps=2", "logging.save_every=2")
     whole = train(config, tmp_path / "whole", *same, "engine.max_steps=7")
     assert [row["step"] for row in whole] == list(range(7))
-    assert sum(row["bad_images"] for row in whole) in (1, 2)  # a file of 41 is broken; an epoch takes 40 of them
+    assert sum(row["bad_images"] for row in whole) in (1, 2)  # one of 41 files is broken; an epoch uses 40
     train(config, tmp_path / "parts", *same, "engine.max_steps=3")
-    # Other intervals of saving, health and evaluation must not change a bit.
+    # Other save, health and evaluation intervals must not change a bit.
     parts = train(
         config,
         tmp_path / "parts",
@@ -109,7 +109,7 @@ def test_mistakes_are_named_and_nothing_is_written(
 
 
 def test_a_run_that_diverges_stops_and_keeps_the_checkpoint_before(config: Path, tmp_path: Path) -> None:
-    """The step with the absurd learning rate is finite, and what it made is saved, but no step after it is."""
+    """The step with the absurd learning rate is finite, so its weights are saved, but all later steps are not."""
     folder, often = tmp_path / "run", ("logging.save_every=1", "logging.keep_last=1")
     train(config, folder, "engine.max_steps=2", *often)
     absurd = ("engine.max_skipped=3", "optimization.lr=1e30", "optimization.start_lr=1e30")
@@ -121,7 +121,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_checkpoint_before(config: Path,
     assert {path.name for path in folder.glob("jepa-step*")} == {"jepa-step00000002", "jepa-step00000003"}
     before = folder / "jepa-step00000002"
     assert [row["step"] for row in train(config, folder, "--resume", before, "engine.max_steps=4")] == [0, 1, 2, 3]
-    assert '"step": 5' in (folder / "jepa.jsonl.aside").read_text()  # the rows of the steps that were given up
+    assert '"step": 5' in (folder / "jepa.jsonl.aside").read_text()  # the log rows of the discarded steps
 
 
 def test_a_run_that_is_stopped_while_steps_are_skipped_saves_and_deletes_nothing(config: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_run_that_is_stopped_while_steps_are_skipped_saves_and_deletes_nothing
 
 
 def test_deterministic_runs_are_alike_and_logging_changes_nothing(config: Path, tmp_path: Path) -> None:
-    """On two ranks; the second logs, saves and measures at other steps."""
+    """On two ranks; the second run logs, saves and measures health at other steps."""
     words = ("--config", config, "engine.deterministic=true", "engine.max_steps=8", "data.num_workers=3")
     rarely = ("logging.log_freq=3", "logging.save_every=5", "logging.health_freq=7")
     one, other = start(2, tmp_path / "one", *words), start(2, tmp_path / "other", *words, *rarely)
@@ -147,7 +147,7 @@ def test_deterministic_runs_are_alike_and_logging_changes_nothing(config: Path, 
 
 
 def test_a_resume_that_would_change_the_loss_is_refused_until_it_is_accepted(config: Path, tmp_path: Path) -> None:
-    """From two ranks to one: accumulating instead changes VICReg's statistics."""
+    """From two ranks to one with accumulation, which changes VICReg's statistics."""
     folder, words = tmp_path / "run", ("--config", config, "engine.global_batch_size=8", "--resume", "auto")
     assert start(2, folder, *words, "engine.max_steps=2", "mask.cut=global").wait() == [0, 0]
     run = start(1, folder, *words, "engine.max_steps=3", "mask.cut=global")

@@ -1,4 +1,4 @@
-"""The encoder and the predictor against a re-derivation in float64 that shares no code with them."""
+"""The encoder and the predictor against an independent float64 implementation (tests/plain.py)."""
 
 import re
 
@@ -11,14 +11,14 @@ from plain import MEAN, STD, attention, block, embedded, encoded, norm, predicte
 
 
 def random_weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Fills a module with general weights (no zero biases, no unit norms); returns its state in float64."""
+    """Randomises all weights (no zero biases, no unit norm scales); returns the state dict in float64."""
     for parameter in module.parameters():
         parameter.data = torch.randn_like(parameter) * 0.2
     return {name: value.double() for name, value in module.state_dict().items()}
 
 
 def assert_equal(got: Tensor, wanted: Tensor) -> None:
-    """Within what a few fp32 layers may differ from float64."""
+    """Up to the rounding error of a few fp32 layers."""
     error = (got.double() - wanted).norm() / wanted.norm()
     assert error < 2e-6, f"relative error {error:.1e}"
 

@@ -1,10 +1,10 @@
-"""Attention whose scores are never written to memory: for sequences of one length, and for sequences end to end.
+"""Attention without materialised scores, for sequences of equal length and for packed sequences of any length.
 
 Backends: `sdpa` is PyTorch's own; `flash_attn` (the newest installed of FlashAttention 4, 3 and 2) and `xformers` are
-used when asked for; `math` writes the scores after all, as something to compare with. flash_attn and xformers follow
-their published signatures and have not been run yet: tests/test_attention.py compares them where they are installed.
+optional; `math` materialises the scores, for comparison. flash_attn and xformers are written to their published
+signatures and have not been run yet: tests/test_attention.py checks them if they are installed.
 
-Legend: B sequences of K tokens (Kq of them queries); S sequences end to end, T tokens in all; H heads of C channels.
+Legend: B sequences of K tokens (Kq of them queries); S packed sequences of T tokens in total; H heads of C channels.
 """
 
 import importlib
@@ -21,20 +21,20 @@ from .config import ConfigError
 FLASH = ("flash_attn.cute", "flash_attn_interface", "flash_attn")  # FlashAttention 4, 3, 2
 FROM_HOPPER_ON = FLASH[:2]
 HOW_TO_GET = {
-    "flash_attn": "pip install flash-attn-4 (from Hopper on), or build flash-attn 2 or 3 from its sources",
+    "flash_attn": "pip install flash-attn-4 (Hopper or newer), or build flash-attn 2 or 3 from source",
     "xformers": "pip install xformers",
 }
-# Of the backends in use, by name: an import inside a compiled block would break its graph.
+# Modules of the backends in use, by name: importing inside a compiled block would break its graph.
 _modules: dict[str, Any] = {}
 
 
 class Sequences(NamedTuple):
-    """S sequences that lie end to end in the rows of a matrix: none of them empty, no row in none of them."""
+    """S non-empty sequences, packed one after another in the rows of a matrix without gaps."""
 
     offsets: Tensor
-    """int32 [S + 1], on the device: where each begins, and the number of rows."""
+    """int32 [S + 1], on the device: the start of each, and the number of rows."""
     longest: int
-    """The length of the longest, known without asking the device."""
+    """Length of the longest, on the host, so that reading it does not synchronise."""
 
     def to(self, device: torch.device) -> "Sequences":
         return Sequences(to_device(self.offsets, device), self.longest)
@@ -47,14 +47,14 @@ class Sequences(NamedTuple):
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory, so that nobody waits for a GPU's copy. (One with gaps would be copied out of it first.)"""
+    """Copies through pinned memory, without waiting for a GPU. (`to` would first copy a strided tensor out of it.)"""
     if device.type != "cuda":
         return x.to(device)
     return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
-    """softmax(q k / sqrt(C)) v of every head; q [B, Kq, H, C], k and v [B, K, H, C] -> [B, Kq, H, C]."""
+    """softmax(q k / sqrt(C)) v per head; q [B, Kq, H, C], k and v [B, K, H, C] -> [B, Kq, H, C]."""
     if backend == "flash_attn":
         return _output(_modules["flash_attn"].flash_attn_func(q, k, v))
     if backend == "xformers":
@@ -67,7 +67,8 @@ def attend_packed(
 ) -> Tensor:
     """`attend` within each of S sequences; q [Tq, H, C], k and v [T, H, C] -> [Tq, H, C].
 
-    In half precision on a GPU by a kernel that takes the offsets; elsewhere the sequences are padded to the longest.
+    sdpa uses a varlen kernel in half precision on a GPU if C is divisible by 8; otherwise, and in `math`, sequences
+    are padded to the longest.
     """
     if backend == "flash_attn":
         return _output(
@@ -82,7 +83,7 @@ def attend_packed(
             )
         )
     if backend == "sdpa" and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
-        # By position: what follows these seven has changed from one version of torch to the next.
+        # Positional, because the parameters after these seven differ between versions of torch.
         out = varlen_attn(q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest)
         assert isinstance(out, Tensor)
         return out
@@ -90,7 +91,7 @@ def attend_packed(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, backend: str) -> Tensor:
-    """[B, H, K, C]; `seen` are the keys that count, bool [B, 1, 1, K]."""
+    """q, k, v [B, H, K, C]; `seen`, bool [B, 1, 1, K]: the keys to attend to."""
     if backend != "math":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
@@ -98,8 +99,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, backend: str) 
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, backend: str) -> Tensor:
-    """`attend_packed` on dense [S, longest, H, C]. A padded slot holds a copy of some row; as a key it is masked, as a
-    query it is dropped, so that its gradient is 0: in whatever order it is added, it changes nothing."""
+    """`attend_packed` on dense [S, longest, H, C]. A padding slot holds a copy of some row; as a key it is masked, as a
+    query dropped, so its gradient is exactly 0 and does not affect that row's, in whatever order they are added."""
 
     def dense(x: Tensor, sequences: Sequences) -> Tensor:
         slot = sequences.offsets[:-1, None].long() + torch.arange(sequences.longest, device=x.device)
@@ -117,9 +118,9 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Se
 
 
 def require(backend: str) -> None:
-    """Makes a backend ready. Raises ConfigError, which says how to get it, where it is not installed.
+    """Prepares a backend. Raises ConfigError, with install instructions, if it is not installed.
 
-    sdpa goes without cuDNN, which builds a plan for each new shape, and the lengths of masks are new in most steps.
+    sdpa runs without cuDNN, which builds a plan for each new shape: mask lengths are new in most steps.
     """
     if backend == "sdpa":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -136,10 +137,10 @@ def require(backend: str) -> None:
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that it would be in
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def _output(result: Any) -> Tensor:
-    """FlashAttention 4, and some versions of 3, return the log-sum-exp beside the output."""
+    """The output alone: FlashAttention 4, and some versions of 3, also return the log-sum-exp."""
     return result[0] if isinstance(result, tuple) else result

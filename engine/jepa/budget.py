@@ -1,11 +1,11 @@
-"""What a run needs, from its config alone: parameters, operations, memory. `train.py --dry-run` prints it.
+"""Parameters, FLOPs and memory of a run, computed from its config alone. `train.py --dry-run` prints them.
 
-Operations are of the matrix products only, 2 per multiply-add. A block of width D with hidden width F on n tokens:
+FLOPs are those of the matrix products, 2 per multiply-add. A block of width D and hidden width F on n tokens:
     n (8 D^2 + 4 D F)    queries, keys, values 6 D^2, output 2 D^2, the two layers of the MLP 4 D F
     + 4 n^2 D            scores and their product with the values
-A backward costs twice its forward: a product for the input's gradient and one for the weight's. Patches need none.
-With engine.skip_unread a last block on n tokens, u of them wanted, costs 4 n D^2 + u (4 D^2 + 4 D F) + 4 u n D,
-and the first predictor layer's queries, keys and values of a context, 6 Dp^2 a token, are made once instead of M times.
+A backward costs twice its forward: the gradients of input and weight. Pixels need no gradient.
+With engine.skip_unread a last block on n tokens, u of them needed, costs 4 n D^2 + u (4 D^2 + 4 D F) + 4 u n D, and
+the predictor's first block projects a context (6 Dp^2 per token) once instead of M times.
 """
 
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from .zero import BUCKET, LIVE, deepspeed_config
 
 
 class Kept(NamedTuple):
-    """Mean patches of an image: in a context, in a target block, and in the rows that the targets need."""
+    """Mean patches per image: in a context, in a target block, and output by the target encoder."""
 
     context: float
     target: float
@@ -31,7 +31,7 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameters:
-    """Trained parameters. The fixed positions are not among them, nor is the target encoder, a copy of the encoder."""
+    """Trained parameters, without the fixed position embeddings and the target encoder."""
 
     encoder: int
     predictor: int
@@ -44,7 +44,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations for one image."""
+    """Floating-point operations per image."""
 
     target: float  # the target encoder's forward, on all patches
     context: float  # the encoder's forward and backward
@@ -58,7 +58,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. All but the activations are what `benchmarks/memory.py --measure` finds, within 5 %."""
+    """Bytes per rank. All but the activations are within 5 % of what `benchmarks/memory.py --measure` finds."""
 
     weights: float
     master: float  # fp32 copies of the weights
@@ -66,14 +66,14 @@ class Memory:
     ema: float  # of the encoder, fp32
     teacher: float  # the target encoder's weights
     buckets: float  # DeepSpeed's communication buffer
-    gathered: float  # the weights that ZeRO-3 has put together for the layers at work
+    gathered: float  # weights that ZeRO-3 has gathered for the active layers
     gradients: float
     activations: float  # an estimate
-    update: float  # gradients in the optimizer's step, and the copy of them that it reads
+    update: float  # gradients during the optimizer step, and the copy of them that it reads
 
     @property
     def total(self) -> float:
-        """At the worst moment: the backward, or the update, when the activations are gone."""
+        """The peak: in the backward, or in the update, when the activations have been freed."""
         kept = self.weights + self.master + self.moments + self.ema + self.teacher + self.buckets
         return kept + max(self.gathered + self.gradients + self.activations, self.update)
 
@@ -91,13 +91,12 @@ def parameters(config: Config) -> Parameters:
 
 
 def mean_tokens(config: Config) -> Kept:
-    """Means over micro-batches drawn as the run draws its masks."""
+    """Means over micro-batches of masks sampled as in the run."""
     return _mean_tokens(config.mask_spec, config.data.batch_size)
 
 
 def flops_per_image(config: Config, tokens: tuple[float, ...] = ()) -> Flops:
-    """`tokens`: patches kept in a context, in a target block and (if it is given) in the rows that the targets need; by
-    default their means under the config's masks."""
+    """`tokens`: the fields of `Kept`, or the first of them; the rest default to `mean_tokens`."""
     if len(tokens) < len(Kept._fields):
         tokens = (*tokens, *mean_tokens(config)[len(tokens) :])
     context, target, rows = tokens
@@ -120,14 +119,14 @@ def flops_per_image(config: Config, tokens: tuple[float, ...] = ()) -> Flops:
 
 
 def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] = ()) -> Memory:
-    """ZeRO shards over the ranks: master weights, moments and EMA from stage 1, gradients from 2, weights from 3.
+    """ZeRO shards master weights, moments and EMA from stage 1, gradients from stage 2 and weights from stage 3.
 
-    At stage 1 too the ranks' shares are what is left of the gradients in the update, one param group after another;
-    at stage 2 a micro-batch's share stands beside what was accumulated. Stage 3 gathers what the layers at work need.
-    The teacher is whole on every rank, twice at stage 3, where it cannot lie in the buffer that it is gathered into.
-    Activations: what the blocks keep for the backward (with attention unmaterialised, GELU and layer norms in eager
-    mode: 8 D + 2 F values a token; checkpointed: its input, and one block's all), and the widest of the target
-    encoder's tensors.
+    During the update a rank holds only its shard of the gradients at stage 1 too, and reads one param group at a time.
+    At stage 2 a micro-batch's shard exists alongside the accumulated one. Stage 3 gathers the active layers' weights.
+    Every rank holds the whole teacher, twice at stage 3, where its weights cannot be views of the all-gather buffer.
+    Activations: what the blocks save for the backward (8 D + 2 F values per token with fused attention, eager GELU and
+    layer norms; with checkpointing, a block's input, and everything of one block), and the target encoder's widest
+    tensors.
     """
     stage, ranks, count = config.engine.zero_stage, world_size, parameters(config)
     size = 2 if config.precision == "bf16" else 4
@@ -143,7 +142,7 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
     sharded = ranks if stage else 1
     gradients = size * count.total / (ranks if stage >= 2 else 1)
     largest_group = max(count.encoder, count.total - count.encoder)
-    read_as = size if stage in (1, 2) and config.engine.optimizer == "adamw_ema" else 4  # bytes an element
+    read_as = size if stage in (1, 2) and config.engine.optimizer == "adamw_ema" else 4  # bytes per element
     read = read_as * (largest_group if stage else count.total) / sharded
     return Memory(
         weights=size * count.total / (ranks if stage == 3 else 1),
@@ -160,7 +159,7 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
 
 
 def report(config: Config, world_size: int) -> str:
-    """The whole YAML, what its nulls come to, DeepSpeed's JSON, and the tables of this file. Raises ConfigError."""
+    """The whole YAML, what its nulls resolve to, DeepSpeed's JSON, and this file's tables. Raises ConfigError."""
     batch = config.batch(world_size)
     tokens = mean_tokens(config)
     counts, flops, memory = (
@@ -173,11 +172,11 @@ def report(config: Config, world_size: int) -> str:
         [
             to_yaml(config).rstrip(),
             "DeepSpeed: " + dumps(deepspeed_config(config, world_size, counts.total), indent=2),
-            f"encoder {_size(config.vit)}, predictor {_size(config.predictor)}, {config.precision}, contexts cut by "
-            f"{config.cut}, blocks compiled on a GPU: {'yes' if config.compiles('cuda') else 'no'}",
-            f"{batch.micro_batch} images x {batch.accumulation} accumulated x {ranks} = {batch.global_batch} a step\n"
-            f"{config.grid**2} patches an image; on average {tokens.context:.1f} in a context, "
-            f"{tokens.target:.1f} in a target, {tokens.rows:.1f} rows of the target encoder wanted",
+            f"encoder {_size(config.vit)}; predictor {_size(config.predictor)}; {config.precision}; mask.cut "
+            f"{config.cut}; blocks compiled on a GPU: {'yes' if config.compiles('cuda') else 'no'}",
+            f"{batch.micro_batch} images x {batch.accumulation} accumulated x {ranks} = {batch.global_batch} per step\n"
+            f"{config.grid**2} patches per image; on average {tokens.context:.1f} in a context, "
+            f"{tokens.target:.1f} in a target, {tokens.rows:.1f} target encoder outputs needed",
             _table("parameters (million)", asdict(counts), counts.total, 1e6),
             _table("GFLOP per image", asdict(flops), flops.total, 1e9),
             _table(
@@ -192,7 +191,7 @@ def report(config: Config, world_size: int) -> str:
 
 
 def _size(vit: Size) -> str:
-    return f"{vit.embed_dim} x {vit.depth} with {vit.num_heads} heads, MLPs {_hidden(vit)} wide"
+    return f"width {vit.embed_dim}, depth {vit.depth}, {vit.num_heads} heads, MLP width {_hidden(vit)}"
 
 
 def _table(title: str, rows: dict[str, float], total: float, unit: float) -> str:
@@ -207,7 +206,7 @@ def _mean_tokens(spec: MaskSpec, batch: int) -> Kept:
         masks = sample_masks(spec, seed=0, step=step, first=0, batch=batch)
         contexts += masks.context.numel() / (spec.num_enc_masks * batch)
         targets += masks.target.shape[-1]
-        if step % 8 == 0:  # counting these takes longer than drawing
+        if step % 8 == 0:  # counting these takes longer than sampling
             rows += target_rows(masks.target, spec.height * spec.width)[2]
     return Kept(contexts / steps, targets / steps, rows / len(range(0, steps, 8)))
 
@@ -222,7 +221,7 @@ def _block_parameters(vit: Size) -> int:
 
 
 def _block_flops(vit: Size, tokens: float, wanted: float | None = None) -> float:
-    """Of all blocks, forward, on one sequence, of which the last one's output is `wanted` at some tokens only."""
+    """Forward of all blocks on one sequence. `wanted`: how many tokens the last block outputs; None: all."""
     D, F = vit.embed_dim, _hidden(vit)
     block = tokens * (8 * D * D + 4 * D * F) + 4 * tokens**2 * D
     if wanted is None:

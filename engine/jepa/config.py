@@ -1,9 +1,9 @@
-"""What a run is: one YAML, validated.
+"""The config of a run: one validated YAML.
 
 Sections and key names are those of the published I-JEPA configs (`meta data mask optimization logging`), so such a
-file loads as it is; `loss`, `engine` and `eval` are this engine's own. A key that has a default may be left out;
-`section.key=value` on the command line overrides the file (jepa.config_file). All that is wrong is reported at once,
-in a ConfigError.
+file loads unchanged; `loss`, `engine` and `eval` are this engine's own. Keys with a default may be omitted;
+`section.key=value` on the command line overrides the file (jepa.config_file). All problems are reported at once, in
+one ConfigError.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ from .masks import MaskSpec
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a config: `problems`, one line each."""
+    """All problems of a config: `problems`, one line each."""
 
     def __init__(self, problems: Sequence[str], source: str = "config") -> None:
         self.problems = tuple(problems)
-        super().__init__("\n  ".join([f"{source} cannot be used:", *problems]))
+        super().__init__("\n  ".join([f"{source} is invalid:", *problems]))
 
 
 # --- types of values
 
 
 def _number(value: object) -> object:
-    """YAML 1.1 takes `1e-3` for text."""
+    """YAML 1.1 reads `1e-3` as a string."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -70,7 +70,7 @@ Widths = Annotated[tuple[Width, ...], Strict(False), Field(min_length=1)]
 
 
 class Size(NamedTuple):
-    """A vision transformer: width, blocks, attention heads, hidden width of its MLPs over its width."""
+    """Dimensions of a vision transformer; `mlp_ratio` is the hidden width of the MLPs relative to `embed_dim`."""
 
     embed_dim: int
     depth: int
@@ -89,7 +89,7 @@ SIZES = {
 
 
 class Batch(NamedTuple):
-    """Images: of a rank's micro-batch; micro-batches of a step; images of a step, over all ranks."""
+    """Images in a rank's micro-batch, micro-batches per step, and images per step over all ranks."""
 
     micro_batch: int
     accumulation: int
@@ -100,7 +100,7 @@ class Batch(NamedTuple):
 
 
 class _Section(BaseModel):
-    # Strict: `true` is no number and `1` no switch.
+    # Strict: `true` is not a number and `1` is not a boolean.
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
@@ -108,27 +108,27 @@ class Meta(_Section):
     """The model."""
 
     model_name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"]
-    embed_dim: Width | None = None  # null, here and below: that of the named size
+    embed_dim: Width | None = None  # null, here and below: the default of model_name
     depth: Depth | None = None
     num_heads: Natural | None = None
     mlp_ratio: Annotated[Number, Field(ge=0.25, le=2**6)] | None = None
     pred_depth: Depth = 6
     pred_emb_dim: Width = 384
-    pred_num_heads: Natural | None = None  # null: the encoder's
+    pred_num_heads: Natural | None = None  # null: as many as the encoder
     use_bfloat16: bool = True
-    load_checkpoint: bool = False  # resume, as --resume does
-    read_checkpoint: Text | None = None  # the file to resume from; null: the latest
+    load_checkpoint: bool = False  # resume, like --resume
+    read_checkpoint: Text | None = None  # the checkpoint to resume from; null: the newest
     copy_data: bool = False
 
 
 class Data(_Section):
-    """The images and how they become batches."""
+    """The images and how they are batched."""
 
     root_path: Text
     image_folder: str = ""
     batch_size: Annotated[Natural, Field(le=2**16)]  # per rank and micro-batch
     crop_size: Pixels
-    crop_scale: ScaleRange = (0.3, 1.0)  # area of the random crop, as a share of the image's
+    crop_scale: ScaleRange = (0.3, 1.0)  # area of the random crop, as a fraction of the image's
     mean: Means = (0.485, 0.456, 0.406)
     std: Deviations = (0.229, 0.224, 0.225)
     use_horizontal_flip: bool = False
@@ -137,38 +137,38 @@ class Data(_Section):
     color_jitter_strength: NonNegative = 0.0
     decoder: Literal["auto", "cpu", "gpu"] = "auto"
     num_workers: Natural = 10  # decoding threads
-    prefetch: Natural = 2  # batches made ready ahead of the step
-    pin_mem: bool = True  # in the published files; it has no effect
-    max_bad_fraction: Share = 0.01  # of images that do not decode; more stops the run
+    prefetch: Natural = 2  # micro-batches to prepare ahead
+    pin_mem: bool = True  # no effect; in the published configs
+    max_bad_fraction: Share = 0.01  # stop the run if more of the images seen cannot be decoded
 
     @property
     def folder(self) -> Path:
-        """root_path/image_folder; its sub-folder `train` where `val` or `test` lies beside it (else it is a class)."""
+        """root_path/image_folder, or its sub-folder `train` if it also has `val` or `test` (else it is a class)."""
         folder = Path(self.root_path).expanduser() / self.image_folder
         splits = [(folder / split).is_dir() for split in ("train", "val", "test")]
         return folder / "train" if splits[0] and any(splits[1:]) else folder
 
 
 class Mask(_Section):
-    """Which patches are seen and which predicted; the law itself is jepa.masks.MaskSpec."""
+    """Which patches are visible and which are predicted; jepa.masks.MaskSpec defines how they are sampled."""
 
     patch_size: Pixels
     mode: Literal["reference", "unbiased", "packed"] = "reference"
-    cut: Literal["rank", "global"] | None = None  # contexts as long as the shortest of the rank's micro-batch, or of
-    # the step's global batch: then no number of ranks changes them. null: rank in mode reference, else global
-    token_budget: Annotated[Share, Field(gt=0)] | None = None  # packed: every micro-batch's contexts take up this
-    # share of its patches, filled up with padding, and thinned at random where they are larger; null: as they come
+    cut: Literal["rank", "global"] | None = None  # cut contexts to the shortest of the rank's micro-batch, or of the
+    # step's global batch, which does not depend on the number of ranks; null: rank in mode reference, else global
+    token_budget: Annotated[Share, Field(gt=0)] | None = None  # packed: pad or randomly thin the contexts of a
+    # micro-batch to this fraction of its patches; null: keep as sampled
     num_enc_masks: Natural = 1
     num_pred_masks: Natural = 4
-    enc_mask_scale: ScaleRange = (0.85, 1.0)  # area of a context block, as a share of the image
+    enc_mask_scale: ScaleRange = (0.85, 1.0)  # area of a context block, as a fraction of the image's
     pred_mask_scale: ScaleRange = (0.15, 0.2)  # area of a target block
     aspect_ratio: Range = (0.75, 1.5)  # of a target block
-    min_keep: Count = 10  # a context has more patches than this before the batch is cut to its shortest
-    allow_overlap: bool = False  # of context and targets
+    min_keep: Count = 10  # a context has more patches than this before the cut
+    allow_overlap: bool = False  # between context and targets
 
 
 class Optimization(_Section):
-    """AdamW, the teacher's momentum, and their schedules (jepa.schedules)."""
+    """AdamW, the momentum of the EMA teacher, and their schedules (jepa.schedules)."""
 
     epochs: Natural
     lr: NonNegative = 1e-3
@@ -177,15 +177,15 @@ class Optimization(_Section):
     warmup: NonNegative = 40.0  # epochs
     weight_decay: NonNegative = 0.04
     final_weight_decay: NonNegative = 0.4
-    ema: SharePair = (0.996, 1.0)
-    ipe_scale: Positive = 1.0  # the schedules' length over the run's
+    ema: SharePair = (0.996, 1.0)  # initial and final momentum of the target encoder
+    ipe_scale: Positive = 1.0  # length of the schedules relative to the run's
     betas: Annotated[tuple[Momentum, Momentum], Strict(False)] = (0.9, 0.999)
     eps: Positive = 1e-8
-    clip_grad: Positive | None = None  # largest norm of the gradient; null: no limit
+    clip_grad: Positive | None = None  # maximum gradient norm; null: no clipping
 
 
 class Loss(_Section):
-    """I-JEPA's prediction loss, and C-JEPA's regulariser beside it."""
+    """I-JEPA's prediction loss, and the regulariser that C-JEPA adds."""
 
     objective: Literal["ijepa", "cjepa"] = "ijepa"
     regularizer: Literal["vicreg", "cosine"] = "vicreg"
@@ -194,57 +194,56 @@ class Loss(_Section):
     beta_sim: NonNegative = 25.0
     beta_std: NonNegative = 25.0
     beta_cov: NonNegative = 1.0
-    projector: Widths | None = None  # output widths of its layers; null: three of the encoder's width
+    projector: Widths | None = None  # output widths of its layers; null: three layers of the encoder's width
 
 
 class Engine(_Section):
-    """How the run is carried out."""
+    """How the run is executed."""
 
     seed: Annotated[int, BeforeValidator(_integer), Field(ge=0, lt=2**63)] = 0
-    deterministic: bool = False  # the same bits from every run, at some speed; on CPUs that holds anyway
+    deterministic: bool = False  # bitwise reproducible, at some cost in speed; runs on CPUs always are
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["bf16", "fp32"] | None = None  # null: as meta.use_bfloat16 says
+    precision: Literal["bf16", "fp32"] | None = None  # null: set by meta.use_bfloat16
     zero_stage: Annotated[Count, Field(le=3)] = 1
     optimizer: Literal["adamw_ema", "torch", "deepspeed", "apex"] = "adamw_ema"  # jepa.optimizer
-    global_batch_size: Natural | None = None  # null: data.batch_size x accumulation x ranks
-    gradient_accumulation_steps: Natural | None = None  # null: what global_batch_size needs, else 1
+    global_batch_size: Natural | None = None  # data.batch_size x accumulation x ranks; null: whatever that gives
+    gradient_accumulation_steps: Natural | None = None  # null: as global_batch_size requires, else 1
     max_steps: Natural | None = None  # stop early; the schedules do not change
-    max_skipped: Natural = 10  # steps skipped in a row (a gradient that is not finite) before the run stops; the host
-    # looks at them every logging.log_freq steps
-    timeout_minutes: Positive = 30.0  # without a sign of life of a rank, or a move of any, before the others stop
+    max_skipped: Natural = 10  # stop after so many non-finite steps in a row, checked every logging.log_freq steps
+    timeout_minutes: Positive = 30.0  # stop if a rank is silent, or no rank makes progress, for this long
     attention: Literal["sdpa", "math", "flash_attn", "xformers"] = "sdpa"
-    overlap_comm: bool = False  # ZeRO 1 and 2: gradients are reduced beside the backward, for one host wait a step
-    compile: bool | None = None  # the blocks, by torch.compile; null: on a GPU, where ZeRO's stage is below 3
-    activation_checkpointing: bool = False  # blocks are computed again in the backward instead of kept
-    skip_unread: bool = True  # what no loss reads is not computed; no result changes
+    overlap_comm: bool = False  # ZeRO 1 and 2: reduce gradients during the backward, at one host sync per step
+    compile: bool | None = None  # torch.compile the blocks; null: on a GPU below ZeRO stage 3
+    activation_checkpointing: bool = False  # recompute blocks in the backward: less memory, one more forward
+    skip_unread: bool = True  # do not compute outputs that no loss reads; results do not change
 
 
 class Logging(_Section):
-    """What is written, where and how often."""
+    """What is logged and saved, where and how often."""
 
     folder: Text
     write_tag: Text = "jepa"
     log_freq: Natural = 10  # steps
     health_freq: Natural = 100  # steps
-    checkpoint_freq: Natural = 50  # epochs between the checkpoints {tag}-ep{N} that are kept
-    save_every: Natural | None = None  # steps between {tag}-latest; null: every epoch
-    keep_last: Natural = 3  # of the steps' checkpoints; at least two
+    checkpoint_freq: Natural = 50  # epochs between permanent checkpoints, {tag}-ep{N}
+    save_every: Natural | None = None  # steps between rolling checkpoints, {tag}-step{N}; null: an epoch
+    keep_last: Natural = 3  # rolling checkpoints to keep, never fewer than 2
     tensorboard: bool = False
-    wandb: Text | None = None  # the project's name
+    wandb: Text | None = None  # project name; null: off
 
 
 class Eval(_Section):
-    """Probes of the target encoder while it trains."""
+    """Probing of the target encoder during training."""
 
-    every: Count = 0  # steps; 0: never
-    train_path: Text | None = None  # labelled by folder names, as val_path
+    every: Count = 0  # steps between probes of the target encoder; 0: never
+    train_path: Text | None = None  # images labelled by folder name, like val_path
     val_path: Text | None = None
-    max_images: Natural | None = 5000  # of each; null: all
+    max_images: Natural | None = 5000  # of each set; null: all
     knn_k: Natural = 20
 
 
 class Config(_Section):
-    """A run. Made by `load_config` or `parse_config`; it does not change afterwards."""
+    """The config of a run, made by `load_config` or `parse_config`. Immutable."""
 
     meta: Meta
     data: Data
@@ -293,7 +292,7 @@ class Config(_Section):
 
     @property
     def cut(self) -> Literal["rank", "global"]:
-        """Whose shortest context all are cut to; see `Mask.cut`."""
+        """The scope over which contexts are cut to the shortest; see `Mask.cut`."""
         return self.mask.cut or ("rank" if self.mask.mode == "reference" else "global")
 
     @property
@@ -304,12 +303,12 @@ class Config(_Section):
 
     @property
     def precision(self) -> Literal["bf16", "fp32"]:
-        """Of weights and activations; master weights, moments, EMA and statistics are fp32 in either case."""
+        """Of weights and activations; master weights, moments, EMA and statistics are always fp32."""
         return self.engine.precision or ("bf16" if self.meta.use_bfloat16 else "fp32")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations, as `precision` says."""
+        """The torch dtype of `precision`."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
@@ -323,16 +322,16 @@ class Config(_Section):
 
     @property
     def needs_all_targets(self) -> bool:
-        """Whether a loss reads the target encoder's output at patches that are in no target."""
+        """Whether a loss reads the target encoder's output at patches outside the targets."""
         return self.has_projector and self.loss.vicreg_on == "context"
 
     @property
     def gated(self) -> bool:
-        """Whether the gradient's norm, clipping and the decision to skip a step are taken here, on the device.
+        """Whether this engine computes the gradient norm, clips and decides to skip a step, all on the device.
 
-        DeepSpeed's own way reads several numbers back to the host in a step, each of which empties the GPU's queue. It
-        can be told not to at stages 1 and 2, and at stage 0 in fp32 it has none. At stage 3, at stage 0 in bf16, and
-        with an optimizer that cannot be gated, its way stands.
+        DeepSpeed's own implementation reads several values back to the host per step, each of which drains the GPU's
+        queue. It can be disabled at stages 1 and 2, and does not exist at stage 0 in fp32. It is used at stage 3, at
+        stage 0 in bf16, and with an optimizer that cannot be gated.
         """
         stage = self.engine.zero_stage
         here = stage in (1, 2) or (stage == 0 and self.precision == "fp32")
@@ -343,9 +342,9 @@ class Config(_Section):
         return default if self.engine.compile is None else self.engine.compile
 
     def batch(self, world_size: int) -> Batch:
-        """The batch triple on `world_size` ranks. Raises ConfigError if it does not multiply out."""
+        """Batch sizes on `world_size` ranks. Raises ConfigError if engine.global_batch_size is not their product."""
         if world_size < 1:
-            raise ValueError(f"world_size is {world_size}; it must be a number of ranks, at least 1")
+            raise ValueError(f"world_size is {world_size}; it must be at least 1")
         micro, steps = self.data.batch_size, self.engine.gradient_accumulation_steps
         wanted = self.engine.global_batch_size
         steps = steps or max(1, (wanted or 0) // (micro * world_size))
@@ -353,14 +352,14 @@ class Config(_Section):
         if wanted and wanted != total:
             raise ConfigError([self._batch_problem(wanted, world_size)])
         if self.has_projector and micro * world_size < 2:
-            problem = f"data.batch_size = {micro}: VICReg's variance over the ranks' micro-batches needs 2 images"
+            problem = f"data.batch_size = {micro}: must be at least 2 on one rank, for VICReg's variance over images"
             raise ConfigError([problem])
         return Batch(micro, steps, total)
 
     def fingerprint(self, world_size: int) -> dict[str, int | str]:
-        """What decides, beside model, data and loss, what the steps of a run compute: two runs alike in this take the
-        same steps, on whatever number of ranks. VICReg's statistics are those of a micro-batch of all ranks, so there
-        the accumulation counts; a mask that is cut to the shortest of a rank's micro-batch depends on its size.
+        """What determines the steps of a run besides model, data and loss: runs that agree in it compute the same steps
+        on any number of ranks. VICReg's statistics are over a micro-batch of all ranks, so accumulation matters there;
+        masks that are cut, or have a token budget, per micro-batch of a rank depend on its size.
         """
         micro, accumulation, total = self.batch(world_size)
         found: dict[str, int | str] = {"engine.seed": self.engine.seed, "global batch": total, "mask.cut": self.cut}
@@ -371,7 +370,7 @@ class Config(_Section):
         return found
 
     def recipe(self) -> dict[str, Any]:
-        """What else decides what a step computes, with defaults resolved; without the optimizer's numbers."""
+        """What else determines what a step computes, defaults resolved, except for the optimizer's settings."""
         data = ("crop_size", "crop_scale", "mean", "std", "use_horizontal_flip")
         sections = {
             "data": {key: self[f"data.{key}"] for key in data},

@@ -1,6 +1,6 @@
-"""A config's YAML and overrides, read so that nothing goes unnoticed: unknown keys, keys given twice, bad values.
+"""Reads a config's YAML and overrides, and reports unknown keys, duplicate keys and bad values, one line per key.
 
-Files may come from anywhere: only plain data is read, of bounded size, and what is wrong is said in a line a key.
+Files are untrusted: only plain data of bounded size is read.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ KEYS = [f"{section}.{key}" for section, model in SECTIONS.items() for key in mod
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file, with overrides `section.key=value`, values in YAML. Raises ConfigError."""
+    """Reads a YAML file and applies `section.key=value` overrides, whose values are YAML. Raises ConfigError."""
     source = str(path)
     try:
         with Path(path).open(encoding="utf-8") as file:
@@ -31,7 +31,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError([f"is not a text file: {error}"], source) from error
     try:
         if len(text) == MAX_CHARACTERS:
-            raise ValueError(f"it has {MAX_CHARACTERS} characters or more")
+            raise ValueError(f"it has {MAX_CHARACTERS} characters or more; wanted fewer")
         mapping = _parse_yaml(text)
     except ValueError as error:
         raise ConfigError([f"is not YAML: {error}"], source) from error
@@ -39,10 +39,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(mapping: object, overrides: Sequence[str] = (), source: str = "config") -> Config:
-    """The config in nested mappings, as YAML gives them; `source` names it in errors. Raises ConfigError."""
+    """Validates nested mappings, as YAML gives them; `source` names them in errors. Raises ConfigError."""
     if not isinstance(mapping, Mapping):
         raise ConfigError([f"must map the sections {', '.join(SECTIONS)}; got {show(mapping)}"], source)
-    # A section without keys is null in YAML.
+    # YAML reads a section without keys as null.
     given = {name: {} for name in SECTIONS} | {name: {} if body is None else body for name, body in mapping.items()}
     problems = [*_override(given, overrides), *_drop_unknown(given)]
     try:
@@ -55,12 +55,12 @@ def parse_config(mapping: object, overrides: Sequence[str] = (), source: str = "
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error, and so is a merge (`<<`): a few nested ones fill the memory."""
+    """SafeLoader that rejects duplicate keys, and merge keys (`<<`): a few nested ones would exhaust memory."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(problem="merge keys (<<) are not read", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem="merge keys (<<) are not supported", problem_mark=key.start_mark)
         super().flatten_mapping(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -76,7 +76,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def to_yaml(config: Config) -> str:
-    """Every key with its value; `load_config` reads it back."""
+    """All keys with their values, as `load_config` reads them back."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
@@ -90,21 +90,21 @@ _Dumper.add_representer(
 
 
 def _parse_yaml(text: str) -> object:
-    """Raises ValueError, on one line, for all that is no YAML."""
+    """Raises ValueError, with a one-line message, for anything that is not YAML."""
     try:
         return yaml.load(text, _Loader)
-    # PyYAML lets errors of its constructors escape, for example from `!!bool x` or a date in month 13.
+    # PyYAML's constructors leak other exceptions, for example on `!!bool x` or a date in month 13.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
 def _override(given: dict, overrides: Sequence[str]) -> Iterator[str]:
-    """Writes the overrides into `given`, copying the sections it changes, and yields what is wrong with them."""
+    """Applies the overrides to `given`, copying the sections it changes, and yields the problems."""
     for override in overrides:
         name, equals, text = override.partition("=")
         section, _, key = name.strip().partition(".")
         if not (equals and section and key):
-            yield f"{show(override)}: an override is written section.key=value"
+            yield f"{show(override)}: an override must have the form section.key=value"
             continue
         try:
             value = _parse_yaml(text) if text.strip() else ""
@@ -117,7 +117,7 @@ def _override(given: dict, overrides: Sequence[str]) -> Iterator[str]:
 
 
 def _drop_unknown(given: dict) -> Iterator[str]:
-    """Takes unknown keys out of `given`, so that the rest can be checked, and yields a line for each."""
+    """Removes unknown keys from `given`, so that the rest can be checked, and yields a line for each."""
     for section, body in list(given.items()):
         known = SECTIONS[section].model_fields if section in SECTIONS else {}
         names = [f"{section}.{key}" for key in body if key not in known] if isinstance(body, Mapping) else []
@@ -130,13 +130,13 @@ def _drop_unknown(given: dict) -> Iterator[str]:
 
 
 def _few(names: list[str]) -> Iterator[str]:
-    """Enough of them to see what is wrong: a foreign file may have any number of keys of any length."""
+    """The first 20, shortened: an arbitrary file may have any number of keys of any length."""
     for name in names[:20]:
         yield name if len(name) <= 80 else f"{name[:40]}...{name[-36:]}"
 
 
 def _nearest(name: str) -> str:
-    """The known key most like `name`. What follows the dot counts most: it may stand in another section."""
+    """The known key most similar to `name`. The part after the dot counts most: it may belong in another section."""
     section, _, key = name.rpartition(".")
 
     def likeness(known: str) -> float:
@@ -148,7 +148,7 @@ def _nearest(name: str) -> str:
 
 
 def _explain(detail: Any) -> Iterator[str]:
-    """The lines of a ConfigError for one of pydantic's errors."""
+    """The ConfigError lines for one pydantic error."""
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         yield from cause.problems
@@ -156,12 +156,12 @@ def _explain(detail: Any) -> Iterator[str]:
     section, *rest = detail["loc"]
     name = ".".join([section, *(str(part) for part in rest[:1])]) + "".join(f"[{i}]" for i in rest[1:])
     if detail["type"] == "missing":
-        yield f"{name}: is missing, and it has no default"
+        yield f"{name}: is missing and has no default"
         return
     reason = str(cause) if cause else detail["msg"].replace("Input should be", "must be")
     kinds = {
         "model_type": "must be a mapping of keys to values",
-        "string_type": "must be text; quote what would be something else in YAML",
+        "string_type": "must be a string; quote it if YAML reads it as another type",
         "tuple_type": "must be a list",
     }
     yield f"{name} = {show(detail['input'])}: {kinds.get(detail['type'], reason)}"

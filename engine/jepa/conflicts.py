@@ -1,4 +1,4 @@
-"""What single values of a config allow, but not together."""
+"""Checks for config values that are valid alone but not in combination."""
 
 from collections.abc import Iterator
 from reprlib import Repr
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
-    """Combinations that cannot run: the key to change and what it must be."""
+    """Invalid combinations: the key to change and what it must be."""
     if c.data.crop_size % c.mask.patch_size:
         sizes = [n for n in range(1, c.data.crop_size + 1) if c.data.crop_size % n == 0]
         near = sorted(sorted(sizes, key=lambda n: abs(n - c.mask.patch_size))[:3])
-        yield "mask.patch_size", f"must divide data.crop_size {c.data.crop_size}, as {near} do"
+        yield "mask.patch_size", f"must divide data.crop_size {c.data.crop_size}; {near} do"
     elif not 2 <= c.grid <= MAX_SIDE:
-        yield "mask.patch_size", f"must leave 2 to {MAX_SIDE} patches along data.crop_size {c.data.crop_size}"
+        yield "mask.patch_size", f"must give 2 to {MAX_SIDE} patches along data.crop_size {c.data.crop_size}"
     else:
         yield from _mask_conflicts(c)
 
@@ -26,50 +26,50 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
         (c.predictor, "meta.pred_emb_dim", "meta.pred_num_heads"),
     ):
         if size.embed_dim % 4:
-            yield width, "must be divisible by 4, for the 2-D sine-cosine positions"
+            yield width, "must be divisible by 4, for the 2-D sine-cosine position embeddings"
         if size.embed_dim % size.num_heads:
-            yield heads, f"{size.num_heads} heads must divide {width} {size.embed_dim}"
+            yield heads, f"the number of heads, {size.num_heads}, must divide {width} {size.embed_dim}"
 
     for key in ("use_color_distortion", "use_gaussian_blur", "color_jitter_strength"):
         if getattr(c.data, key):
-            yield f"data.{key}", "must be off: this engine does not augment colours, nor did I-JEPA's runs"
+            yield f"data.{key}", "must be off: colour augmentation is not supported, and I-JEPA uses none"
     if c.meta.copy_data:
         yield "meta.copy_data", "must be false: copy the images yourself and give data.root_path=<the copy>"
     for key, path in (("data.root_path", c.data.root_path), ("logging.folder", c.logging.folder)):
         if path.startswith("$"):
-            yield key, f"is not filled in: give {key}=<path> on the command line"
+            yield key, f"is a placeholder: give {key}=<path> on the command line"
 
     length = c.optimization.epochs * c.optimization.ipe_scale
     if c.optimization.warmup > length:
         yield (
             "optimization.warmup",
-            f"must be at most optimization.epochs x ipe_scale = {length:g}; to stop sooner, give engine.max_steps",
+            f"must be at most optimization.epochs x ipe_scale = {length:g}; to stop a run early, give engine.max_steps",
         )
     if c.engine.precision and (c.engine.precision == "bf16") != c.meta.use_bfloat16:
         other = str(not c.meta.use_bfloat16).lower()
         yield (
             "engine.precision",
-            f"contradicts meta.use_bfloat16: give meta.use_bfloat16={other} too, or null here",
+            f"contradicts meta.use_bfloat16: give meta.use_bfloat16={other}, or engine.precision=null",
         )
     unit = c.data.batch_size * (c.engine.gradient_accumulation_steps or 1)
     if (c.engine.global_batch_size or 0) % unit:
         yield "engine.global_batch_size", f"must be a multiple of data.batch_size x accumulation = {unit}"
     if c.loss.objective == "cjepa" and c.loss.vicreg_on == "predictions" and c.mask.num_pred_masks < 2:
-        yield "mask.num_pred_masks", "must be at least 2: C-JEPA compares an image's blocks"
+        yield "mask.num_pred_masks", "must be at least 2: C-JEPA compares the predicted blocks of an image"
     if c.token_budget is not None and c.mask.mode != "packed":
-        yield "mask.token_budget", "must be null: only mask.mode packed has contexts of unequal length"
+        yield "mask.token_budget", "must be null: it applies only to mask.mode packed"
     elif c.token_budget is not None and c.token_budget <= c.data.batch_size:
-        yield "mask.token_budget", f"leaves {c.token_budget} rows for the contexts of {c.data.batch_size} images"
+        yield "mask.token_budget", f"gives {c.token_budget} rows to {c.data.batch_size} images; wanted more than that"
     if c.engine.compile and c.engine.zero_stage == 3:
-        yield "engine.compile", "does not go with engine.zero_stage 3, which swaps weights in and out of a block"
+        yield "engine.compile", "cannot be used with engine.zero_stage 3, which gathers and frees a block's weights"
     if c.engine.optimizer in ("deepspeed", "apex") and c.engine.zero_stage == 0 and c.precision == "bf16":
-        yield "engine.optimizer", "needs engine.zero_stage 1 or more in bf16; on one GPU stage 1 takes no more memory"
+        yield "engine.optimizer", "needs engine.zero_stage 1 or more in bf16; on one GPU stage 1 needs no more memory"
     if c.engine.attention == "flash_attn" and (c.precision == "fp32" or c.engine.device == "cpu"):
-        yield "engine.attention", "runs in bf16 on a GPU only: give sdpa, or meta.use_bfloat16=true on a GPU"
+        yield "engine.attention", "needs bf16 and a GPU: give sdpa, or meta.use_bfloat16=true and a GPU"
     if c.engine.attention == "xformers" and c.mask.mode == "packed":
-        yield "engine.attention", "is not offered for mask.mode packed: give sdpa or flash_attn"
+        yield "engine.attention", "does not support mask.mode packed: give sdpa or flash_attn"
     if (c.engine.device, c.data.decoder) == ("cpu", "gpu"):
-        yield "data.decoder", "needs a GPU, but engine.device is cpu"
+        yield "data.decoder", "needs a GPU, but engine.device is cpu: give cpu or auto"
     if c.eval.every and not (c.eval.train_path and c.eval.val_path):
         yield "eval.every", "needs eval.train_path and eval.val_path, folders of labelled images"
 
@@ -86,8 +86,8 @@ def _mask_conflicts(c: "Config") -> Iterator[tuple[str, str]]:
     if not spec.allow_overlap and left <= spec.min_keep:
         yield (
             "mask.num_pred_masks",
-            f"so many targets leave about {left:.1f} of {c.grid**2} patches as context, which is not more than "
-            f"mask.min_keep {spec.min_keep}",
+            f"leaves about {left:.1f} of {c.grid**2} patches as context; wanted more than mask.min_keep "
+            f"{spec.min_keep}: lower either",
         )
 
 
@@ -102,5 +102,5 @@ class _Short(Repr):
 
 
 def show(value: object) -> str:
-    """A value as an error quotes it: not at any length."""
+    """A value as quoted in an error, shortened if long."""
     return _Short().repr(value)

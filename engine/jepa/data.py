@@ -1,12 +1,12 @@
-"""Images in: which one, which part of it, decoded and resized to uint8 by DALI.
+"""The input pipeline: shuffling, random crops, and decoding and resizing to uint8 with DALI.
 
-Order and crops come from counter-based random numbers (Philox) keyed by (seed, epoch) and (seed, step), read
-at an image's position in the global batch. So a batch depends on no earlier batch and on no number of ranks:
-any step can be made again alone, and resuming needs nothing but its number.
+Order and crops come from counter-based random numbers (Philox) keyed by (seed, epoch) and (seed, step), indexed
+by an image's position in the global batch. So a batch depends neither on earlier batches nor on the number of
+ranks: any step's batch can be reproduced alone, and resuming needs only the step number.
 
 As with torchvision's default loader, EXIF orientation is ignored: pixels are used as they are stored.
 
-Legend: B images of a micro-batch, W ranks, G = B * accumulation * W images of a step, S crop size. Boxes are
+Legend: B images per micro-batch, W ranks, G = B * accumulation * W images per step, S crop size. Boxes are
 (top, left, height, width) in pixels.
 """
 
@@ -30,10 +30,10 @@ from torch import Tensor
 from .sources import ImageSource
 
 ORDER, CROP = 1, 2  # streams of random numbers
-WORDS = 24  # random numbers of an image: 10 areas, 10 ratios, top, left, flip, and one unused
+WORDS = 24  # random numbers per image: 10 areas, 10 ratios, top, left, flip, and one unused
 TRIES, TOP, LEFT, FLIP = 10, 20, 21, 22
 RATIO = (3 / 4, 4 / 3)
-ENOUGH_BAD = 10  # bad files; the share of fewer says little
+ENOUGH_BAD = 10  # bad files before their fraction is judged
 
 logger = logging.getLogger(__name__)
 A = TypeVar("A", bound=tuple[Any, ...])
@@ -43,7 +43,7 @@ Frame = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 class Batch(NamedTuple):
     """`images`: uint8 [B, S, S, 3], RGB, on the loader's device. `files`: their names. `replaced`: how many of them
-    stand in for one that cannot be used."""
+    replace a file that cannot be used."""
 
     images: Tensor
     files: list[str]
@@ -51,17 +51,17 @@ class Batch(NamedTuple):
 
 
 def _random_words(seed: int, stream: int, index: int, first: int, number: int) -> np.ndarray:
-    """The uint64 words first .. first + number of a stream; `first` is a multiple of 4, a counter's words."""
+    """The uint64 words [first, first + number) of a stream. Each counter gives 4: `first` is a multiple of that."""
     return np.random.Philox(key=[seed, index], counter=[first // 4, 0, 0, stream]).random_raw(number)
 
 
 def random_boxes(sizes_B2: np.ndarray, uniform_BK: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
     """The boxes of torchvision's RandomResizedCrop for B images, int32 [B, 4].
 
-    `sizes_B2`: heights and widths. `uniform_BK`: 22 or more random numbers in [0, 1) an image. `scale`: the
-    smallest and largest share of the image's area. Ten times an area is drawn, and an aspect ratio
-    log-uniform in 3/4 .. 4/3; the first pair that fits is placed at random. If none fits: the largest centred
-    box whose ratio stays within these limits.
+    `sizes_B2`: heights and widths. `uniform_BK`: at least 22 random numbers in [0, 1) per image. `scale`: the
+    smallest and largest fraction of the image's area. Ten areas and aspect ratios (log-uniform in 3/4 .. 4/3) are
+    drawn, and the first pair that fits is placed at random. If none fits, the box is the largest centred one with
+    a ratio in that range.
     """
     height_B1, width_B1 = sizes_B2[:, :1].astype(np.float64), sizes_B2[:, 1:].astype(np.float64)
     area = height_B1 * width_B1 * (scale[0] + (scale[1] - scale[0]) * uniform_BK[:, :TRIES])
@@ -82,7 +82,7 @@ def random_boxes(sizes_B2: np.ndarray, uniform_BK: np.ndarray, scale: tuple[floa
 
 
 def centre_views(sizes_B2: np.ndarray, crop: int, resize: int) -> np.ndarray:
-    """What torchvision's Resize(resize) and CenterCrop(crop) show of an image, in its pixels: [B, 4]."""
+    """The box that torchvision's Resize(resize) and CenterCrop(crop) keep, in pixels of the original: [B, 4]."""
     resized_B2 = resize * sizes_B2 // sizes_B2.min(axis=1, keepdims=True)
     scale_B2 = sizes_B2 / resized_B2
     start_B2 = np.rint((resized_B2 - crop) / 2)
@@ -90,11 +90,11 @@ def centre_views(sizes_B2: np.ndarray, crop: int, resize: int) -> np.ndarray:
 
 
 class Decoder:
-    """Encoded images to one uint8 tensor, on the CPU's cores or on the GPU (JPEGs by its engine for them).
+    """Decodes images to one uint8 tensor, on CPU cores or on the GPU (JPEGs by its hardware decoder).
 
-    `kind`: "auto" (the GPU, if `device` is one), "cpu" or "gpu". `threads`: at most, and no more than the
-    cores that this process may use. `options`: what DALI's decoder is told. One call runs at a time, others wait.
-    Raises ValueError when the GPU is asked for and `device` is none.
+    `kind`: "auto" (the GPU, if `device` is one), "cpu" or "gpu". `threads`: the maximum, capped at the number of
+    cores available to this process. `options`: arguments of DALI's decoder. Concurrent calls run one at a time.
+    Raises ValueError if `kind` is "gpu" and `device` is not a GPU.
     """
 
     def __init__(self, kind: str, device: torch.device | str, threads: int) -> None:
@@ -115,9 +115,9 @@ class Decoder:
             self._context = ndd.EvalContext(
                 num_threads=self.threads, device_id=self.device.index, cuda_stream=self._stream
             )
-            # All JPEGs on one engine: sharing them among two would let an image's bytes depend on its batch.
+            # All JPEGs on the hardware decoder: if split between two, an image's pixels would depend on its batch.
             self.options = {"device": "gpu", "hw_decoder_load": 1.0, "jpeg_fancy_upsampling": True}
-            self.options["affine"] = False  # the ranks of a machine would all bind to the same cores
+            self.options["affine"] = False  # else all ranks of a machine would pin threads to the same cores
         else:
             with ndd.Device("cpu"):
                 self._context = ndd.EvalContext(num_threads=self.threads)
@@ -127,10 +127,9 @@ class Decoder:
     ) -> Tensor:
         """Decodes B images and resizes a part of each, antialiased bilinear: uint8 [B, size, size, 3].
 
-        `frame` is given their heights and widths, int64 [B, 2], and answers which box of each is decoded,
-        int32 [B, 4], and which part of that box is shown, float32 [B, 4]; what lies outside the box does not
-        bleed in. `flip`: int32 [B], 1 to mirror left and right.
-        Raises RuntimeError when any of them cannot be decoded.
+        `frame` maps their heights and widths, int64 [B, 2], to the box of each to decode, int32 [B, 4], and the
+        part of that box to show, float32 [B, 4]; pixels outside the box do not bleed in. `flip`: int32 [B], 1 for
+        a horizontal flip. Raises RuntimeError if any image cannot be decoded.
         """
         with self._lock, ndd.EvalMode.sync_cpu, self._context:
             batch = ndd.as_batch(list(encoded))
@@ -156,7 +155,7 @@ class Decoder:
             return self._deliver(ndd.as_tensor(pixels))
 
     def raise_unless_bad(self, error: OSError | RuntimeError, read: Callable[[], list[np.ndarray]]) -> None:
-        """Raises `error` again where the GPU failed and the image is good: the CPU can decode it."""
+        """Re-raises `error` if it is the GPU's fault: the CPU can decode the image."""
         if isinstance(error, RuntimeError) and self.on_gpu:
             try:
                 with ndd.EvalMode.sync_cpu:
@@ -166,31 +165,31 @@ class Decoder:
             raise error
 
     def _deliver(self, pixels: ndd.Tensor) -> Tensor:
-        """To the device; on a GPU into torch's own memory, since DALI reuses its without asking torch."""
+        """Moves the images to the device; on a GPU into torch's memory, as DALI reuses its own without notice."""
         if self._stream is None:
             return pixels.torch()
         with torch.cuda.stream(self._stream):
             images = pixels.torch()
             images = images.clone() if self.on_gpu else images.pin_memory().to(self.device, non_blocking=True)
-        self._stream.synchronize()  # this thread waits; the training step's stream does not
+        self._stream.synchronize()  # blocks this thread, not the training step's stream
         return images
 
 
 def _use_here(images: Tensor) -> None:
-    """Tells torch's allocator that work of this thread's stream may still read them when they are freed."""
+    """Tells torch's allocator that work on this thread's stream may still read them when they are freed."""
     if images.is_cuda:
         images.record_stream(torch.cuda.current_stream(images.device))
 
 
 class _Reader:
-    """Reads files by several threads: on a network file system, latency is what limits."""
+    """Reads files in several threads: on network file systems latency is the bottleneck."""
 
     def __init__(self, source: ImageSource, threads: int) -> None:
         self.source, self.threads = source, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="jepa-read")
 
     def __call__(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """The encoded images. Raises OSError when one is missing, empty or cut short."""
+        """The encoded images. Raises OSError if one is missing, empty or truncated."""
         parts = [indices[k :: self.threads] for k in range(min(self.threads, len(indices)))]
         encoded = [np.empty(0, np.uint8)] * len(indices)
         for k, part in enumerate(self._pool.map(lambda part: [self.source.read(i) for i in part], parts)):
@@ -201,12 +200,12 @@ class _Reader:
 def _ahead(
     function: Callable[..., T], arguments: Iterator[A], depth: int, device: torch.device
 ) -> Iterator[tuple[A, T, float]]:
-    """For each of `arguments`, in order: it, function(*it), the seconds waited; up to `depth` are made ahead.
+    """Yields each of `arguments` (`it`), function(*it) and the seconds waited, in order; up to `depth` are made ahead.
 
-    Two threads: one reads files while the other decodes. What `function` raises is raised here. When the
-    caller stops, calls that have begun are finished and the others dropped.
+    Two threads, so that one reads files while the other decodes. Exceptions of `function` are raised here. When
+    the caller stops, running calls finish and the others are cancelled.
     """
-    # A new thread's current GPU is the first one, where DALI would make every rank a context.
+    # A new thread's current device is GPU 0, on which DALI would create a context for every rank.
     here = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     workers = ThreadPoolExecutor(2, thread_name_prefix="jepa-data", initializer=here)
     begun: deque[tuple[A, Future[T]]] = deque()
@@ -233,15 +232,14 @@ def _reason(error: OSError | RuntimeError) -> str:
 class Loader:
     """The batches of one rank of a training run.
 
-    `crop_size` S; `crop_scale`: smallest and largest share of an image's area that a crop takes; `batch_size`
-    B of a micro-batch of this rank; `accumulation`: micro-batches of a step; `seed` >= 0; `decoder`,
-    `num_workers` (threads): see Decoder; `prefetch`: micro-batches made ahead; `max_bad_fraction`: of the
-    files seen.
+    `crop_size` S; `crop_scale`: smallest and largest fraction of an image's area in a crop; `batch_size`: B, per
+    micro-batch of this rank; `accumulation`: micro-batches per step; `seed` >= 0; `decoder`, `num_workers`
+    (threads): see Decoder; `prefetch`: micro-batches to prepare ahead; `max_bad_fraction`: of the files seen.
 
-    A file that cannot be read or decoded is named once, counted, and replaced by the next good one of the
-    epoch's order. Whether it is bad is found out for the crop at hand and not taken from what happened before
-    (half of a truncated file is good), so that replaying gives the same bytes.
-    Raises ValueError when the source has fewer images than a step takes.
+    A file that cannot be read or decoded is named once, counted, and replaced by the next good one in the
+    epoch's order. This is decided anew for every crop, regardless of earlier failures (half of a truncated file
+    may decode), so that a replayed batch is bitwise the same.
+    Raises ValueError if the source has fewer images than a step needs.
     """
 
     def __init__(
@@ -272,10 +270,10 @@ class Loader:
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"data: {source.path} has {len(source)} images, fewer than the {self.global_batch_size} of a "
-                f"step ({batch_size} a rank x {accumulation} micro-batches x {world_size} ranks); wanted at "
+                f"step ({batch_size} per rank x {accumulation} micro-batches x {world_size} ranks); wanted at "
                 "least as many: lower data.batch_size, or give more images"
             )
-        self.wait_seconds = 0.0  # that the consumer of `batches` has waited, all in all
+        self.wait_seconds = 0.0  # total time that the consumer of `batches` has waited
         self.bad: dict[int, str] = {}  # images that failed at least once, and why
         self._seen = np.zeros(len(source), bool)
         self._epoch_order = (-1, np.empty(0, np.int64))
@@ -283,9 +281,9 @@ class Loader:
         self._read = _Reader(source, self._decode.threads)
 
     def batch(self, step: int, micro: int = 0) -> Batch:
-        """Micro-batch `micro` of the 0-based step `step`: a function of these, the seed and the rank alone.
+        """Micro-batch `micro` of the 0-based step `step`, which depends only on these, the seed and the rank.
 
-        Raises ValueError when more than `max_bad_fraction` of the files seen so far are bad, and when the storage fails
+        Raises ValueError if more than `max_bad_fraction` of the files seen so far are bad, or if the storage fails
         (`ImageSource.read`).
         """
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -297,7 +295,7 @@ class Loader:
         slots = range(start, start + self.batch_size)
         wanted = [int(i) for i in order[start : start + self.batch_size]]
         self._seen[wanted] = True
-        # Those known to be bad are tried apart, so that the others need decoding only once.
+        # Images known to be bad are tried separately, so that the others are decoded only once.
         picks = [
             self._first_good(order, slot, uniform_K) if index in self.bad else index
             for index, slot, uniform_K in zip(wanted, slots, uniform_BK, strict=True)
@@ -312,9 +310,9 @@ class Loader:
         return Batch(images, [self.source.name(i) for i in picks], replaced)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, Batch]]:
-        """(step, micro-batch, Batch) from step `start`, for ever or to before `stop`, made ahead of use.
+        """Yields (step, micro-batch, Batch) from step `start` up to, not including, `stop` (None: forever), prefetched.
 
-        Abandoning or closing the iterator ends its threads. `wait_seconds` grows by what each batch was late.
+        Abandoning or closing the iterator ends its threads. The time spent waiting is added to `wait_seconds`.
         """
         steps = count(start) if stop is None else range(start, stop)
         places = ((step, micro) for step in steps for micro in range(self.accumulation))
@@ -325,7 +323,7 @@ class Loader:
 
     def _order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation of all images."""
-        kept, order = self._epoch_order  # read once: two threads make batches
+        kept, order = self._epoch_order  # one atomic read: two threads make batches
         if kept != epoch:
             order = np.argsort(_random_words(self.seed, ORDER, epoch, 0, len(self.source)))
             self._epoch_order = epoch, order
@@ -340,7 +338,7 @@ class Loader:
         return self._decode(self._read(indices), self.crop_size, frame, flip)
 
     def _first_good(self, order: np.ndarray, slot: int, uniform_K: np.ndarray) -> int:
-        """The first image, from `slot` of the epoch's order on, of which this crop can be made."""
+        """The first image from `slot` on in the epoch's order for which this crop can be decoded."""
         for place in range(slot, slot + len(order)):
             index = int(order[place % len(order)])
             self._seen[index] = True
@@ -350,7 +348,7 @@ class Loader:
             except (OSError, RuntimeError) as error:
                 self._decode.raise_unless_bad(error, lambda: self._read([index]))  # noqa: B023 (called at once)
                 self._note_bad(index, _reason(error))
-        raise ValueError(f"data: not one of the {len(order)} images of {self.source.path} can be decoded")
+        raise ValueError(f"data: none of the {len(order)} images of {self.source.path} can be decoded")
 
     def _note_bad(self, index: int, reason: str) -> None:
         if index in self.bad:
@@ -361,7 +359,7 @@ class Loader:
         if bad >= ENOUGH_BAD and bad > self.max_bad_fraction * seen:
             first = "".join(f"\n  {self.source.name(i)}: {why}" for i, why in islice(self.bad.items(), 5))
             raise ValueError(
-                f"data: {bad} of the {seen} images seen so far cannot be used, a larger share than "
+                f"data: {bad} of the {seen} images seen so far cannot be used, a larger fraction than "
                 f"data.max_bad_fraction={self.max_bad_fraction}; remove them, or raise it. The first:{first}"
             )
 
@@ -377,13 +375,13 @@ def eval_batches(
     decoder: str = "auto",
     num_workers: int = 4,
 ) -> Iterator[tuple[Tensor, list[int]]]:
-    """Images without augmentation: the shorter side resized to `resize` pixels, then the centre crop_size^2.
+    """Images without augmentation: the shorter side resized to `resize` pixels, then a centre crop to `crop_size`.
 
-    Yields (images uint8 [b, S, S, 3] on `device`, their b numbers in the source), in the order of `indices` (default:
-    all). b is batch_size; less in the last batch, and where a file is bad: it is named and left out. `resize` defaults
-    to crop_size * 256 / 224, torchvision's habit at 224 pixels; below 96 pixels (CIFAR and its like, whose subjects
-    fill the frame) to crop_size.
-    Raises ValueError when `resize` is smaller than `crop_size`.
+    Yields (images uint8 [b, S, S, 3] on `device`, their b indices in the source), in the order of `indices` (default:
+    all). b is batch_size, or less in the last batch or if files are bad: those are named and skipped. `resize` defaults
+    to crop_size * 256 / 224, the usual ratio of ImageNet evaluation, or below 96 pixels (CIFAR and the like, whose
+    subjects fill the frame) to crop_size.
+    Raises ValueError if `resize` is smaller than `crop_size`.
     """
     if resize is None:
         resize = crop_size if crop_size < 96 else round(crop_size * 256 / 224)
@@ -402,7 +400,7 @@ def eval_batches(
             return True
         except (OSError, RuntimeError) as error:
             decode.raise_unless_bad(error, lambda: read([index]))
-            logger.warning("%s cannot be used (%s); it is left out", source.name(index), _reason(error))
+            logger.warning("%s cannot be used (%s); it is skipped", source.name(index), _reason(error))
             return False
 
     def load(chunk: list[int]) -> tuple[list[int], Tensor | None]:

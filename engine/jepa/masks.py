@@ -1,22 +1,22 @@
-"""Which patches are seen and which are predicted: I-JEPA's multi-block masks (arXiv 2301.08243, section 3).
+"""Which patches are visible and which are predicted: I-JEPA's multi-block masks (arXiv 2301.08243, section 3).
 
 An image is a grid of height x width patches, numbered in raster order. M target blocks are placed on it at
-random; each of E context blocks, larger, loses the patches of the targets. Three modes:
+random; E larger context blocks are placed likewise, and the patches of the targets removed from them. Modes:
 
   reference  the published sampler, quirks included: one random number sets both the area and the aspect
-             ratio of the targets, the last row and column are never reached, and contexts are cut to the
-             shortest of the batch in raster order, so that the bottom of an image is hardly ever seen
+             ratio of the targets, blocks never reach the last row and column, and contexts are truncated, in
+             raster order, to the shortest of the batch, so that the bottom of an image is hardly ever visible
   unbiased   the same blocks with independent area and aspect ratio, every position allowed, and contexts
-             cut to the shortest by leaving out patches at random
-  packed     as unbiased, but nothing is cut: contexts of unequal length lie end to end
+             cut to the shortest by dropping random patches
+  packed     as unbiased, but nothing is cut: contexts of unequal length are concatenated
 
-Masks are a pure function of (seed, step, index of the image in the step's global batch): any rank can draw
-any image's, and there is no state to save. The sizes of the blocks depend on (seed, step) only. Random words
-are Philox4x32-10's (Salmon et al., SC 2011), with seed as its key and (4 * (draw // 4) + stream, image,
-step) as its counter. A number below n is floor(word * n / 2^32): no probability is off by more than 2^-32.
+Masks are a pure function of (seed, step, index of the image in the step's global batch): any rank can sample
+any image's, and there is no state to save. Block sizes depend only on (seed, step). Random words come from
+Philox4x32-10 (Salmon et al., SC 2011), with the seed as key and (4 * (draw // 4) + stream, image, step) as
+counter. An integer below n is floor(word * n / 2^32), which biases no probability by more than 2^-32.
 
 Shapes: B images, E contexts, M targets, Kc and Kt patches kept of each. `_sample_ref` is the specification;
-the CPU kernel in csrc/masks.cpp draws the same bits.
+the CPU kernel in csrc/masks.cpp is bitwise equal.
 """
 
 import math
@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import jepa_kernels  # noqa: F401  loads csrc, where the CPU kernel is
+import jepa_kernels  # noqa: F401  loads csrc, which has the CPU kernel
 
 MODES = ("reference", "unbiased", "packed")
-TRIES = 20  # places tried for a context before one more target may overlap it
+TRIES = 20  # failed placements of a context before it may overlap one more target
 MAX_SIDE = MAX_BLOCKS = 1024
 MAX_IMAGES = 2**32  # the image's index is one word of the counter
 SIZES, PLACES, CUTS, THIN = range(4)  # streams of random words
@@ -42,12 +42,12 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """The law of the masks, under the key names of I-JEPA's YAML; the defaults are its ImageNet settings.
+    """The distribution of the masks, with the key names of I-JEPA's YAML and its ImageNet settings as defaults.
 
-    Scales are shares of the grid's area, aspect ratios are height / width; a context's is 1.
-    `min_keep`: a context has more patches than this before the cut. It does not bind the targets (where one is
-    not larger than that, the published sampler never returns).
-    Raises ValueError for a law that cannot be drawn, so that sampling never fails and never loops.
+    Scales are fractions of the grid's area, aspect ratios are height / width; a context's is 1.
+    `min_keep`: a context has more patches than this before the cut. It does not apply to targets (the published
+    sampler applies it to them too, and never returns if they are not larger).
+    Raises ValueError for settings that cannot be sampled, so that sampling never fails or loops forever.
     """
 
     height: int
@@ -84,21 +84,21 @@ class MaskSpec:
         if flat[0] < 1 or narrow[1] < 1:
             raise ValueError(
                 f"pred_mask_scale {self.pred_mask_scale} with aspect_ratio {self.aspect_ratio} allows "
-                f"targets without a patch on {grid}; raise pred_mask_scale or bring aspect_ratio nearer to 1"
+                f"targets without a patch on {grid}; raise pred_mask_scale or move aspect_ratio closer to 1"
             )
         height, width = _block_size(self, self.enc_mask_scale[0], 1.0)
         if height * width <= self.min_keep:
             raise ValueError(
                 f"min_keep is {self.min_keep}, but enc_mask_scale {self.enc_mask_scale} allows contexts of "
-                f"{height} x {width} = {height * width} patches on {grid}, before any target is taken out; "
+                f"{height} x {width} = {height * width} patches on {grid}, before targets are removed; "
                 f"lower min_keep below {height * width}, or raise enc_mask_scale"
             )
 
 
 class Masks(NamedTuple):
-    """Indices of patches, int64, on the CPU, ascending within a block."""
+    """Patch indices, int64, on the CPU, ascending within a block."""
 
-    context: Tensor  # [E, B, Kc]; packed: [lengths.sum()], end to end in the order of lengths.flatten()
+    context: Tensor  # [E, B, Kc]; packed: [lengths.sum()], concatenated in the order of lengths.flatten()
     target: Tensor  # [M, B, Kt]
     lengths: Tensor | None = None  # packed only: [E, B], the number of patches of each context
 
@@ -109,9 +109,9 @@ def sample_masks(
     """Masks of images `first` .. `first + batch - 1` of the global batch of step `step`.
 
     seed, step: 0 .. 2^64 - 1. cut = (first, count): the range of the global batch whose shortest context sets
-    Kc; the default is this batch. Ranks that all name the global batch agree on Kc without communicating, and
-    only count the patches of one another's contexts. Packed masks are not cut and ignore it.
-    Raises ValueError for numbers out of range and for a `cut` that does not contain the batch.
+    Kc; the default is this batch. Ranks that all pass the global batch agree on Kc without communication: each
+    also counts the patches of the other ranks' contexts. Packed masks are not cut and ignore it.
+    Raises ValueError for arguments out of range and for a `cut` that does not contain the batch.
     """
     return _sample(torch.ops.jepa_masks.sample, spec, seed, step, first, batch, cut)
 
@@ -119,19 +119,19 @@ def sample_masks(
 def sample_masks_ref(
     spec: MaskSpec, *, seed: int, step: int, first: int, batch: int, cut: tuple[int, int] | None = None
 ) -> Masks:
-    """`sample_masks` by its specification, in plain Python: the same bits, hundreds of times slower."""
+    """The specification of `sample_masks` in plain Python: bitwise equal, hundreds of times slower."""
     return _sample(_sample_ref, spec, seed, step, first, batch, cut)
 
 
 def thin(masks: Masks, most: int, *, seed: int, step: int, first: int) -> Masks:
-    """Packed masks whose contexts have at most `most` patches in all, for each of the E context masks.
+    """Limits packed masks to at most `most` context patches in total, for each of the E context masks.
 
-    What is too much is left out at random among the patches of all images, but never an image's first. A function of
-    (seed, step, first) and the masks. Raises ValueError where `most` is less than a patch an image.
+    The excess is dropped at random from the patches of all images, but never an image's first. Depends only on
+    (seed, step, first) and the masks. Raises ValueError if `most` is less than one patch per image.
     """
     assert masks.lengths is not None
     if most < masks.lengths.shape[1]:
-        raise ValueError(f"most is {most}; it must be at least {masks.lengths.shape[1]}, a patch for each image")
+        raise ValueError(f"most is {most}; it must be at least {masks.lengths.shape[1]}, one patch per image")
     parts, lengths = masks.context.split(masks.lengths.sum(1).tolist()), masks.lengths.clone()
     contexts = []
     for e, part in enumerate(parts):
@@ -149,12 +149,12 @@ def block_sizes(spec: MaskSpec, *, seed: int, step: int) -> tuple[Size, Size]:
     """(height, width) of a step's contexts and of its targets, in patches.
 
     k = int(HW s), h = round(sqrt(k a)), w = round(sqrt(k / a)), with scale s and aspect ratio a uniform in
-    their ranges, and no larger than the grid (`reference`: than the grid without its last row and column).
+    their ranges, clipped to the grid (`reference`: to the grid without its last row and column).
     """
     words = _words(seed, step, 0, SIZES)
     target, context, aspect = (next(words) / 2**32 for _ in range(3))
     if spec.mode == "reference":
-        aspect = target  # one number for both: the larger blocks are the taller ones
+        aspect = target  # one number for both, so larger blocks are taller
 
     def within(limits: tuple[float, float], r: float) -> float:
         return limits[0] + r * (limits[1] - limits[0])
@@ -214,7 +214,7 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
         raise ValueError(f"{name} is {value!r}; it must be an int from {low} to {high}")
 
 
-# --- specification: the definition, the fallback without csrc, the oracle of the tests
+# --- specification, fallback without csrc, and reference of the tests
 
 
 def _sample_ref(
@@ -233,9 +233,9 @@ def _sample_ref(
     cut_first: int,
     cut_count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sizes [2, 2]: (height, width) of contexts, of targets. Returns `Masks`, lengths as before the cut."""
+    """sizes [2, 2]: (height, width) of contexts, of targets. Returns `Masks`, with the lengths before the cut."""
     context_size, target_size = sizes.tolist()
-    last = 0 if mode == "reference" else 1  # its upper bound is exclusive: the last place is never taken
+    last = 0 if mode == "reference" else 1  # reference excludes the last position in each direction
 
     def place(words: Iterator[int], size: Size) -> list[int]:
         top = _below(next(words), height - size[0] + last)
@@ -249,7 +249,7 @@ def _sample_ref(
 
     def draw_context(words: Iterator[int], target: list[list[int]]) -> list[int]:
         tries = 0
-        while True:  # it ends: the block alone is larger than min_keep, as MaskSpec saw to
+        while True:  # terminates: MaskSpec checked that the block alone is larger than min_keep
             hidden: set[int] = set().union(*target[: max(len(target) - tries // TRIES, 0)])
             kept = [patch for patch in place(words, context_size) if patch not in hidden]
             if len(kept) > min_keep:
@@ -284,7 +284,7 @@ def _sample_ref(
 
 
 def _words(seed: int, step: int, image: int, stream: int) -> Iterator[int]:
-    """The random 32-bit words of one image (0 for the sizes, which are the step's)."""
+    """The random 32-bit words of one image (0 for the block sizes, which the whole step shares)."""
     low = 2**32 - 1
     key = (seed & low, seed >> 32 & low)
     for block in count():
@@ -292,7 +292,7 @@ def _words(seed: int, step: int, image: int, stream: int) -> Iterator[int]:
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10: 128 random bits from a counter of 128 bits and a key of 64."""
+    """Philox4x32-10: 128 random bits from a 128-bit counter and a 64-bit key."""
     low = 2**32 - 1
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -307,7 +307,7 @@ def _below(word: int, n: int) -> int:
     return word * n >> 32
 
 
-# --- registration; csrc adds CPU. `sizes` is a tensor because the dispatcher chooses the kernel by its device
+# --- registration; csrc adds the CPU kernel. `sizes` is a tensor because the dispatcher selects kernels by device
 torch.library.define(
     "jepa_masks::sample",
     "(Tensor sizes, str mode, int height, int width, int contexts, int targets, int min_keep, "

@@ -1,11 +1,11 @@
-"""One step's loss: I-JEPA's prediction of hidden blocks, and C-JEPA's regulariser on top of it.
+"""The loss of a step: I-JEPA's prediction of hidden blocks, and the regulariser that C-JEPA adds.
 
 I-JEPA (arXiv 2301.08243): smooth L1 between the predictor's output and the layer-normed target features.
-C-JEPA (arXiv 2410.19560, Algorithm 1): the M predicted blocks of an image are its views. Their mean over patches goes
-through a projector, and VICReg's terms are taken over all pairs of blocks, with statistics over the global batch:
+C-JEPA (arXiv 2410.19560, Algorithm 1): the M predicted blocks of an image are its views. Their means over patches go
+through a projector, and VICReg's terms are taken over all pairs of blocks, with statistics over all ranks:
     L = L_jepa + beta_vicreg * (beta_sim * sim + beta_std * std + beta_cov * cov).
 
-Legend: B images, M target blocks, Kc/Kt kept patches of the context and of a target, N patches, D width.
+Legend: B images, M target blocks, Kc/Kt kept patches of a context and of a target, N patches, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from .vit import Attention, build_encoder, build_predictor
 
 
 class Losses(NamedTuple):
-    """fp32 scalars; `total` is differentiated, the terms are detached and unweighted. Absent terms are zero."""
+    """fp32 scalars: the differentiable `total`, and its terms, detached and unweighted. Absent terms are zero."""
 
     total: Tensor
     jepa: Tensor
@@ -35,20 +35,20 @@ class Losses(NamedTuple):
 
 
 def poison(loss: Tensor) -> Tensor:
-    """The loss, bit for bit, with a gradient that is NaN wherever the loss itself is not finite."""
+    """The unchanged loss, with a gradient that is NaN if the loss is not finite."""
     return loss * (1 + 0 * loss.detach())
 
 
 class Output(NamedTuple):
     losses: Losses
     predicted_RD: Tensor
-    """The predicted blocks' means over their patches, one row a block and image, detached."""
+    """The predicted blocks' means over their patches, one row per block and image, detached."""
     h_BUD: Tensor
-    """The target features that were given."""
+    """The target features that the loss was computed with."""
 
 
 def world_group() -> dist.ProcessGroup | None:
-    """The group whose ranks share one batch, or None where a process is alone."""
+    """The group whose ranks share one batch, or None for a single process."""
     return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
@@ -70,7 +70,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch normalisation of [R, D] rows by the statistics of all ranks' rows, in fp32, without running averages."""
+    """Synchronised batch norm of [R, D] rows: statistics over all ranks' rows, in fp32, without running averages."""
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class GlobalBatchNorm(nn.Module):
 
 
 def projector(widths: Sequence[int], dim: int) -> nn.Sequential:
-    """Linear layers of the given output widths, batch norm and ReLU between them."""
+    """Linear layers of the given output widths, with batch norm and ReLU in between."""
     layers: list[nn.Module] = []
     for width in widths:
         if layers:
@@ -104,7 +104,7 @@ def projector(widths: Sequence[int], dim: int) -> nn.Sequential:
 
 
 def mean_pairwise_cosine(z_BMD: Tensor) -> Tensor:
-    """Mean cosine similarity over the ordered pairs of different blocks, fp32. With unit rows u_i,
+    """Mean cosine similarity over ordered pairs of different blocks, fp32. With unit rows u_i,
     sum over i != j of u_i . u_j = |sum_i u_i|^2 - M."""
     M = z_BMD.shape[1]
     unit = F.normalize(z_BMD.float(), dim=-1)
@@ -139,10 +139,10 @@ class JepaModel(nn.Module):
         places_MBK: Tensor | None = None,
     ) -> Output:
         """uint8 images, int64 indices of E context and M target blocks, and the target encoder's output h [B, U, D] for
-        the images, or what makes it: that is called when the predictions are made, and h is needed.
+        the images, or a function that returns it, called after the predictions, when h is needed.
 
-        Contexts are [E, B, Kc], or E packed ones. `places_MBK`: where the targets' rows lie in h, if that does not hold
-        all N in order. With several context masks the loss is the mean over them.
+        Contexts are [E, B, Kc], or E packed ones. `places_MBK`: the positions of the targets' rows in h, unless h has
+        all N rows in order. With several context masks the loss is the mean over them.
         """
         places = target_MBK if places_MBK is None else places_MBK
         seen = [self.encoder(images, context) for context in contexts]
@@ -154,7 +154,7 @@ class JepaModel(nn.Module):
         return Output(losses, torch.cat([p_RKD.detach().mean(1) for p_RKD in predicted]), h_BUD)
 
     def _losses(self, context: Tensor | Ragged, z: Tensor, p_RKD: Tensor, h_BUD: Tensor, places_MBK: Tensor) -> Losses:
-        """Of one context mask: its encoded patches z, its predictions."""
+        """The losses of one context mask, with encoded patches z and predictions p."""
         M, B, _ = places_MBK.shape
         jepa = prediction_loss(p_RKD, h_BUD, places_MBK)
         total, (sim, std, cov) = jepa, (jepa.new_zeros(()) for _ in range(3))
@@ -180,7 +180,8 @@ class JepaModel(nn.Module):
         return vicreg(self.projector(views_BMD.reshape(B * M, D)).view(B, M, -1), group=world_group())
 
     def _vicreg_of_context(self, z_BD: Tensor, h_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Appendix C.2: variance and covariance of the context encoder's pooled output, drawn to the pooled target."""
+        """Appendix C.2: variance and covariance of the context encoder's pooled output, and its MSE to the pooled
+        target features."""
         assert self.projector is not None
         context, target = self.projector(torch.cat([z_BD, h_BD])).view(2, len(z_BD), -1)
         _, std, cov = vicreg(context[:, None], group=world_group())

@@ -1,7 +1,7 @@
-"""Learning rate, weight decay and teacher momentum of a step: functions of its number, nothing to fast-forward.
+"""Learning rate, weight decay and teacher momentum as functions of the step, so that resuming needs no fast-forward.
 
-As the published I-JEPA code sets them (arXiv 2301.08243), whose first step already uses the second point of the
-curves of learning rate and weight decay, but the first of the momentum's.
+As in the published I-JEPA code (arXiv 2301.08243), the first step uses the second point of the learning rate and
+weight decay curves, but the first point of the momentum curve.
 """
 
 import math
@@ -13,15 +13,15 @@ from .config import Config
 
 
 class Schedules:
-    """The curves of a run whose epochs have `steps_per_epoch` optimizer steps. Steps count from 0.
+    """The curves of a run with `steps_per_epoch` optimizer steps per epoch. Steps count from 0.
 
-    The curves span ipe_scale x epochs; past their end they stay at the final value. `engine.max_steps` stops a run
-    early and does not shorten them.
+    The curves span ipe_scale x epochs and then stay at the final value. `engine.max_steps` stops a run early without
+    shortening them.
     """
 
     def __init__(self, config: Config, steps_per_epoch: int) -> None:
         if steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch is {steps_per_epoch}; it must be at least 1: fewer images than a batch?")
+            raise ValueError(f"steps_per_epoch is {steps_per_epoch}; it must be at least 1: fewer images than a step?")
         self._given = config.optimization
         self._length = self._given.ipe_scale * self._given.epochs * steps_per_epoch
         self._warmup = int(self._given.warmup * steps_per_epoch)
@@ -44,12 +44,12 @@ class Schedules:
 
 
 class ScheduleTable:
-    """The numbers of a run's steps, one after the other: (learning rate, weight decay, momentum).
+    """(learning rate, weight decay, momentum) of each step in turn.
 
-    They depend on how many steps were applied, and where the optimizer skips a step by itself only its device knows
-    that in time. So the curves lie there as a table, and the device counts and looks up by itself: nobody waits.
+    They depend on how many steps were applied, which only the device knows in time if the optimizer skips steps by
+    itself. So the curves are a table on the device, which also does the counting: the host never waits for it.
 
-    `applied`: how many were when the run began; `steps`: at most so many are still to be taken.
+    `applied`: steps applied before the run started; `steps`: the most that are still to be taken.
     """
 
     def __init__(self, schedules: Schedules, applied: int, steps: int, device: torch.device) -> None:
@@ -61,11 +61,11 @@ class ScheduleTable:
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
 
     def next(self) -> Tensor:
-        """The three numbers of the step that is to be taken now, float64 [3] on the device."""
+        """The three values of the step about to be taken, float64 [3] on the device."""
         return self.table_S3.index_select(0, self.place)[0]
 
     def count(self, applied: Tensor) -> None:
-        """One step was taken; `applied`, bool and 0-d, says whether it moved the weights."""
+        """Counts a step that was taken; `applied`, 0-d bool, says whether it updated the weights."""
         self.place += applied.to(self.place.device)
 
 

@@ -1,7 +1,7 @@
-"""Where the images of a run lie: a folder tree, a file list, or WebDataset tars.
+"""The image sources of a run: a folder tree, a file list, or WebDataset tars.
 
-Whichever it was, it becomes one list of (file, offset, size) in an order that depends on names alone, so that
-image i means the same bytes on every rank and after every restart. Nothing is decoded here.
+Each becomes one list of (file, offset, size) in a fixed order (by name, or as listed), so that image i is the same
+bytes on every rank and after every restart. Nothing is decoded here.
 """
 
 import errno
@@ -23,8 +23,8 @@ import numpy as np
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 INDEX_FORMAT = 1
-PAUSES = (0.2, 1.0, 5.0)  # seconds before a file is read again whose storage failed
-# Of an error that one image has, however often it is read; None: it is empty or cut short.
+PAUSES = (0.2, 1.0, 5.0)  # seconds before each retry after a storage error
+# errno of errors that are due to the image itself and recur on every read; None: it is empty or truncated.
 ITS_OWN_FAULT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class ImageSource:
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str]:
-        """What all ranks and all later starts of a run must find alike: how many images there are, and which, in their
-        order: a digest of their names below the folder that all share and, in tars, of their places. Nothing is read.
+        """Must be the same on all ranks and after every restart: the number of images, and a digest of their names in
+        order, relative to their common folder, and in tars of their positions. No file is read.
         """
         digest, ends = hashlib.sha256(), (min(self.files), max(self.files))
         shared = len(os.path.commonpath([os.path.dirname(name) for name in ends]))
@@ -72,8 +72,8 @@ class ImageSource:
     def read(self, i: int) -> np.ndarray:
         """The encoded bytes of image i, uint8.
 
-        Raises OSError when they are not (all) there, and ValueError where that is not for the image itself to answer
-        for: the disk, the network or this process fails, and goes on doing so when asked again.
+        Raises OSError if the image is missing, empty or truncated, and ValueError if the image is not to blame: the
+        disk, the network or this process fails, and retries do not help.
         """
         for pause in (*PAUSES, None):
             try:
@@ -84,15 +84,15 @@ class ImageSource:
                 if pause is None:
                     raise ValueError(
                         f"images: {self.name(i)} cannot be read: {error}, {len(PAUSES) + 1} times in {sum(PAUSES)} s. "
-                        "That is not the image's fault: the storage or this machine has one"
+                        "The image is not at fault: check the storage and this machine"
                     ) from error
-                logger.warning("%s: %s; it is read again in %s s", self.name(i), error, pause)
+                logger.warning("%s: %s; retrying in %s s", self.name(i), error, pause)
                 time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
     def _read(self, i: int) -> np.ndarray:
         size, offset = int(self.size[i]), int(self.offset[i])
-        with open(self.files[self.file[i]], "rb") as file:  # np.fromfile takes a read that fails for a short one
+        with open(self.files[self.file[i]], "rb") as file:  # np.fromfile mistakes a failed read for a short one
             file.seek(offset)
             data = np.frombuffer(bytearray(file.read(size)), np.uint8)
         if len(data) == 0:
@@ -105,14 +105,14 @@ class ImageSource:
 def open_images(path: str | os.PathLike[str]) -> ImageSource:
     """The images at `path`, which is one of
 
-    - a folder: every image below it, hidden ones apart. Sub-folders, the first level, are the classes;
+    - a folder: every image below it that is not hidden. The first-level sub-folders are the classes;
     - a folder without images but with .tar files, one .tar, or a pattern ("train-{000..146}.tar", "*.tar"):
-      WebDataset shards. Classes are their .cls members or, without those, the first folder of the members'
-      names. A shard's index is kept beside it (.index.npz) and made anew when its size or time changes;
-    - a .txt file: one path a line, absolute or relative to the list's folder, optionally a tab and a class.
+      WebDataset shards. Classes are their .cls members or, without those, the first folder in the members'
+      names. A shard's index is stored next to it (.index.npz) and rebuilt when its size or mtime changes;
+    - a .txt file: one path per line, absolute or relative to the list's folder, optionally a tab and a class.
 
-    Labels number the classes in sorted order, whole numbers by value.
-    Raises ValueError when there is nothing at `path`, no image in it, or a shard or list that cannot be read.
+    Labels are indices into the sorted classes; if all are integers, they are sorted by value.
+    Raises ValueError if `path` does not exist or has no images, or if a shard or list cannot be read.
     """
     path = os.path.expanduser(os.fspath(path))
     if os.path.isdir(path):
@@ -122,7 +122,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
             return _from_files(path, [os.path.join(path, name) for name in names], tops)
         if shards:
             return _from_tars(path, [os.path.join(path, name) for name in shards])
-        _refuse(path, f"holds no image (looked for {' '.join(IMAGE_SUFFIXES)}) and no .tar, at any depth")
+        _refuse(path, f"contains no image (looked for {' '.join(IMAGE_SUFFIXES)}) and no .tar, at any depth")
     if os.path.isfile(path):
         if path.endswith(".txt"):
             return _from_list(path)
@@ -134,7 +134,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
         _refuse(path, "does not exist" if shards else "matches no file")
     missing = [shard for shard in shards if not os.path.isfile(shard)]
     if missing:
-        _refuse(path, f"names {len(missing)} shards that do not exist, {missing[0]} for one")
+        _refuse(path, f"names {len(missing)} shards that do not exist, for example {missing[0]}")
     return _from_tars(path, shards)
 
 
@@ -165,7 +165,7 @@ def _walk(root: str) -> tuple[list[str], list[str]]:
 
 
 def _leads_up(folder: str, name: str) -> bool:
-    """Whether `name` is a link to a folder that it lies in, which a walk would follow for ever."""
+    """Whether `name` is a link to a folder that contains it, which a walk would follow forever."""
     path = os.path.join(folder, name)
     return os.path.islink(path) and (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(path) + os.sep)
 
@@ -195,7 +195,7 @@ def _from_list(path: str) -> ImageSource:
     classes = [label.strip() or None for _, _, label in entries]
     if None in classes and any(classes):
         line = classes.index(None)
-        raise ValueError(f"images: {path} gives some images a class after a tab, but not {entries[line][0]!r}")
+        raise ValueError(f"images: {path} gives some images a class, but not {entries[line][0]!r}; wanted all or none")
     return _from_files(path, [os.path.join(folder, name) for name, _, _ in entries], classes)
 
 
@@ -220,11 +220,11 @@ def _from_tars(path: str, shards: list[str]) -> ImageSource:
     indices = [_index(shard) for shard in shards]
     unsaved = [shard for shard, (_, saved) in zip(shards, indices, strict=True) if not saved]
     if unsaved:
-        logger.warning("the index of %d tars is kept in memory only: cannot write beside %s", len(unsaved), unsaved[0])
+        logger.warning("the index of %d tars is kept in memory only: cannot write next to %s", len(unsaved), unsaved[0])
     columns = [columns for columns, _ in indices]
     members, offset, size, text = (np.concatenate([c[key] for c in columns]) for key in columns[0])
     if len(members) == 0:
-        _refuse(path, f"holds no image (looked for {' '.join(IMAGE_SUFFIXES)})")
+        _refuse(path, f"contains no image (looked for {' '.join(IMAGE_SUFFIXES)})")
     file = np.repeat(np.arange(len(shards)), [len(c["members"]) for c in columns])
     if any(text):
         classes = [os.fsdecode(t) if t else None for t in text]
@@ -235,7 +235,7 @@ def _from_tars(path: str, shards: list[str]) -> ImageSource:
 
 
 def _index(shard: str) -> tuple[dict[str, np.ndarray], bool]:
-    """The members of one tar that are images, and whether that is written down beside it."""
+    """The index of one tar's images, and whether it is stored next to the tar."""
     status, path = os.stat(shard), shard + ".index.npz"
     key = np.array([INDEX_FORMAT, status.st_size, status.st_mtime_ns])
     try:
@@ -243,7 +243,7 @@ def _index(shard: str) -> tuple[dict[str, np.ndarray], bool]:
             if np.array_equal(stored["key"], key):
                 return {name: stored[name] for name in ("members", "offset", "size", "text")}, True
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # absent, half-written by something else, or of another program: it is made anew
+        pass  # absent, incomplete, or not one of ours: rebuilt below
     columns = _scan(shard)
     part = f"{path}.{secrets.token_hex(4)}"
     try:
@@ -258,14 +258,14 @@ def _index(shard: str) -> tuple[dict[str, np.ndarray], bool]:
 
 
 def _scan(shard: str) -> dict[str, np.ndarray]:
-    """Reads the headers of a tar, and the .cls members; `text` is each image's class or empty."""
+    """Reads the headers and the .cls members of a tar; `text` is each image's class, or empty."""
     names: list[bytes] = []
     places: list[tuple[int, int]] = []
     classes: dict[bytes, bytes] = {}
     try:
         with tarfile.open(shard, "r:") as tar, open(shard, "rb") as data:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
                 name = os.path.normpath(member.name)
                 hidden = os.path.basename(name).startswith(".")
                 if member.isfile() and name.endswith(".cls"):
@@ -276,7 +276,7 @@ def _scan(shard: str) -> dict[str, np.ndarray]:
                     places.append((member.offset_data, member.size))
             rest = os.pread(data.fileno(), tarfile.BLOCKSIZE, tar.offset)
     except tarfile.TarError as error:
-        raise ValueError(f"images: {shard} is not a whole, uncompressed tar ({error})") from error
+        raise ValueError(f"images: {shard} is not a complete, uncompressed tar ({error})") from error
     if rest.strip(b"\0"):
         raise ValueError(f"images: {shard} is damaged: there is no tar header at byte {tar.offset}")
     offset, size = np.array(places, np.int64).reshape(-1, 2).T
@@ -285,6 +285,6 @@ def _scan(shard: str) -> dict[str, np.ndarray]:
 
 
 def _key(name: bytes) -> bytes:
-    """What the members of one WebDataset sample share: the path up to the first dot of its last part."""
+    """The key shared by the members of a WebDataset sample: the path up to the first dot of the file name."""
     folder, slash, base = name.rpartition(b"/")
     return folder + slash + base.partition(b".")[0]

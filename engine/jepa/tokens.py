@@ -1,7 +1,6 @@
-"""A micro-batch's masks, and what they mean for the model: which rows of which matrix. Made on the CPU, moved without
-waiting.
+"""Turns a micro-batch's masks into the row indices that the model reads, on the CPU, and moves them asynchronously.
 
-Legend: B images, N patches, M target blocks of Kt patches, U rows of an image in its targets, T rows of all contexts.
+Legend: B images, N patches, M target blocks of Kt patches, U rows per image for its targets, T rows of all contexts.
 """
 
 from typing import NamedTuple
@@ -15,20 +14,20 @@ from .config import Config
 from .distributed import Ranks
 from .masks import Masks, sample_masks, thin
 
-ROUNDING = 128  # packed rows are made a multiple of 1/128 of all patches of the batch
+ROUNDING = 128  # packed rows are padded to a multiple of 1/128 of the batch's patches
 
 
 class Ragged(NamedTuple):
-    """The contexts of B images end to end, as many patches of each as there are; nothing is cut and nothing repeated.
+    """The packed contexts of B images, each at its own length, neither cut nor repeated.
 
-    On a GPU one more image is made of padding, so that T comes in few sizes and memory is found again: it costs at most
-    1/128 of the batch's patches (and one more image's targets in the predictor). With `mask.token_budget` it fills up
-    to the budget, and T is one number. Padding attends to itself alone and reaches no loss, so that it has no gradient.
+    On a GPU padding is added as one more image, so that T takes few values and the allocator reuses memory: it costs at
+    most 1/128 of the batch's patches (and one more image's targets in the predictor). With `mask.token_budget` it fills
+    the budget, and T is constant. Padding attends only to itself and reaches no loss, so it has no gradient.
     S is B, or B + 1 with the padding.
     """
 
     patch_T: Tensor
-    """int64, the number of each row's patch among those of all images: image * N + patch."""
+    """int64, each row's patch, numbered over all images: image * N + patch."""
     contexts: Sequences
     """S sequences of context rows."""
     joined: Sequences
@@ -36,9 +35,9 @@ class Ragged(NamedTuple):
     targets: Sequences
     """M * S sequences of Kt mask tokens."""
     order_R: Tensor
-    """int64 [T + S * Kt]: where each row of a block's joined sequences lies in [all contexts, all targets]."""
+    """int64 [T + S * Kt]: the position of each row of a block's joined sequences in [all contexts, all targets]."""
     back_R: Tensor
-    """int64, the inverse of it."""
+    """int64, its inverse."""
 
     def to(self, device: torch.device) -> "Ragged":
         patch, order, back = (to_device(x, device) for x in (self.patch_T, self.order_R, self.back_R))
@@ -50,13 +49,13 @@ class Tokens(NamedTuple):
     """The rows of a micro-batch, on the device."""
 
     context: Tensor | list[Ragged]
-    """int64 [E, B, Kc], or of each context mask its packed rows."""
+    """int64 [E, B, Kc], or the packed rows of each context mask."""
     target_MBK: Tensor
     """The patches of the targets, int64 [M, B, Kt]."""
     teacher: tuple[Tensor, ...]
-    """What the target encoder's last block is to compute, in groups; () is every patch."""
+    """The patches that the target encoder's last block computes, in groups; (): all."""
     places_MBK: Tensor
-    """Where the targets lie in those rows."""
+    """The positions of the targets in those rows."""
     mean_context: int
     """Patches in a context, on average."""
 
@@ -73,9 +72,9 @@ def masks_of(config: Config, ranks: Ranks, step: int, micro: int) -> Masks:
 
 
 def tokens(masks: Masks, config: Config, device: torch.device, *, whole: bool = False) -> Tokens:
-    """`whole`: the features of all patches are wanted beside those of the targets, as the health of a run needs them.
+    """`whole`: compute the features of all patches, not only of the targets, as the health metrics need them.
 
-    The targets' rows are then computed as a group of their own, so that asking changes no bit of the training.
+    The targets' rows are then still a group of their own, so that training stays bitwise the same.
     """
     target, N = masks.target, config.grid**2
     context: Tensor | list[Ragged]
@@ -102,9 +101,9 @@ def tokens(masks: Masks, config: Config, device: torch.device, *, whole: bool = 
 
 
 def target_rows(target_MBK: Tensor, N: int) -> tuple[Tensor, Tensor, int]:
-    """Which rows the targets need: a permutation [B, N] of each image's patches that begins with those in its targets;
-    where the targets lie in it, [M, B, Kt]; and U, the most that an image needs. Images that need fewer are filled up
-    with other patches of theirs, so that no row is computed twice."""
+    """The rows that the targets need: a permutation [B, N] of each image's patches that starts with those in its
+    targets; the targets' positions in it, [M, B, Kt]; and U, the most rows that any image needs. Images that need fewer
+    are filled up with other patches of their own, so that no row is computed twice."""
     M, B, Kt = target_MBK.shape
     flat = target_MBK.transpose(0, 1).reshape(B, M * Kt)
     needed = torch.zeros(B, N, dtype=torch.int64).scatter_(1, flat, 1)
@@ -115,9 +114,9 @@ def target_rows(target_MBK: Tensor, N: int) -> tuple[Tensor, Tensor, int]:
 
 
 def pack(context_T: Tensor, lengths_B: Tensor, target_MBK: Tensor, N: int, unit: int = 0) -> Ragged:
-    """One context mask of the sampler's packed masks: int64 patches end to end, and the number of each image's.
+    """The layout of one packed context mask: concatenated int64 patches, and how many of them each image has.
 
-    `unit`: at least one row of padding, to a multiple of so many rows; 0: none.
+    `unit`: add at least one row of padding, up to a multiple of this; 0: no padding.
     """
     M, B, Kt = target_MBK.shape
     patch = context_T + N * torch.arange(B).repeat_interleave(lengths_B)

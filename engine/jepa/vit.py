@@ -1,12 +1,12 @@
 """The vision transformers of I-JEPA (arXiv 2301.08243): the encoder and the narrow predictor.
 
 Legend: B images, N patches, K kept patches (Kc of the context, Kt of a target block), M target blocks, D encoder
-width, Dp predictor width, T rows of all contexts where these are packed end to end. Parameter names are those of the
-published checkpoints. Images stay uint8 until `patchify`, which writes only the patches that are kept.
+width, Dp predictor width, T rows of all contexts if these are packed. Parameter names are those of the published
+checkpoints. Images stay uint8 until `patchify`, which writes only the patches that are kept.
 
-What no loss reads is not computed, which changes no result: `rows` of a block are the only tokens that its queries and
-MLP run on, `shared` the tokens whose keys and values several sequences have in common. What lies between the matrix
-products (residual + norm, bias + GELU) is left to torch.compile, block by block: `compile_blocks`.
+What no loss reads is not computed, without changing results: a block's queries and MLP run only on its `rows`, and
+`shared` tokens, which occur in several sequences, are projected to queries, keys and values once. Everything between
+the matrix products (residual + norm, bias + GELU) is left to torch.compile, one block at a time (`compile_blocks`).
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ INIT_STD = 0.02
 
 
 def sincos_positions(dim: int, side: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions, fp32 [side * side, dim], in raster order.
+    """Fixed 2-D sine-cosine position embeddings, fp32 [side * side, dim], in raster order.
 
     The first half of the width encodes the column, the second the row; each half is [sin | cos] of the coordinate
     times omega_i = 10000 ** (-i / (dim / 4)).
@@ -45,7 +45,7 @@ def sincos_positions(dim: int, side: int) -> Tensor:
 
 
 class Shared(NamedTuple):
-    """The tokens of the predictor's sequences before they are joined: a context lies in the sequences of M blocks."""
+    """The predictor's tokens before they are joined into sequences: each context is part of M of them."""
 
     context: Tensor
     """[B, Kc, Dp], or packed [T, Dp]."""
@@ -55,7 +55,7 @@ class Shared(NamedTuple):
 
 
 class QKV(nn.Linear):
-    """Queries, keys and values side by side, [..., 3 D]; or the queries of other rows, and keys and values apart."""
+    """Queries, keys and values of `x`, [..., 3 D]; or the queries of other rows, and the keys and values of `x`."""
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Any:
         if queries is None:
@@ -65,7 +65,7 @@ class QKV(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose score matrix is never written to memory; q, k and v are [..., H, D / H]."""
+    """Multi-head self-attention by jepa.attention; q, k and v are [..., H, D / H]."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -97,8 +97,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block on [B, K, D], or on packed rows [T, D] of the sequences `keys`.
 
-    `rows`: the tokens that are wanted, [B, U, D] or the packed rows of the sequences `queries`; None is all of them.
-    `shared`: what `x` was joined from.
+    `rows`: the tokens to output, [B, U, D] or packed rows of the sequences `queries`; None: all.
+    `shared`: the parts that `x` was joined from.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
@@ -130,7 +130,7 @@ class Block(nn.Module):
 
 
 class _Reorder(torch.autograd.Function):
-    """y[:, i] = x[:, order[i]] for a permutation; `back` is its inverse, so that the gradient is a copy as well."""
+    """y[:, i] = x[:, order[i]] for a permutation; `back` is its inverse, so that the backward is a gather too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def join(context: Tensor, target: Tensor, ragged: Ragged | None) -> Tensor:
 
 
 class PatchProjection(nn.Module):
-    """The patch embedding as one matrix product, its weight in a convolution's shape [D, 3, P, P]."""
+    """The patch embedding as one matrix product; its weight has a convolution's shape, [D, 3, P, P]."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class PatchProjection(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """uint8 images -> embedded patches [B, K, D], of the patches in `index_BK` only (all of them if None)."""
+    """uint8 images -> embeddings [B, K, D] of the patches in `index_BK` (None: all)."""
 
     def __init__(self, patch_size: int, dim: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -189,10 +189,10 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """The encoder: uint8 images [B, H, W, 3] or [B, 3, H, W] of `img_size` pixels -> features [B, K, D].
 
-    `index` chooses the patches that are seen: int64 [B, K] in raster order, packed contexts (features [T, D]), or None
-    for all N. `rows`: groups of those tokens, int64 [B, U]; only their features are made, in the order of the groups,
-    and the last block runs on each group apart. The final norm is applied.
-    `mean` and `std` are the three channels' statistics of images scaled to 0..1.
+    `index` selects the visible patches: int64 [B, K] raster indices, packed contexts (features [T, D]), or None for all
+    N. `rows`: groups of those tokens, int64 [B, U]; only their features are computed, in the order of the groups, and
+    the last block runs on each group separately. The final norm is applied.
+    `mean` and `std` are per channel, for images scaled to 0..1.
     """
 
     def __init__(
@@ -224,12 +224,12 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"images: given {list(images.shape)}, wanted [B, {S}, {S}, 3] or [B, 3, {S}, {S}] (data.crop_size)"
             )
-        if isinstance(index, Ragged):  # the batch as one image, as high as all of them
+        if isinstance(index, Ragged):  # treats the batch as one tall image
             rows = images.permute(0, 2, 3, 1) if images.shape[1] == 3 else images
             x = self.patch_embed(rows.reshape(1, -1, *rows.shape[2:]), index.patch_T[None])[0]
             return x + self.pos_embed[0].to(x.dtype)[index.patch_T % self.pos_embed.shape[1]]
         x = self.patch_embed(images, index)
-        pos_ND = self.pos_embed[0].to(x.dtype)  # DeepSpeed leaves buffers in fp32; N rows are cast, not B * K
+        pos_ND = self.pos_embed[0].to(x.dtype)  # DeepSpeed keeps buffers in fp32; cast N rows, not B * K
         return x + (pos_ND if index is None else pos_ND[index])
 
     def forward(self, images: Tensor, index: Tensor | Ragged | None = None, rows: Sequence[Tensor] = ()) -> Tensor:
@@ -241,7 +241,7 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
     def features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """The normed outputs [B, N, D] of the given blocks (0 is the first, -1 the last), in the order asked for."""
+        """The normed outputs [B, N, D] of the given blocks (0 is the first, -1 the last), in the order given."""
         wanted = [layer % len(self.blocks) for layer in layers]
         x, outputs = self.embed(images), {}
         for i, block in enumerate(self.blocks):
@@ -262,13 +262,13 @@ class VisionTransformer(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Predicts the M target blocks from the context, each in a sequence of its own [context, its mask tokens].
+    """Predicts the M target blocks from the context, each in its own sequence [context, mask tokens].
 
     forward: context [B, Kc, D], its indices [B, Kc], the targets' [M, B, Kt] -> [M * B, Kt, D], rows m * B + b;
     or packed contexts, [T, D] and their layout, in place of the first two.
     """
 
-    shares_context = True  # the first block makes a context's keys and values once, not once a target block
+    shares_context = True  # the first block projects a context to q, k and v once, not once per target block
 
     def __init__(
         self,
@@ -318,7 +318,7 @@ class Predictor(nn.Module):
                 x = run(block, self.checkpointing, x, None, first, joined, joined)
         if not self.skip_unread:
             x = targets(x)
-        if ragged:  # without the image of padding, if there is one
+        if ragged:  # drops the padding image, if any
             x = x.view(M, -1, target_MBK.shape[2], x.shape[-1])[:, :B].flatten(0, 1)
         return self.predictor_proj(self.predictor_norm(x))
 
@@ -330,32 +330,32 @@ class Predictor(nn.Module):
 
 
 def run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
-    """The block's output; with `checkpointing` its inputs are all that is kept for the backward."""
+    """The block's output; with `checkpointing`, only its inputs are saved for the backward."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
 
 
 def compile_blocks(*models: nn.Module, backend: str = "inductor") -> None:
-    """Compiles every block of the models: one graph for all that are alike, for any number of images and tokens.
+    """Compiles every block of the models: one graph for identical blocks, dynamic in the number of images and tokens.
 
-    Block by block, because that starts soon and leaves what lies between alone: DeepSpeed, the kernels' ops.
+    Per block, because that compiles quickly and leaves DeepSpeed and the kernels' ops outside the graphs.
     """
-    torch._dynamo.config.recompile_limit = 64  # graphs of Block.forward: encoder, target encoder, predictor, eval; ...
-    torch.fx.experimental._config.use_duck_shape = False  # two sizes that are equal by chance are still two sizes
+    torch._dynamo.config.recompile_limit = 64  # encoder, target encoder, predictor and eval all compile Block.forward
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance stay separate symbols
     for block in (module for model in models for module in model.modules() if isinstance(module, Block)):
         block.compile(dynamic=True, backend=backend)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Normal weights of deviation 0.02, zero biases. (Truncation at 2, a hundred deviations away, does nothing.)"""
+    """Normal weights with std 0.02, zero biases. (The usual truncation at 2, a hundred std away, has no effect.)"""
     if isinstance(module, nn.Linear | PatchProjection):
         nn.init.normal_(module.weight, std=INIT_STD)
         nn.init.zeros_(module.bias)
 
 
 def build_encoder(config: Config) -> VisionTransformer:
-    """The encoder that the config describes, freshly initialised, fp32, on the default device."""
+    """The encoder of a config, freshly initialised, in fp32 on the default device."""
     size = config.vit
     return VisionTransformer(
         img_size=config.data.crop_size,
@@ -370,7 +370,7 @@ def build_encoder(config: Config) -> VisionTransformer:
 
 
 def build_predictor(config: Config) -> Predictor:
-    """The predictor that the config describes, freshly initialised, fp32, on the default device."""
+    """The predictor of a config, freshly initialised, in fp32 on the default device."""
     size = config.predictor
     return Predictor(
         side=config.grid,
