@@ -134,7 +134,7 @@ def test_flops_under_the_published_masks(model: str, patch: int, crop: int, batc
     assert flops_per_image(plain).total / 1e9 == pytest.approx(gflop, rel=0.015)
 
 
-def test_mean_target_size_is_the_published_laws() -> None:
+def test_mean_target_size_is_that_of_the_published_sampler() -> None:
     """Targets: area (15 to 20 %) and aspect ratio (0.75 to 1.5) grow together; both sides are rounded."""
     areas = []
     for i in range(10_000):

@@ -321,14 +321,14 @@ def test_a_failing_disk_is_asked_again_and_then_stops_the_run_but_replaces_no_im
     assert not broken.bad
 
 
-def test_the_law_of_a_source_is_its_names_in_order_wherever_it_lies(tmp_path):
+def test_the_fingerprint_of_a_source_is_its_names_in_order_wherever_it_lies(tmp_path):
     paths = fill(tmp_path / "a", 6)
-    law = open_images(tmp_path / "a").fingerprint
-    assert law["images"] == 6
+    found = open_images(tmp_path / "a").fingerprint
+    assert found["images"] == 6
     shutil.copytree(tmp_path / "a", tmp_path / "elsewhere" / "b")
-    assert open_images(tmp_path / "elsewhere" / "b").fingerprint == law
+    assert open_images(tmp_path / "elsewhere" / "b").fingerprint == found
     (tmp_path / "list.txt").write_text("".join(f"a/{path.name}\n" for path in reversed(paths)))
-    assert open_images(tmp_path / "list.txt").fingerprint["list of images"] != law["list of images"]
+    assert open_images(tmp_path / "list.txt").fingerprint["list of images"] != found["list of images"]
     for name in ("x", "y"):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             for path in paths if name == "x" else [*paths[:3], paths[4], paths[3], paths[5]]:
@@ -340,7 +340,7 @@ def test_the_law_of_a_source_is_its_names_in_order_wherever_it_lies(tmp_path):
     assert open_images(tmp_path / "x.tar").fingerprint not in (one, other) and one["images"] == 6
     paths[2].rename(paths[2].with_name("0002b.jpg"))
     changed = open_images(tmp_path / "a").fingerprint
-    assert changed["images"] == 6 and changed != law
+    assert changed["images"] == 6 and changed != found
 
 
 def test_files_that_are_bad_for_some_crops_only_do_not_let_history_into_a_batch(tmp_path):
