@@ -139,7 +139,7 @@ class Data(_Section):
     num_workers: Natural = 10  # decoding threads
     prefetch: Natural = 2  # micro-batches to prepare ahead
     pin_mem: bool = True  # no effect; in the published configs
-    max_bad_fraction: Share = 0.01  # stop the run if more of the images seen cannot be decoded
+    max_bad_fraction: Share = 0.01  # stop if more of the images seen, and at least 10, cannot be decoded
 
     @property
     def folder(self) -> Path:
