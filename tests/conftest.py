@@ -1,7 +1,7 @@
-"""Every test runs on a small number of threads, with uninitialised memory filled with NaN, on inputs of its own.
+"""Every test runs with uninitialised memory filled with NaN, on its own random inputs.
 
-The inputs of a test are drawn from a seed made of the commit and the test's name: new ones with every commit, the same
-ones when a failure is looked at again. `JEPA_TEST_SEED=random`, or a number, draws others.
+They are drawn from a seed derived from the commit and the test's name: new ones with every commit, the same ones when a
+failure is reproduced. `JEPA_TEST_SEED=random`, or a number, draws others.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Without a GPU the Triton kernels run in the interpreter, which must be chosen before they are imported.
+# Without a GPU the Triton kernels run in the interpreter, which must be selected before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -32,7 +32,7 @@ def number(text: str) -> int:
 
 
 def pytest_configure(config):
-    # The controller's choice reaches the workers of pytest-xdist.
+    # Through the environment the controller's choice reaches the workers of pytest-xdist.
     os.environ["JEPA_TEST_SEED"] = chosen_seed()
     if config.getoption("hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(number(os.environ["JEPA_TEST_SEED"]))
@@ -60,7 +60,7 @@ def seed(node):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """`torch.empty` returns NaN (or the largest integer), so that an output nobody wrote is seen."""
+    """`torch.empty` returns NaN (or the largest integer), so that an output left unwritten is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -1,6 +1,6 @@
-"""The model and its losses from the papers' text, in float64, sharing no code with the engine.
+"""The model and its losses, written from the papers' text in float64, sharing no code with the engine.
 
-Weights are the dict of a state: `w["blocks.0.attn.qkv.weight"]`, float64.
+Weights are a state dict: `w["blocks.0.attn.qkv.weight"]`, float64.
 """
 
 import math
@@ -75,7 +75,7 @@ def encoded(x: Tensor, w: dict[str, Tensor], depth: int, heads: int) -> Tensor:
 def predicted(
     z: Tensor, context: Tensor, target: Tensor, w: dict[str, Tensor], side: int, depth: int, heads: int
 ) -> Tensor:
-    """One target block of one image: [Kc, D], its patches [Kc], the block's [Kt] -> [Kt, D]."""
+    """One target block of one image: context features [Kc, D], their patches [Kc], the block's [Kt] -> [Kt, D]."""
     seen = linear(z, w, "predictor_embed")
     table = positions(seen.shape[-1], side)
     x = torch.cat([seen + table[context], w["mask_token"].flatten() + table[target]])[None]
@@ -85,7 +85,7 @@ def predicted(
 
 
 def criterion(model: JepaModel, z_BD: Tensor, p_MBKD: Tensor, target: Tensor, h: Tensor) -> Losses:
-    """Algorithm 1 and its options, literally: every ordered pair of different blocks. z: the pooled context."""
+    """Algorithm 1 and its options, literally: every ordered pair of different blocks. `z_BD`: the pooled context."""
     loss, (M, B) = model.loss, p_MBKD.shape[:2]
     total = torch.zeros((), dtype=torch.float64)
     for m in range(M):

@@ -1,7 +1,7 @@
-"""Runs of engine/train.py as real processes, started in a moment: they are forked from one that has imported it all.
+"""Runs of engine/train.py as real processes that start quickly: they are forked from one that has imported everything.
 
-Whoever kills, stops or signals ranks, or gives them a fault, does it through `start`. Launchers and the command line
-itself are tested with `subprocess` in test_train.py.
+Tests that kill, stop or signal ranks, or inject a fault, use `start`. Launchers and the command line itself are tested
+with `subprocess` in test_train.py.
 """
 
 import json
@@ -24,7 +24,7 @@ from small import MAPPING
 
 ROOT = Path(__file__).resolve().parents[1]
 _server = mp.get_context("forkserver")
-LAZILY = ("zero.muon.muon_optimizer", "zero.stage3", "zero.stage_1_and_2")  # and these import torch's compiler
+LAZILY = ("zero.muon.muon_optimizer", "zero.stage3", "zero.stage_1_and_2")  # imported lazily, with torch's compiler
 _server.set_forkserver_preload(["processes", "train", *(f"deepspeed.runtime.{name}" for name in LAZILY)])
 
 
@@ -39,7 +39,7 @@ class Run:
         return self.output[rank].read_text(errors="replace")
 
     def wait_for(self, pattern: str, rank: int = 0, seconds: float = 120) -> re.Match[str]:
-        """Until a rank has printed it."""
+        """Waits until a rank has printed `pattern`."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             alive = self.ranks[rank].is_alive()
@@ -55,7 +55,7 @@ class Run:
             os.kill(self.ranks[rank].pid, number)
 
     def wait(self, *ranks: int, seconds: float = 120) -> list[int]:
-        """The exit codes; whoever is still there in the end is killed."""
+        """The exit codes; if any rank is still running after `seconds`, kills all and raises."""
         end = time.monotonic() + seconds
         codes = []
         for rank in ranks or range(len(self.ranks)):
@@ -75,7 +75,7 @@ class Run:
 
 
 def start(world_size: int, folder: Path, *words: object, fault: Callable[[int], None] | None = None) -> Run:
-    """Starts engine/train.py with `words` on `world_size` ranks. `fault(rank)` is called in each first."""
+    """Starts engine/train.py with `words` on `world_size` ranks. `fault(rank)` is called first in each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

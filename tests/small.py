@@ -1,4 +1,4 @@
-"""What several tests need: a run small enough for them, and real processes that form a group."""
+"""Shared by several tests: a small run, and real processes that form a process group."""
 
 import itertools
 import os
@@ -29,7 +29,7 @@ MAPPING = {
 
 
 def small_config(*overrides: str) -> Config:
-    """A C-JEPA of 32 px images, patch 4, encoder 24 x 2, predictor 16 x 2, in fp32, changed by `section.key=value`."""
+    """A C-JEPA: 32 px images, patch 4, encoder 24 x 2, predictor 16 x 2, fp32, with `section.key=value` overrides."""
     return parse_config(MAPPING, list(overrides))
 
 
@@ -56,7 +56,7 @@ def _one_rank(rank: int, world_size: int, folder: str, work: Callable[..., Any],
 
 
 def whole_weights(engine: object, kind: str = "weight") -> dict[str, Tensor]:
-    """The fp32 weights, or a kind of optimizer state, of all parameters by name, put together from all ranks."""
+    """The fp32 weights, or a kind of optimizer state, of all parameters by name, gathered from all ranks."""
     mine = []
     for flat in zero.flats(engine):
         values = flat.weight if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)

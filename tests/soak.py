@@ -1,12 +1,13 @@
 """`make soak`: breaks real runs of engine/train.py on purpose and counts what was lost, which must be nothing.
 
-killed     a run on two ranks, of a ZeRO stage, precision and accumulation drawn by lot, is killed (-9, all ranks or one
-           of them) at random moments and resumed each time, and in the end stopped by a signal; its weights, moments,
-           average and log are compared with those of a run that nobody disturbed
-damaged    its newest checkpoints get flipped bits, cuts, deletions; the newest whole one must be found
-moved      a checkpoint of every (ranks, ZeRO stage) is resumed on every other, in fp32 and bf16; ten losses compared
+killed     a run on two ranks, of random ZeRO stage, precision and accumulation, is killed (-9, all ranks or one of
+           them) at random moments and resumed each time, and in the end stopped by a signal; its weights, moments,
+           average and log are compared with those of an undisturbed run
+damaged    its newest checkpoints are corrupted, truncated or deleted; the newest intact one must be found
+moved      a checkpoint of every (ranks, ZeRO stage) is resumed on every one of them, in fp32 and bf16; ten losses are
+           compared
 
-python tests/soak.py [--kills 30] [--damage 200] [--seed N]      prints a table in Markdown
+python tests/soak.py [--kills 30] [--damage 200] [--seed N]      prints a Markdown table
 """
 
 import argparse
@@ -39,11 +40,11 @@ from small import run_ranks, whole_weights
 CLOCKS = ("images_per_second", "step_ms", "data_wait_ms")
 Place = tuple[int, int]
 PLACES: tuple[Place, ...] = tuple(itertools.product((1, 2), (0, 1, 2, 3)))  # ranks, ZeRO stage
-UNFINISHED = ".jepa-step*.partial/*"  # what a kill leaves that hits a checkpoint as it is written
-CAMPAIGNS = 5  # runs among which the kills are shared
-FIRST, LOSSES = 4, 10  # steps before the move, and compared after it
-# How far a loss after a move may lie from the undisturbed one's, relative to it: fp32, eight roundings (2^-24 each) of
-# every gradient of ten steps; bf16, whose gradients are rounded before the ranks sum them, one rounding of the loss.
+UNFINISHED = ".jepa-step*.partial/*"  # what a kill leaves while a checkpoint is being written
+CAMPAIGNS = 5  # runs among which the kills are divided
+FIRST, LOSSES = 4, 10  # steps before the move, and steps compared after it
+# The largest relative error of a loss after a move. fp32: eight roundings (2^-24 each) of every gradient of ten steps;
+# bf16, whose gradients are rounded before the ranks sum them: one rounding of the loss.
 BOUND = {"fp32": 1e-5, "bf16": 2**-8}
 
 
@@ -52,7 +53,7 @@ def say(message: str) -> None:
 
 
 def whole_checkpoints(folder: Path) -> list[int]:
-    """The steps of the whole checkpoints in a folder, newest first."""
+    """The steps of the intact checkpoints in a folder, newest first."""
     steps = []
     for _, path in candidates(folder, "jepa", 5):
         try:
@@ -65,7 +66,7 @@ def whole_checkpoints(folder: Path) -> list[int]:
 
 
 def bytes_that_differ(one: Path, other: Path) -> int:
-    """Of the fp32 weights, moments and averages of two checkpoints."""
+    """How many bytes of the fp32 weights, moments and averages of two checkpoints differ."""
     states = [read_state(path) for path in (one, other)]
     readers = [Reader(path, state) for path, state in zip((one, other), states, strict=True)]
     assert states[0]["shapes"] == states[1]["shapes"]
@@ -79,10 +80,10 @@ def bytes_that_differ(one: Path, other: Path) -> int:
 
 
 def kill(run: Run, folder: Path, said: re.Pattern[str], rng: random.Random) -> str:
-    """At a random moment: while it starts, within a second after it has saved, or just as it writes the next
-    checkpoint; all ranks, or one.
+    """Kills all ranks or one at a random moment: while the run starts, within a second after it has saved, or while it
+    writes the next checkpoint.
 
-    All while it starts: ranks that have not met have no watchdog, and wait for one another for minutes.
+    Always all ranks during the start: ranks that have not joined have no watchdog and wait for each other for minutes.
     """
     victim, moment = rng.choice(["all", 0, 1]), rng.choice(["starting", "any", "any", "writing", "writing"])
     if moment == "starting":
@@ -97,12 +98,12 @@ def kill(run: Run, folder: Path, said: re.Pattern[str], rng: random.Random) -> s
             pass
         time.sleep(rng.uniform(0, 0.01))
     run.signal(signal.SIGKILL, *(() if victim == "all" else (victim,)))
-    run.wait(seconds=60)  # those left alone notice it themselves
+    run.wait(seconds=60)  # surviving ranks notice it themselves
     return f"rank {victim}" if victim != "all" else "all ranks"
 
 
 def campaign(rng: random.Random) -> tuple[str, ...]:
-    """How a run that is to be killed is carried out."""
+    """The random settings of a run that is to be killed."""
     stage, bf16, accumulation = rng.randrange(4), rng.random() < 0.5, rng.choice([1, 1, 2])
     return (
         f"engine.zero_stage={stage}",
@@ -112,7 +113,7 @@ def campaign(rng: random.Random) -> tuple[str, ...]:
 
 
 def killed(folder: Path, config: Path, kills: int, words: tuple[str, ...], rng: random.Random) -> dict[str, int]:
-    """The run is far longer than its kills: however fast the machine is, it ends when it is told to."""
+    """The run is much longer than needed for its kills, so that on any machine it ends only when told to."""
     run_words = ("--config", config, *words, "engine.timeout_minutes=1")
     said, lost, latest, writing = re.compile(r"saved \S+-step0*(\d+)"), 0, 0, 0
     for done in range(kills + 1):
@@ -128,10 +129,10 @@ def killed(folder: Path, config: Path, kills: int, words: tuple[str, ...], rng: 
             lost += max(0, latest - int(resumed[1]))
         latest = max([latest, *(int(step) for step in said.findall(run.text()))])
         found = (whole_checkpoints(folder / "killed") or [0])[0]
-        lost += max(0, latest - found)  # what was said to be saved is there
+        lost += max(0, latest - found)  # what was reported as saved is there
         latest = max(latest, found)
         if done < kills:
-            say(f"kill {done + 1} of {kills}: {who}; last whole checkpoint {found}")
+            say(f"kill {done + 1} of {kills}: {who}; last intact checkpoint {found}")
     undisturbed = start(2, folder / "undisturbed", *run_words, "logging.save_every=99999", f"engine.max_steps={latest}")
     assert undisturbed.wait(seconds=600) == [0, 0], undisturbed.text()
     names = ("undisturbed", "killed")
@@ -154,7 +155,7 @@ def log_of(folder: Path) -> tuple[list[dict], list[str]]:
 
 
 def damage(path: Path, rng: random.Random) -> None:
-    """Something that disks, kills and people do to a checkpoint."""
+    """Does something to a checkpoint that disks, kills or people might do."""
     file = rng.choice(sorted(path.iterdir()))
     data = bytearray(file.read_bytes())
     place = rng.randrange(len(data))
@@ -165,7 +166,7 @@ def damage(path: Path, rng: random.Random) -> None:
         del data[place:]
     elif what == "zeros":
         data[place : place + 4096] = bytes(len(data[place : place + 4096]))
-        data[0] ^= 1  # there may have been zeros
+        data[0] ^= 1  # all may have been zeros already
     elif what == "empty":
         data.clear()
     elif what == "grown":
@@ -186,7 +187,7 @@ def resume_damaged(folder: Path, config: Path, words: tuple[str, ...], number: i
     counts = dict.fromkeys(("damaged", "wrong checkpoints", "bytes wrong"), 0)
     settings = load_config(config, [*words, f"logging.folder={copy}", "data.batch_size=8"])
     engine = zero.start(JepaModel(settings), settings)
-    wanted = []  # of the whole checkpoints, newest first: folder, step, weights
+    wanted = []  # of the intact checkpoints, newest first: folder, step, weights
     for _, path in candidates(folder / "killed", "jepa", 5):
         state = read_state(path)
         reader = Reader(path, state)
@@ -227,7 +228,7 @@ def moved(
     sources: tuple[tuple[int, int], ...],
     targets: tuple[tuple[int, int], ...],
 ) -> dict[str, float]:
-    """Resumes a checkpoint of each source place on each target place and compares the next ten losses."""
+    """Resumes a checkpoint of each source (ranks, ZeRO stage) on each target and compares the next ten losses."""
     counts = {"pairs": 0, "beyond": 0, "inexact": 0, "worst": 0.0}
     for source in sources:
         whole = folder / f"{precision}-{source[0]}-{source[1]}"
@@ -250,7 +251,7 @@ def moved(
 
 
 def soak_config(folder: Path) -> Path:
-    """The small run of the tests, thousands of epochs long, whose masks do not depend on the ranks."""
+    """The tests' small run, thousands of epochs long, with masks that do not depend on the number of ranks."""
     config = write_config(folder / "config.yaml", write_images(folder / "images"))
     mapping = yaml.safe_load(config.read_text())
     mapping["optimization"]["epochs"], mapping["mask"]["cut"] = 4000, "global"
@@ -294,12 +295,13 @@ def print_table(
     say(f"| of these, while a checkpoint was being written | {kills['writing']} | |")
     say(
         f"| files damaged, cut short or gone | {damaged['damaged']} | {damaged['wrong checkpoints']} times not the "
-        f"newest whole checkpoint, {damaged['bytes wrong']} bytes |"
+        f"newest intact checkpoint, {damaged['bytes wrong']} bytes |"
     )
     for precision, move in moves.items():
         say(
             f"| moves to 1 or 2 ranks, ZeRO 0 to 3, {precision} | {move['pairs']} | {move['beyond']} with one of ten "
-            f"losses off by {BOUND[precision]:.0e} (largest {move['worst']:.1e}), {move['inexact']} in place inexact |"
+            f"losses off by more than {BOUND[precision]:.0e} (largest {move['worst']:.1e}), {move['inexact']} not "
+            "exact on the same ranks and stage |"
         )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the same numbers back on any number of ranks and any ZeRO stage, and damage that is noticed."""
+"""Checkpoints restore the same values on any number of ranks at any ZeRO stage, and damage is noticed."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ def start(folder: Path, stage: int, bf16: bool, *words: str) -> tuple[object, Sa
 
 
 def one_step(engine: object, step: int) -> None:
-    """A step whose images depend on nothing but its number, however many ranks share them."""
+    """A step whose images depend only on its number, however many ranks share them."""
     share = 8 // dist.get_world_size()
     mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
@@ -55,7 +55,7 @@ def everything(engine: object) -> dict[str, dict[str, Tensor]]:
 
 
 def train_and_save(folder: Path) -> dict[str, dict]:
-    """Two steps and a checkpoint at every stage and precision; the state that each should hold."""
+    """Two steps and a checkpoint at every stage and precision; returns the state that each should hold."""
     states = {}
     for stage, bf16 in SAVED:
         torch.manual_seed(stage)
@@ -70,7 +70,7 @@ def train_and_save(folder: Path) -> dict[str, dict]:
 
 
 def resume_all(folder: Path, wanted: dict[str, dict]) -> list[str]:
-    """Loads every checkpoint into another stage; returns what differs."""
+    """Loads every checkpoint at another ZeRO stage; returns what differs."""
     wrong = []
     for stage, bf16 in SAVED:
         name, other = f"{stage}{bf16}", (stage + 1 + dist.get_world_size()) % 4
@@ -115,7 +115,7 @@ def save_thrice(folder: Path) -> None:
 
 
 def resume(folder: Path, which: str, said: io.StringIO | None = None) -> int | str:
-    """The step gone on from, or why not."""
+    """The step resumed from, or why not."""
     engine, saver = start(folder, 1, False)
     before = whole_weights(engine)
     try:
@@ -165,9 +165,9 @@ def resume_damaged(folder: Path) -> None:
         assert re.search(r"skipped: rank 0: .*/jepa-step00000003", said.getvalue()), what
         shutil.rmtree(copy / "jepa-step00000003.aside")
         if what == "a missing state":
-            assert "no whole checkpoint" in str(resume(copy, str(copy / "jepa-step00000003"))), what
+            assert "no intact checkpoint" in str(resume(copy, str(copy / "jepa-step00000003"))), what
         damage(copy / "jepa-step00000002")
-        assert "no whole checkpoint" in str(resume(copy, "latest")), what
+        assert "no intact checkpoint" in str(resume(copy, "latest")), what
     with pytest.raises(CheckpointError, match="already holds checkpoints"):
         start(whole, 1, False)[1].begin()
 
@@ -177,7 +177,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path) -> 
 
 
 def watched_saves(folder: Path) -> None:
-    """What a save does to the disk, in which order, and what it survives."""
+    """What a save does on disk, in which order, and which errors it survives."""
     engine, saver = start(folder, 1, False, "logging.keep_last=1")
     progress = saver.begin()
     fsync, rename, rmtree, symlink = os.fsync, Path.rename, shutil.rmtree, Path.symlink_to
@@ -213,7 +213,7 @@ def watched_saves(folder: Path) -> None:
     assert "does not point to jepa-step00000002: [Errno 1] no links here" in save((Path, "symlink_to", no_links))
     assert Path.symlink_to is symlink and os.readlink(folder / "jepa-latest") == final.name
 
-    # Two stay though keep_last is 1; none goes while `rotate` is false.
+    # Two are kept though keep_last is 1; none is deleted while `rotate` is false.
     save()
     assert names(folder) == ["jepa-step00000002", "jepa-step00000003"]
     save(rotate=False)
@@ -222,7 +222,7 @@ def watched_saves(folder: Path) -> None:
     def stubborn(path: Path) -> None:
         raise OSError(errno.ENOTEMPTY, "held open by somebody", str(path))
 
-    assert "cannot be deleted, which can wait" in save((shutil, "rmtree", stubborn))
+    assert "could not be deleted and is left for later" in save((shutil, "rmtree", stubborn))
     assert names(folder) == ["jepa-step00000004", "jepa-step00000005"]
     shutil.rmtree = stubborn
     assert resume(folder, "latest") == 5
@@ -230,17 +230,17 @@ def watched_saves(folder: Path) -> None:
     assert resume(folder, "latest") == 5 and not list(folder.glob(".*.deleted*"))
 
     def flipping_fsync(handle: int) -> None:
-        """A bit is lost on the way to the disk."""
+        """Flips a bit on the way to disk."""
         if (path := Path(os.readlink(f"/proc/self/fd/{handle}"))).suffix == ".safetensors":
             flip_a_bit(path)
         fsync(handle)
 
-    saver.lock.take()  # `resume` had it
+    saver.lock.take()  # `resume` took it
     save((os, "fsync", flipping_fsync))
     said = io.StringIO()
     assert resume(folder, "latest", said) == 5 and "do not match the SHA-256" in said.getvalue()
 
-    # Whatever has been put aside stays.
+    # What was set aside before is not overwritten.
     shutil.copytree(folder / "jepa-step00000005", folder / "jepa-step00000006")
     assert resume(folder, "latest") == 5
     assert {"jepa-step00000006.aside", "jepa-step00000006.aside-2"} <= {path.name for path in folder.iterdir()}
@@ -287,7 +287,7 @@ def test_a_rank_that_cannot_write_stops_all_and_harms_nothing(tmp_path: Path) ->
 
 
 CHANGES = {
-    "meta.depth=3": "refused: .*another model.*encoder.blocks.2",
+    "meta.depth=3": "refused: .*different model.*encoder.blocks.2",
     "engine.seed=5": "refused: .*engine.seed 0, this run has 5",
     "engine.gradient_accumulation_steps=2": "refused: .*global batch 8, this run has 16",
     "meta.num_heads=4": r"refused: .*encoder Size\(.*num_heads=2.*this run has Size\(.*num_heads=4",

@@ -1,4 +1,4 @@
-"""Killed, damaged and moved runs: the quick form of tests/soak.py; and disks that do not take what is written."""
+"""Killed, damaged and moved runs, as a short form of tests/soak.py; and disks that fail to write."""
 
 import errno
 import os
@@ -52,7 +52,7 @@ def test_the_next_ten_losses_do_not_depend_on_the_ranks(
 
 
 def files_stay_small(rank: int) -> None:
-    """The second rank's disk takes no file of more than 30 kB: a real error of a real write."""
+    """The second rank cannot write a file of more than 30 kB: a real error of a real write."""
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
@@ -78,7 +78,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(config: P
 
 
 def listing_fails(rank: int) -> None:
-    """The run's folder is there, but cannot be listed."""
+    """The run's folder exists, but cannot be listed."""
     scandir = os.scandir
 
     def bad_scandir(path: object = ".") -> object:
@@ -109,12 +109,12 @@ def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(config: Pa
     second = start(1, tmp_path / "second", *words, f"logging.folder={folder}", "--resume", "auto")
     assert second.wait() == [1]
     assert re.search(
-        rf"another run writes there, process {first.ranks[0].pid} on \S+, renewed \d+ s ago", second.text()
+        rf"another run is using the folder: process {first.ranks[0].pid} on \S+, lock renewed \d+ s ago", second.text()
     )
     first.signal(signal.SIGTERM)
     assert first.wait() == [75]
     third = start(1, folder, *words, "engine.max_steps=1", "--resume")
-    assert third.wait() == [0] and "taken over" not in third.text()
+    assert third.wait() == [0] and "took over" not in third.text()
 
 
 def folders_of_their_own(rank: int) -> None:
@@ -133,7 +133,7 @@ def test_ranks_that_share_no_folder_say_so_before_they_train(config: Path, tmp_p
 
 
 def images_of_their_own(rank: int) -> None:
-    """In the second rank's copy one file has another name."""
+    """In the second rank's copy one file has a different name."""
     os.chdir(write_images(Path(tempfile.mkdtemp()), 12))
     if rank == 1:
         os.rename("class0/02.jpg", "class0/02b.jpg")
@@ -176,7 +176,7 @@ def make_checkpoint(path: Path, content: str) -> None:
 
 
 def test_what_a_kill_leaves_is_cleared_up(tmp_path: Path) -> None:
-    """Between the two renames of a replacement the folder has no checkpoint of that name, but its old one."""
+    """Between the two renames of a replacement, no checkpoint has the final name, but the old one is still there."""
     make_checkpoint(tmp_path / ".jepa-step00000007.old", "the old one")
     make_checkpoint(tmp_path / ".jepa-step00000007.partial", "the new one")
     make_checkpoint(tmp_path / ".jepa-ep3.old", "replaced")
@@ -194,7 +194,7 @@ def test_what_a_kill_leaves_is_cleared_up(tmp_path: Path) -> None:
 
 
 def test_steps_taken_again_are_not_mixed_with_those_given_up(config: Path, tmp_path: Path) -> None:
-    """Resumed from an older checkpoint, a run keeps its own newest ones; the later ones are put aside, whole."""
+    """Resumed from an older checkpoint, a run keeps its own newest ones; the later ones are set aside, intact."""
     folder, words = tmp_path / "run", ("--config", config, "logging.save_every=1", "logging.keep_last=2")
     assert start(2, folder, *words, "engine.max_steps=6", "logging.keep_last=9").wait() == [0, 0]
     run = start(2, folder, *words, "engine.max_steps=3", "--resume", folder / "jepa-step00000002")

@@ -1,4 +1,4 @@
-"""Who a process is, from what each launcher sets."""
+"""A process's rank and addresses, from the variables that each launcher sets."""
 
 import os
 import subprocess
@@ -47,11 +47,11 @@ def test_srun_s_names_are_translated_alike_on_all_ranks() -> None:
     assert {(r["MASTER_ADDR"], r["MASTER_PORT"]) for r in ranks} == {("n08", ranks[0]["MASTER_PORT"])}
     assert 1024 < int(ranks[0]["MASTER_PORT"]) < 65536
     alone = launch_environment(job | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, gpus=1)
-    assert (alone["RANK"], alone["LOCAL_RANK"]) == ("3", "0")  # the one GPU that the task is shown
+    assert (alone["RANK"], alone["LOCAL_RANK"]) == ("3", "0")  # the task sees only this GPU
 
 
 def test_determinism_is_asked_of_torch_and_cublas_before_anything_runs() -> None:
-    """In a process of its own; what these switches do is torch's to test, that they are thrown is ours."""
+    """In its own process. Tests only that the flags are set; what they do is for torch to test."""
     code = (
         "import os, torch; from jepa import distributed; torch.backends.cudnn.benchmark = True;"
         "torch.utils.deterministic.fill_uninitialized_memory = True;"

@@ -1,4 +1,4 @@
-"""Exports: what is read back is what was trained, by this engine's readers and by ones that share no code with them."""
+"""Exports read back as what was trained, by this engine's readers and by ones that share no code with them."""
 
 import json
 import math
@@ -29,7 +29,7 @@ SETTINGS = ("data.batch_size=2", f"data.mean={MEAN}", f"data.std={STD}", "engine
 
 
 def train_and_save(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Three steps on two ranks; the fp32 weights and the average, put together from both."""
+    """Three steps on two ranks; returns the fp32 weights and the average, gathered from both."""
     config = small_config(*SETTINGS, f"logging.folder={folder}")
     torch.manual_seed(0)
     engine = zero.start(JepaModel(config), config)
@@ -47,7 +47,7 @@ def train_and_save(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Tensor]]]:
-    """A checkpoint, and {part: {name: flat values}} that it should hold."""
+    """A checkpoint, and the {part: {name: flat values}} that it should hold."""
     folder = tmp_path_factory.mktemp("run")
     state = run_ranks(2, train_and_save, folder)[0]
     kinds = {"target_encoder": ("ema", "encoder."), "encoder": ("weight", "encoder.")}
@@ -123,7 +123,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def huggingface_forward(folder: Path, x: Tensor) -> Tensor:
-    """transformers' IJepaModel in float64 from the three files alone: every tensor is used, under its name there."""
+    """transformers' IJepaModel in float64 from the three files alone; uses every tensor, by its name there."""
     config = json.loads((folder / "config.json").read_text())
     pre = json.loads((folder / "preprocessor_config.json").read_text())
     w = {name: value.double() for name, value in safetensors.torch.load_file(folder / "model.safetensors").items()}
@@ -153,7 +153,7 @@ def huggingface_forward(folder: Path, x: Tensor) -> Tensor:
 
 
 def timm_forward(w: dict[str, Tensor], x: Tensor, heads: int) -> Tensor:
-    """timm's VisionTransformer without class token, its final norm before the mean, in float64."""
+    """timm's VisionTransformer without class token, with its final norm before the mean, in float64."""
     pixels = (x.double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     kernel, bias = w["patch_embed.proj.weight"], w["patch_embed.proj.bias"]
     y = F.conv2d(pixels.permute(0, 3, 1, 2), kernel, bias, stride=kernel.shape[-1]).flatten(2).mT + w["pos_embed"]
@@ -184,7 +184,7 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def in_transformers(file: Path, x: Tensor) -> Tensor:
-    """As its own image processor and model have it."""
+    """Features from its own image processor and model."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     model, report = transformers.IJepaModel.from_pretrained(file, add_pooling_layer=False, output_loading_info=True)
     assert not any(report.values()), report
@@ -196,7 +196,7 @@ def in_transformers(file: Path, x: Tensor) -> Tensor:
 
 
 def in_timm(file: Path, x: Tensor) -> Tensor:
-    """Built as engine/export.py says."""
+    """Built as engine/export.py documents it."""
     timm = pytest.importorskip("timm.models.vision_transformer", reason="needs timm")
     size = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
     kinds = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
@@ -220,7 +220,7 @@ def test_their_own_libraries_compute_the_same_features(
 
 
 class Attack:
-    """Unpickled, it makes a file."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -244,7 +244,7 @@ def test_a_pickle_with_code_in_it_does_not_run(
             assert len(capsys.readouterr().err.splitlines()) == 1
             assert not (tmp_path / "marker").exists() and not (tmp_path / "out").exists()
     torch.load(tmp_path / "zipped", weights_only=False)
-    assert (tmp_path / "marker").exists(), "the attack is none"
+    assert (tmp_path / "marker").exists(), "the attack does not work"
 
 
 def published(run: Any, tmp_path: Path) -> dict[str, Any]:

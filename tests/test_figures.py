@@ -1,4 +1,4 @@
-"""The pictures, read back from their pixels, and the program that draws them."""
+"""The figures, read back from their pixels, and the program that draws them."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SIZE = SIDE * PATCH
 
 
 def panels(path: Path, figure: Figure, count: int) -> list[np.ndarray]:
-    """The pixels of the first `count` axes, cut out of the file that was written."""
+    """The pixels of the first `count` axes, cropped from the file that was written."""
     sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
     cut = []
     for axes in figure.axes[:count]:
@@ -41,7 +41,7 @@ def patch_centres(panel: np.ndarray) -> np.ndarray:
 
 
 def coloured_patches(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of one random, strong colour a patch, and these colours [batch, N, 3]."""
+    """Images with one random, strong colour per patch, and these colours [batch, N, 3]."""
     colors = torch.randint(0, 80, (batch, SIDE * SIDE, 3), dtype=torch.uint8)
     colors[..., 0] += 170
     grid = colors.view(batch, SIDE, SIDE, 3)
@@ -75,7 +75,7 @@ def test_each_target_is_outlined_in_its_own_colour(tmp_path: Path) -> None:
     context, first, second = panels(tmp_path / "masks.png", figure, 4)[1:]
 
     def box(panel: np.ndarray, color: str) -> list[float]:
-        """Rows and columns, in patches, between which pixels have this colour."""
+        """The bounds, in patches, of the rows and columns of pixels of this colour."""
         rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         y, x = np.nonzero((abs(panel - rgb) <= 2).all(-1))
         return [round(edge / len(panel) * SIDE, 1) for edge in (y.min(), y.max() + 1, x.min(), x.max() + 1)]
@@ -154,7 +154,7 @@ def test_a_log_has_a_panel_for_what_it_holds_and_the_lines_go_through_its_values
     figure = figures.training_curves(log_file(tmp_path / "run.jsonl", rows, '{"step": 6'), tmp_path / "curves.png")
 
     found = {axes.get_title("left"): [line.get_xydata() for line in axes.lines] for axes in figure.axes}
-    assert all(len(lines) == 1 for lines in found.values())  # an I-JEPA's loss is its prediction loss
+    assert all(len(lines) == 1 for lines in found.values())  # the loss of I-JEPA is its prediction loss
     lines = {title: lines[0] for title, lines in found.items()}
     assert set(lines) == {"Loss", "Learning rate", "k-NN accuracy (%)", "Effective rank of features"}
     np.testing.assert_allclose(lines["Learning rate"][:, 0], [5 * i for i in range(12) if i != 4])
@@ -178,8 +178,8 @@ def test_a_long_noisy_log_of_a_cjepa_is_smoothed_past_a_slow_first_step(tmp_path
     raw, smooth = (line.get_ydata() for line in axes["Loss"].lines[:2])
     wanted = 2 - np.arange(400) / 400
     assert abs(smooth - wanted).mean() < 0.7 * abs(raw - wanted).mean()
-    assert axes["Time of a step (ms)"].get_ylim()[1] < 400
-    assert axes["Time of a step (ms)"].lines[1].get_ydata().max() < 120
+    assert axes["Step time (ms)"].get_ylim()[1] < 400
+    assert axes["Step time (ms)"].lines[1].get_ydata().max() < 120
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 1}\n', "step,loss\n", '{"step": 0, "loss": 1}\n?\n{"step": 2}\n'])

@@ -1,6 +1,6 @@
-"""Files that someone made on purpose: a load, or an error of the engine's own; no crash, no hang, no code, no memory.
+"""Malicious files either load or raise one of the engine's own errors: no crash, hang, code execution or large memory.
 
-Sizes and checksums are set right again after every change, as whoever means harm would.
+Sizes and checksums are corrected after every change, as an attacker would.
 """
 
 import copy
@@ -28,7 +28,7 @@ from jepa.restore import CheckpointError, read_state
 from small import small_config
 
 CONFIG = small_config()
-ALLOWED = 200 * 2**10  # KiB that the largest of many tiny files may need
+ALLOWED = 200 * 2**10  # KiB by which loading a tiny file may raise the peak memory
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def digest(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole checkpoint of two ranks; each has a half of every parameter, as at ZeRO-3."""
+    """An intact checkpoint of two ranks, each with half of every parameter, as at ZeRO-3."""
     folder, model = tmp_path_factory.mktemp("hostile") / "whole", JepaModel(CONFIG)
     folder.mkdir()
     files = []
@@ -83,7 +83,7 @@ def published(checkpoint: Path) -> Path:
 
 
 def loads(load: Callable[[], object]) -> bool:
-    """Whether it loads; raises what is not an error of the engine's own, or said in more than a few lines."""
+    """Whether it loads; raises on any but the engine's own errors, on overlong messages and on large memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         load()
@@ -101,8 +101,6 @@ def read_everything(weights: interop.Weights) -> None:
             pass
 
 
-# --- JSON, changed in structure
-
 VALUES = st.one_of(
     st.none(), st.booleans(), st.floats(), st.text(max_size=5), st.integers(-3, 100),
     st.sampled_from([2**31, 2**40, 2**53, 2**62, 2**64, 10**30, 10**400, -(10**30), 1e308, 1e-320]),
@@ -119,7 +117,7 @@ def places(node: Any, path: tuple = ()) -> list[tuple]:
 
 
 def change(root: Any, data: st.DataObject) -> None:
-    """Replaces, deletes, repeats or moves something, anywhere in `root`; every depth is as likely as another."""
+    """Replaces, nudges, deletes, repeats or swaps a value anywhere in `root`; all depths are equally likely."""
     everywhere = places(root)
     depth = data.draw(st.sampled_from(sorted({len(place) for place in everywhere})))
     *path, last = data.draw(st.sampled_from([place for place in everywhere if len(place) == depth]))
@@ -160,8 +158,8 @@ REFUSED = {
     "an absolute path": lambda s: s["files"][0].update(name="/etc/hostname"),
     "a file twice": lambda s: s["files"].append(s["files"][0]),
     "a piece twice": lambda s: s["files"][0]["pieces"].append(s["files"][0]["pieces"][0]),
-    "a piece less": lambda s: s["files"][1]["pieces"].pop(),
-    "a piece of what is not there": lambda s: s["files"][0]["pieces"].append(["x", 0, 1, 0, 0]),
+    "a missing piece": lambda s: s["files"][1]["pieces"].pop(),
+    "a piece of an unknown parameter": lambda s: s["files"][0]["pieces"].append(["x", 0, 1, 0, 0]),
     "overlapping pieces": lambda s: s["files"][0]["pieces"][0].__setitem__(2, s["files"][0]["pieces"][0][2] + 1),
     "pieces in one place": lambda s: s["files"][0]["pieces"][1].__setitem__(4, 0),
     "a piece beyond its file": lambda s: s["files"][0]["pieces"][-1].__setitem__(4, 10**9),
@@ -170,8 +168,8 @@ REFUSED = {
     "an empty shape": lambda s: s["shapes"].update({"encoder.norm.bias": [24, 0]}),
     "no fingerprint": lambda s: s.pop("fingerprint"),
     "a later format": lambda s: s.update(format=4),
-    "a fraction of a step": lambda s: s.update(step=2.5),
-    "no number": lambda s: s.update(step=float("nan")),
+    "a fractional step": lambda s: s.update(step=2.5),
+    "not a number": lambda s: s.update(step=float("nan")),
 }
 
 
@@ -195,11 +193,8 @@ def test_a_state_that_is_none(text: str, tmp_path: Path) -> None:
         assert not loads(lambda: read_state(tmp_path))
 
 
-# --- safetensors headers
-
-
 def rewritten(path: Path, changed: Callable[[Any], None]) -> bytes:
-    """A safetensors file with its header changed; what follows it stays."""
+    """A safetensors file with its header changed, and the rest as it was."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -266,9 +261,6 @@ def test_a_file_that_claims_a_large_model_is_refused(change: str, exported: Path
     assert not loads(lambda: interop.load_encoder(tmp_path / "x"))
 
 
-# --- pickles
-
-
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_a_changed_pickle_loads_or_is_refused(data: st.DataObject, published: Path) -> None:
@@ -280,7 +272,7 @@ def test_a_changed_pickle_loads_or_is_refused(data: st.DataObject, published: Pa
     written = io.BytesIO()
     with zipfile.ZipFile(written, "w") as target:
         for name, content in members.items():
-            if data.draw(st.integers(0, 60)):  # or it is missing
+            if data.draw(st.integers(0, 60)):  # else it is missing
                 target.writestr(name, content)
     path.write_bytes(written.getvalue())
     loads(lambda: read_everything(interop.open_weights(path, CONFIG)))

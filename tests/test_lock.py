@@ -1,4 +1,4 @@
-"""One run a folder: who holds it is told, and whoever is surely gone holds nothing."""
+"""One run per folder: the holder is named, and a holder that is surely gone loses it."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def lock_of(folder: Path, *words: str) -> Lock:
 
 
 def hold(folder: Path, seconds_ago: float = 0.0, **note: Any) -> Path:
-    """A lock that somebody else left there."""
+    """A lock left there by another process."""
     path = folder / ".jepa.lock"
     path.write_text(json.dumps({"token": "x", **lock._me(), **note}))
     os.utime(path, (time.time() - seconds_ago,) * 2)
@@ -31,7 +31,7 @@ def hold(folder: Path, seconds_ago: float = 0.0, **note: Any) -> Path:
 
 @pytest.fixture
 def other() -> Iterator[subprocess.Popen]:
-    """Another process of this machine."""
+    """Another process on this machine."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     yield process
     process.kill()
@@ -44,11 +44,11 @@ def test_a_lock_is_refused_while_its_process_lives_and_taken_over_when_it_is_gon
     held = hold(tmp_path, process=other.pid, began=lock._began(other.pid))
     text = held.read_text()
     with lock_of(tmp_path) as ours:
-        with pytest.raises(CheckpointError, match=f"another run writes there, process {other.pid} on "):
+        with pytest.raises(CheckpointError, match=f"another run is using the folder: process {other.pid} on "):
             ours.take()
         assert held.read_text() == text
         other.kill()
-        while lock._began(other.pid):  # it may be a zombie, which is gone as well
+        while lock._began(other.pid):  # it may be a zombie, which counts as gone
             time.sleep(0.01)
         assert held.read_text() != ours.take() == held.read_text()
         assert f"process {other.pid} on" in capsys.readouterr().out
@@ -58,7 +58,7 @@ def test_a_lock_is_refused_while_its_process_lives_and_taken_over_when_it_is_gon
 @pytest.mark.parametrize(
     ("note", "seconds", "gone"),
     [
-        ({"began": "1"}, 0, True),  # its number is another's now
+        ({"began": "1"}, 0, True),  # its number has been reused
         ({"machine": "another", "host": "far"}, 20, False),
         ({"machine": "another", "host": "far"}, 400, True),
         ({"machine": "another", "host": "far", "job": "4711", "start": "0"}, 0, True),
@@ -97,7 +97,7 @@ def test_a_lock_is_renewed_and_one_that_was_taken_over_is_noticed_and_left(tmp_p
             time.sleep(0.01)
         ours.see(text)
         held = hold(tmp_path, host="far")
-        with pytest.raises(CheckpointError, match=r"says that it is process .* on far's"):
+        with pytest.raises(CheckpointError, match=r"now belongs to process .* on far"):
             ours.see(text)
     assert held.exists()
 

@@ -1,4 +1,4 @@
-"""Health of features against independent computations, and the plain words at a collapse."""
+"""Health of features against independent computations, and the warning at a collapse."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ TORN = ('{"step": 1', "2,1,0.3", "\n", "[3]\n", "1", "")
 
 
 def log_steps(folder: Path, first: int, last: int, torn: str) -> None:
-    """Logs steps, five an epoch; then the files end as those of a run that is killed as it writes."""
+    """Logs steps, five per epoch; then the files end like those of a run killed while writing."""
     log = RunLog(small_config(f"logging.folder={folder}"), first, 20, 5, 8, torch.device("cpu"))
     for step in range(first, last):
         log.step(step, [Losses(*torch.full((5,), step + 100.0 * first))], 10, 5, 0.0)
@@ -73,7 +73,7 @@ def test_a_log_goes_on_without_torn_or_repeated_rows(tmp_path: Path) -> None:
     wanted = [*range(6), 606, 607, 608]
     for i in range(len(TORN)):
         text = (tmp_path / str(i) / "jepa.jsonl").read_text()
-        assert "NaN" not in text  # it is no JSON
+        assert "NaN" not in text  # not valid JSON
         rows = [json.loads(line) for line in text.splitlines()]
         assert [row["loss"] for row in rows] == wanted and [row["step"] for row in rows] == list(range(9))
         assert [row["lr"] for row in rows] == [None if step == 3 else 0.1 for step in range(9)]

@@ -1,6 +1,6 @@
-"""Every optimizer that can be had here is AdamWEMA: weights, moments and averages, at every ZeRO stage.
+"""Every optimizer available here matches AdamWEMA in weights, moments and averages, at every ZeRO stage.
 
-Real DeepSpeed engines on two processes, with clipping and a step whose gradient is not finite.
+Real DeepSpeed engines on two processes, with clipping and one step with a non-finite gradient.
 """
 
 import copy
@@ -27,7 +27,7 @@ FOREIGN = [name for name in ("deepspeed", "apex") if find_spec(name) and torch.c
 
 
 def train(optimizer: str, stage: int, seed: int, *more: str) -> tuple[dict[str, torch.Tensor], list[float], list[bool]]:
-    """What a few steps leave of each kind of state, by kind and parameter; the gradients' norms; which steps moved."""
+    """The state after a few steps, by kind and parameter; the gradient norms; which steps were applied."""
     words = (f"engine.optimizer={optimizer}", f"engine.zero_stage={stage}", "loss.objective=ijepa")
     config = small_config(*words, *more)
     torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def differences(names: tuple[str, ...], seed: int) -> list[str]:
             wrong.append(f"{case}: states differ: {sorted(ours.keys() ^ theirs.keys())[:3]}")
             continue
         for key, value in ours.items():
-            # Rounding differs in the last bits; a difference of rule (decay, bias, momentum, clipping) is percents.
+            # Rounding changes the last bits; a wrong rule (decay, bias, momentum, clipping) is off by percents.
             error = (theirs[key] - value).norm() / value.norm().clamp_min(1e-12)
             if not error <= 2e-4:
                 wrong.append(f"{case}: {key} differs by {error:.1e}")
@@ -82,7 +82,7 @@ def test_stock_optimizers_do_the_same() -> None:
         assert not wrong, (seed, wrong)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the error of a machine that lacks them")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines that lack them")
 @pytest.mark.parametrize("name", ["deepspeed", "apex"])
 def test_asking_for_what_is_missing_says_how_to_get_it(name: str) -> None:
     config = small_config(f"engine.optimizer={name}")
@@ -97,7 +97,7 @@ def deepspeeds_own(config: Config, *args: int) -> dict[str, Any]:
 
 
 def ours_and_deepspeeds_own(seed: int) -> list[str]:
-    """Where the step in one pass, and one rank's without buckets, leave other bits than DeepSpeed's own."""
+    """Where the one-pass step, or a single rank's step without buckets, differs in any bit from DeepSpeed's own."""
     wrong, ways = [], (zero._join_passes, zero._send_nothing, zero.deepspeed_config)
     for stage, bf16, accumulation in itertools.product((1, 2), ("true", "false"), (1, 3)):
         words = (f"meta.use_bfloat16={bf16}", f"engine.gradient_accumulation_steps={accumulation}")

@@ -49,17 +49,17 @@ def test_knn_votes_as_defined() -> None:
 
 
 def test_linear_probe_is_as_good_as_the_best_linear_rule() -> None:
-    """Gaussian classes of one covariance: the optimal rule is linear and known."""
+    """Gaussian classes with the same covariance: the optimal rule is linear and known."""
     (train_x, train_y), (test_x, test_y) = blobs(3000, 0.9), blobs(3000, 0.9)
     corners = torch.tensor([[2.0, 0, 0, 0, 0], [0, 2.0, 0, 0, 1], [0, 0, 2.0, 1, 0]])
     best = (torch.cdist(test_x, corners).argmin(1) == test_y).double().mean().item()
-    # A shift and a scale of the features, which standardisation undoes.
+    # Standardisation undoes the shift and scale of the features.
     found = linear_probe(train_x * 50 + 7, train_y, test_x * 50 + 7, test_y)
     assert abs(found - best) < 0.02
 
 
 def test_solver_finds_the_minimum_that_newton_finds() -> None:
-    """On features whose sizes fall a thousandfold, as those of an untrained encoder do along their principal axes."""
+    """On features whose scales span a factor of 1000, like an untrained encoder's along their principal axes."""
     (x, y), strength = blobs(120, 1.5), 10.0 ** float(np.random.default_rng(random.getrandbits(64)).uniform(-8, 0))
     x = x.double() * torch.logspace(0, -3, 5, dtype=torch.float64)
     design = np.hstack([x.numpy(), np.ones((120, 1))])
@@ -71,7 +71,7 @@ def test_solver_finds_the_minimum_that_newton_finds() -> None:
         p /= p.sum(1, keepdims=True)
         slope = (design.T @ (p - np.eye(3)[y.numpy()]) / 120).ravel() + penalty @ weights.ravel()
         curve = np.einsum("sa,sb,sij->aibj", design, design, p[:, :, None] * np.eye(3) - p[:, :, None] * p[:, None])
-        # A shift of all biases changes nothing, so that direction of the Hessian is empty: least squares.
+        # Shifting all biases changes nothing, so the Hessian is singular along that direction: least squares.
         weights -= np.linalg.lstsq(curve.reshape(18, 18) / 120 + penalty, slope, rcond=1e-12)[0].reshape(6, 3)
     found = _solve(x, y, torch.zeros(6, 3, dtype=torch.float64), strength).numpy()
     np.testing.assert_allclose(found[:-1], weights[:-1], atol=1e-3 * np.abs(weights).max(), err_msg=f"{strength=}")
@@ -105,7 +105,7 @@ def test_extract_pools_over_patches() -> None:
 
 
 def shades(folder: Path, splits: dict[str, int]) -> None:
-    """So many images of each of two classes, one dark and one light; the first dark one for training is damaged."""
+    """`splits` gives the images per class; one class is dark, one light. The first dark one for training is damaged."""
     for split, images in splits.items():
         for darkest, name in ((0, "dark"), (160, "light")):
             (folder / split / name).mkdir(parents=True)
@@ -116,7 +116,7 @@ def shades(folder: Path, splits: dict[str, int]) -> None:
 
 
 def online(train: str, val: str) -> tuple[float, int]:
-    """A rank's accuracy by mean colours, and how many images it looked at."""
+    """A rank's accuracy with mean colours as features, and how many images it saw."""
     overrides = "eval.every=1", f"eval.train_path={train}", f"eval.val_path={val}", "eval.knn_k=3"
     probe, seen = OnlineProbe(small_config(*overrides), dist.get_rank(), dist.get_world_size(), CPU), []
 
@@ -128,7 +128,7 @@ def online(train: str, val: str) -> tuple[float, int]:
 
 
 def test_ranks_share_a_probe_however_few_its_images(tmp_path: Path) -> None:
-    """Five and two images on three ranks, one image of the five not readable: as one rank finds it alone."""
+    """Five readable images of six, and two, on three ranks: the same result as on one."""
     shades(tmp_path, {"train": 3, "val": 1})
     train, val = str(tmp_path / "train"), str(tmp_path / "val")
     ((alone, images),) = run_ranks(1, online, train, val)
@@ -138,7 +138,7 @@ def test_ranks_share_a_probe_however_few_its_images(tmp_path: Path) -> None:
 
 
 def test_labels_follow_the_images_that_can_be_read(tmp_path: Path) -> None:
-    """The pixels tell the classes apart: one label out of step would show."""
+    """The pixels separate the classes, so a single misaligned label would show."""
     shades(tmp_path, {"train": 8, "val": 4})
     (tmp_path / "val/light/2.png").write_bytes(b"not an image")
     sources, config = open_labelled(tmp_path / "train", tmp_path / "val"), small_config()
@@ -155,7 +155,7 @@ def test_last_joins_the_blocks_asked_for() -> None:
         torch.testing.assert_close(last(encoder, 1)(images), encoder(images))
         joined = last(encoder, 2)(images)
         torch.testing.assert_close(joined[..., 24:], encoder(images))
-        # The second block of three is the last of the encoder without its third.
+        # The second of three blocks is the last of an encoder without the third.
         encoder.blocks = encoder.blocks[:2]
         torch.testing.assert_close(joined[..., :24], encoder(images))
     for layers in (0, 3):

@@ -1,4 +1,4 @@
-"""A step that is not finite is skipped and told of, and any step can be looked at alone."""
+"""A non-finite step is skipped and reported, and any single step can be replayed."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_a_poisoned_step_is_skipped_told_of_and_replayed(config: Path, tmp_path:
     assert bad["skipped"] and bad["bad_ranks"] == [BAD_RANK] and bad["loss"] is None and len(bad["files"]) == 6
     assert set(log) == {2, 5, 7} and not any("skipped" in row for row in log.values())
     schedules = Schedules(load_config(config, ["optimization.epochs=4"]), steps_per_epoch=40 // 12)
-    for step, applied in ((2, 2), (5, 4), (7, 6)):  # the schedules stood still for the one that was skipped
+    for step, applied in ((2, 2), (5, 4), (7, 6)):  # the schedules did not advance for the skipped step
         wanted = (schedules.lr(applied), schedules.weight_decay(applied), schedules.momentum(applied))
         assert tuple(log[step][name] for name in ("lr", "weight_decay", "momentum")) == wanted, step
     state = json.loads((folder / "jepa-latest/state.json").read_text())
@@ -91,7 +91,7 @@ def test_a_poisoned_step_is_skipped_told_of_and_replayed(config: Path, tmp_path:
 
 @pytest.mark.parametrize(("bf16", "mode", "step"), [(False, "packed", 3), (True, "reference", 3), (False, "packed", 4)])
 def test_a_replay_is_the_step(bf16: bool, mode: str, step: int, config: Path, tmp_path: Path) -> None:
-    """Loss and gradient norm are those that the run logged, also where no checkpoint is of just before the step."""
+    """Loss and gradient norm are those that the run logged, even if no checkpoint is from right before the step."""
     folder = tmp_path / "run"
     words = (
         "--config",

@@ -1,4 +1,4 @@
-"""Stopping on request: by signals and by the clock, on all ranks after the same step, and on again bit for bit."""
+"""Stopping on request, by signals and a time limit: on all ranks after the same step, and resumed bit for bit."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_rank_s_signal_and_the_clock_stop_all_and_nothing_is_lost(config: Path, tmp_path: Path) -> None:
-    """The run is far longer than what it is given time for, and in the end it takes five steps more."""
+    """The run is much longer than its time allows, and in the end it takes five more steps."""
     words = ("--config", config, "optimization.epochs=4000", "engine.zero_stage=2")
     parts = tmp_path / "parts"
     run = start(2, parts, *words)
@@ -67,9 +67,9 @@ def test_a_second_signal_ends_at_once_even_in_a_collective(config: Path, tmp_pat
     ],
 )
 def test_launchers(launcher: tuple[str, ...], signalled: str, code: int, config: Path, tmp_path: Path) -> None:
-    """deepspeed hands on the ranks' exit code; torchrun passes SIGTERM on, and makes 1 of every code.
+    """deepspeed passes on the ranks' exit code; torchrun passes SIGTERM on and turns every nonzero code into 1.
 
-    deepspeed ends at a SIGTERM and passes nothing on: the ranks notice, save and end, and so does what lies between.
+    deepspeed ends at a SIGTERM and passes nothing on: the ranks notice, save and end, as do the processes in between.
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "PATH": f"{BIN}:{os.environ['PATH']}"}
     environment.pop("TRITON_INTERPRET", None)
@@ -97,7 +97,7 @@ def test_launchers(launcher: tuple[str, ...], signalled: str, code: int, config:
 
 
 def test_the_sbatch_file_goes_on_and_requeues_on_75_alone(tmp_path: Path) -> None:
-    """Under bash, with stand-ins for Slurm's commands that write down how they were called."""
+    """Under bash, with stand-ins for Slurm's commands that record how they were called."""
     for name in ("srun", "scontrol"):
         code = '\nexit "$CODE"' if name == "srun" else ""
         (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >> {tmp_path}/calls{code}\n')

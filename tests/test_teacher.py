@@ -1,7 +1,7 @@
-"""The teacher equals the moving average of the fp32 weights, computed apart in float64, at every ZeRO stage.
+"""The teacher equals the moving average of the fp32 weights, computed independently in float64, at every ZeRO stage.
 
 Real DeepSpeed engines: the whole model on two processes, and models of any shape, drawn by hypothesis, on one to four.
-A skipped step moves nothing.
+A skipped step changes nothing.
 """
 
 import copy
@@ -27,7 +27,8 @@ BAD_STEP = 2
 
 
 def deviations(engine: object, teacher: Teacher, average: dict[str, Tensor], roundings: int, where: str) -> list[str]:
-    """Where the fp32 average is not the float64 one, within a rounding a step, or the teacher not its rounding."""
+    """Where the fp32 average differs from the float64 one by more than a rounding per step, or the teacher is not the
+    rounded average."""
     wrong, emas, rank = [], whole_weights(engine, "ema"), dist.get_rank()
     for name, parameter in teacher.encoder.named_parameters():
         ema, wanted = emas["encoder." + name], average["encoder." + name]
@@ -40,7 +41,7 @@ def deviations(engine: object, teacher: Teacher, average: dict[str, Tensor], rou
 
 
 def follow(stage: int, precision: str) -> list[str]:
-    """Trains for a few steps, one of them poisoned; returns what was wrong."""
+    """Trains for a few steps, one of them with NaN features; returns what was wrong."""
     rank, world = dist.get_rank(), dist.get_world_size()
     config = small_config(
         f"engine.zero_stage={stage}",
@@ -103,7 +104,7 @@ def test_the_models_teacher_is_the_average_of_its_weights() -> None:
 
 
 class Parameters(nn.ModuleList):
-    """Parameters of any shapes, each in a module of its own, as ZeRO-3 wants them."""
+    """Parameters of any shapes, each in its own module, as ZeRO-3 requires."""
 
     class One(nn.Module):
         def __init__(self, shape: tuple[int, ...]) -> None:
@@ -122,7 +123,7 @@ class Parameters(nn.ModuleList):
 
 
 class Model(nn.Module):
-    """What is averaged and what is not; the gradient depends on x alone."""
+    """Parameters with an average and without; the gradient depends on x alone."""
 
     def __init__(self, encoder: list[tuple[int, ...]], rest: list[tuple[int, ...]]) -> None:
         super().__init__()
@@ -132,7 +133,7 @@ class Model(nn.Module):
         return self.encoder(x) + self.rest(x)
 
 
-# From one element, fewer than there are ranks, to matrices that no number of ranks divides.
+# From a single element, fewer than there are ranks, to tensors that do not divide evenly among them.
 SHAPES = st.lists(st.lists(st.integers(1, 13), min_size=1, max_size=3).map(tuple), min_size=1, max_size=7)
 CASES = st.fixed_dictionaries(
     {
@@ -149,7 +150,7 @@ CASES = st.fixed_dictionaries(
 
 
 def follow_any(stage: int, case: dict[str, Any]) -> list[str]:
-    """As `follow`, of a model with the case's shapes."""
+    """Like `follow`, for a model with the case's shapes."""
     rank, world = dist.get_rank(), dist.get_world_size()
     config = small_config(
         f"engine.zero_stage={stage}",
@@ -161,7 +162,7 @@ def follow_any(stage: int, case: dict[str, Any]) -> list[str]:
     model = Model(case["encoder"], case["rest"])
     encoder = copy.deepcopy(model.encoder).to(torch.bfloat16 if case["bf16"] else torch.float32)
     original = zero.deepspeed_config
-    if stage == 3 and not case["persistent"]:  # else ZeRO-3 keeps parameters as small as these whole on every rank
+    if stage == 3 and not case["persistent"]:  # else ZeRO-3 does not shard parameters this small
         zero.deepspeed_config = lambda *args: (
             original(*args) | {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
         )
@@ -174,7 +175,7 @@ def follow_any(stage: int, case: dict[str, Any]) -> list[str]:
     average = {n: w.double() for n, w in weights.items() if n.startswith("encoder.")}
     for step, momentum in enumerate(case["momenta"]):
         zero.schedule(engine, torch.tensor([0.1 * (step + 1), 0.1, momentum], dtype=torch.float64))
-        assert teacher.encoder  # a step begins with its features
+        assert teacher.encoder  # a step begins with the teacher's features
         for micro in range(case["accumulation"]):
             x = torch.tensor(1.0 + step + 0.1 * micro + 0.01 * rank)
             if step == case["bad_step"] and micro == rank % case["accumulation"] and rank == world - 1:
@@ -195,7 +196,7 @@ def follow_any(stage: int, case: dict[str, Any]) -> list[str]:
 
 
 def follow_many(examples: int, drawn_from: int) -> list[str]:
-    """The same cases on every rank, and one verdict: what any of them found."""
+    """Runs the same cases on every rank; returns what any of them found."""
     found: list[str] = []
 
     @seed(drawn_from)

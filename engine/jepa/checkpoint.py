@@ -1,14 +1,14 @@
-"""The state of a run, in and out: fp32 weights, both moments and the EMA by parameter name, for any number of ranks.
+"""Saves and loads a run's state: fp32 weights, both moments and the EMA by parameter name, for any number of ranks.
 
 A checkpoint is a folder:
 
     state.json               step, counters, resolved config, versions; for every rank file its size, its SHA-256 and
-                             which elements of which parameter lie where in it
+                             which elements of which parameter are where in it
     rank-00000.safetensors   the flat fp32 tensors of rank 0: weight.i, exp_avg.i, exp_avg_sq.i, ema.i
     ...
 
-Every rank writes its own part, so no rank ever holds the whole; nothing in it is a pickle. It is written under a
-temporary name and renamed when all of it is on the disk: a folder with its final name is whole.
+Every rank writes its own part, so no rank ever holds the whole state; nothing is pickled. A checkpoint is written under
+a temporary name and renamed once all of it is on disk, so a folder with its final name is complete.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ from .zero import Flat, flats, refresh_training_weights
 
 @dataclass
 class Progress:
-    """How far a run is. `step` counts the steps tried and chooses the data; `applied` those that moved the weights."""
+    """A run's progress. `step` counts attempted steps and selects the data, `applied` those that updated weights."""
 
     step: int = 0
     applied: int = 0
@@ -58,11 +58,11 @@ class Progress:
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Progress":
-        """What state.json says."""
+        """Reads it from the contents of state.json."""
         return cls(**{key: state[key] for key in asdict(cls())})
 
     def count(self, applied: bool, samples: int) -> None:
-        """One more step was tried."""
+        """Counts one attempted step."""
         self.step += 1
         if applied:
             self.applied += 1
@@ -72,10 +72,10 @@ class Progress:
 
 
 class Saver:
-    """The checkpoints of one run: `{tag}-step{N}`, of which the newest few are kept, and `{tag}-ep{N}`, which all are.
-    `{tag}-latest` is a link to the newest.
+    """The checkpoints of one run: rolling `{tag}-step{N}`, of which the newest few are kept, and `{tag}-ep{N}`, which
+    are all kept. `{tag}-latest` is a symlink to the newest.
 
-    Every rank calls every method, at the same step.
+    Every rank calls every method at the same step.
     """
 
     def __init__(
@@ -95,24 +95,24 @@ class Saver:
         self.newest: Path | None = None
 
     def begin(self) -> Progress:
-        """A new run. Raises CheckpointError where the folder holds checkpoints already: nothing is overwritten."""
+        """Begins a new run. Raises CheckpointError if the folder already holds checkpoints: nothing is overwritten."""
         if self._open_folder(parents=True):
             raise CheckpointError(
-                f"{self.folder} already holds checkpoints of {self.tag!r}: add --resume to go on from the newest, "
+                f"{self.folder} already holds checkpoints of {self.tag!r}: add --resume to continue from the newest, "
                 "or choose another logging.folder or logging.write_tag"
             )
         return Progress()
 
     def resume(self, which: str, accept_changes: bool = False) -> Progress:
-        """Goes on from a path, or from the newest whole checkpoint ("latest"); "auto" also begins a run where there
+        """Continues from a path, or from the newest intact checkpoint ("latest"); "auto" also begins a new run if there
         is no checkpoint at all.
 
-        Raises CheckpointError where there is none that is whole, where it belongs to another model, and where a step
-        would compute something else than in the run that wrote it (`refuse_change`), unless `accept_changes`.
+        Raises CheckpointError if none is intact, if it belongs to another model, or, unless `accept_changes`, if a step
+        would compute something different than in the run that wrote it (`refuse_change`).
         """
         named = which not in ("latest", "auto")
         if which == "latest" and not self._on_first(lambda: bool(entries(self.folder))):
-            found = []  # and no folder is made
+            found = []  # without creating the folder
         else:
             found = self._open_folder(parents=named)
         paths = [Path(which)] if named else [path for _, path in found]
@@ -134,9 +134,9 @@ class Saver:
         return step % self.every == 0 or step % self.every_epochs == 0
 
     def save(self, progress: Progress, rotate: bool = True) -> Path:
-        """Writes a checkpoint and, if `rotate`, deletes those that are too old. Of the rolling ones two always stay:
-        the newest may hold weights from which no step is finite, and of the one before it is known that one was, if
-        `rotate` is false while steps are being skipped."""
+        """Writes a checkpoint and, if `rotate`, deletes rolling ones that are too old. Two of them are always kept:
+        every step from the newest one's weights may be non-finite, while the one before is known to have led to a
+        finite step, provided that `rotate` is false while steps are being skipped."""
         if progress.step % self.every_epochs == 0:
             path = self._write(f"{self.tag}-ep{progress.step // self.steps_per_epoch}", progress)
         else:
@@ -153,7 +153,7 @@ class Saver:
             link.unlink(missing_ok=True)
             link.symlink_to(path.name)
             os.replace(link, self.folder / f"{self.tag}-latest")
-        except OSError as error:  # a convenience, and not every file system has links
+        except OSError as error:  # the link is a convenience, and not every file system has symlinks
             print(f"{self.tag}-latest does not point to {path.name}: {error}", flush=True)
 
     def _rotate(self) -> None:
@@ -163,10 +163,10 @@ class Saver:
             _delete(self.folder / name)
 
     def _open_folder(self, parents: bool) -> list[tuple[int, Path]]:
-        """Makes the folder, takes its lock, clears it up, and returns the checkpoints in it, the newest first.
+        """Creates the folder, takes its lock, cleans it up, and returns the checkpoints in it, newest first.
 
-        `parents`: else only the last part of its path is made, so that a run does not begin anew beneath the mount
-        point of a disk that is missing.
+        `parents`: if false, only the last component of the path is created, so that a run does not start over below
+        the mount point of a missing disk.
         """
 
         def work() -> tuple[str, list[tuple[int, Path]]]:
@@ -174,8 +174,8 @@ class Saver:
                 self.folder.mkdir(parents=parents, exist_ok=True)
             except FileNotFoundError as error:
                 raise CheckpointError(
-                    f"--resume auto makes no folder but the last, and {self.folder.parent} does not exist: mount it, "
-                    "or make it"
+                    f"--resume auto creates only the last folder of a path, and {self.folder.parent} does not exist: "
+                    "mount it or create it"
                 ) from error
             text = self.lock.take()
             tidy(self.folder, self.tag)
@@ -186,19 +186,19 @@ class Saver:
         return found
 
     def _set_aside(self, later: list[Path]) -> None:
-        """Steps after the one gone on from are taken again: their checkpoints must not pass for this run's."""
+        """Steps after the resumed one are repeated: checkpoints of them must not be mistaken for this run's."""
         for path in later:
             aside = _unused(path.with_name(f"{path.name}.aside"))
             path.rename(aside)
-            print(f"{path.name} is of a later step: renamed to {aside.name}; delete it when you like", flush=True)
+            print(f"{path.name} is from a later step: renamed to {aside.name}, which can be deleted", flush=True)
 
     def _on_first(self, work: Callable[[], Any]) -> Any:
         return on_first(self.folder, work)
 
     def _write(self, name: str, progress: Progress) -> Path:
-        """Writes `folder/name`; one of this name is replaced.
+        """Writes `folder/name`, replacing one of the same name.
 
-        Raises CheckpointError on every rank if any rank failed to write; what was there before is then untouched.
+        Raises CheckpointError on every rank if any rank fails to write; existing checkpoints are then untouched.
         """
         final, unfinished, first = self.folder / name, self.folder / f".{name}.partial", dist.get_rank() == 0
 
@@ -222,7 +222,7 @@ class Saver:
             if first:
                 _delete(unfinished)
             raise CheckpointError(
-                f"the checkpoint {final} could not be written ({error}); those written before are whole"
+                f"the checkpoint {final} could not be written ({error}); earlier checkpoints are intact"
             ) from error
         return final
 
@@ -252,9 +252,9 @@ def _write_rank(folder: Path, engine: Any) -> dict[str, Any]:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Writes flat fp32 tensors as a safetensors file, one after the other.
+    """Writes flat fp32 tensors to a safetensors file, one after another.
 
-    The SHA-256 is that of what was to be written, not of what can be read back: damage on the way to the disk is seen.
+    The SHA-256 is of the data as written, not as read back, so corruption on the way to disk is detected.
     """
     places, end = {}, 0
     for key, tensor in tensors.items():
@@ -274,7 +274,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _to_write(engine: Any) -> list[Flat]:
-    """Without ZeRO every rank holds everything: then each writes its share of the parameters."""
+    """The flats this rank writes. Without ZeRO every rank holds all parameters, so each writes a share of them."""
     everything = flats(engine)
     if engine.zero_optimization_stage() > 0:
         return everything
@@ -282,9 +282,9 @@ def _to_write(engine: Any) -> list[Flat]:
 
 
 def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
-    """Fills this rank's weights, moments and EMA from `path`, saved by any number of ranks at any ZeRO stage.
+    """Loads this rank's weights, moments and EMA from `path`, saved by any number of ranks at any ZeRO stage.
 
-    `state` is its state.json; its files are taken to be verified, and to hold this model.
+    `state` is its state.json; the caller has verified the files and that they hold this model.
     """
     progress = Progress.of(state)
     optimizer, reader = engine.basic_optimizer, Reader(path, state)
@@ -303,19 +303,19 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
 
 
 def gathered(engine: Any, kind: str, name: str, shape: list[int]) -> Tensor:
-    """The whole of one parameter, fp32, from all ranks: what `Reader.tensor` reads. Every rank calls it."""
+    """One whole parameter, fp32, from all ranks, as `Reader.tensor` reads it from a file. Every rank calls it."""
     values = torch.zeros(shape, device=flats(engine)[0].weight.device)
     for flat in _to_write(engine):
         line = flat.weight.detach() if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)
         for piece in (piece for piece in flat.pieces if piece.name == name):
             part = line.view(-1)[piece.offset : piece.offset + piece.length]
             values.view(-1)[piece.start : piece.start + piece.length] = part
-    dist.all_reduce(values)  # each element is one rank's, and zero elsewhere
+    dist.all_reduce(values)  # each element is nonzero on at most one rank
     return values
 
 
 def tidy(folder: Path, tag: str) -> None:
-    """Clears up after a run that was killed while it wrote or deleted: see the head of this file."""
+    """Cleans up after a run that was killed while writing or deleting a checkpoint."""
     for path in [Path(entry) for entry in entries(folder) if entry.name.startswith(f".{tag}-")]:
         match = re.fullmatch(rf"({NAMES}|latest)\.(partial|deleted|old)(-\d+)?", path.name[len(tag) + 2 :])
         if match is None:
@@ -325,13 +325,13 @@ def tidy(folder: Path, tag: str) -> None:
             path.unlink()
         elif match[3] == "old" and not final.exists():
             path.rename(final)
-            print(f"{final.name} was being replaced when the run ended: its name is given back", flush=True)
+            print(f"{final.name} was being replaced when the run ended: restored", flush=True)
         elif _delete(path):
-            print(f"removed {path.name}, left by a run that was killed", flush=True)
+            print(f"removed {path.name}, left by a killed run", flush=True)
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or a folder's entries, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -340,7 +340,7 @@ def _sync(path: Path) -> None:
 
 
 def _swap(partial: Path, final: Path) -> None:
-    """Gives a finished folder its name; one of that name steps aside first and is deleted last."""
+    """Renames a finished folder to its final name; an existing one is moved aside first and deleted last."""
     _sync(partial)
     old = _unused(final.with_name(f".{final.name}.old")) if final.exists() else None
     if old:
@@ -352,15 +352,15 @@ def _swap(partial: Path, final: Path) -> None:
 
 
 def _unused(path: Path) -> Path:
-    """This name or, where it is taken, the first one with a number behind it that is not."""
+    """`path`, or if it exists, the first numbered variant (`path-2`, ...) that does not."""
     names = (path.with_name(f"{path.name}-{number}") for number in count(2))
     return next(name for name in chain([path], names) if not os.path.lexists(name))
 
 
 def _delete(path: Path) -> bool:
-    """Deletes a folder if it is there and lets itself be deleted; what is old must not stop what is new.
+    """Deletes a folder if it exists; an old one that cannot be deleted must not stop the run. Returns whether it did.
 
-    A checkpoint loses its name first: a folder of such a name is whole or not there.
+    A checkpoint is renamed first, so that a folder with a checkpoint's name is always complete.
     """
     try:
         if not path.name.startswith("."):
@@ -372,5 +372,5 @@ def _delete(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        print(f"{path} cannot be deleted, which can wait: {error}", flush=True)
+        print(f"{path} could not be deleted and is left for later: {error}", flush=True)
         return False

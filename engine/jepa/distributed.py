@@ -1,7 +1,7 @@
-"""Who am I among the processes of a run, whichever launcher started them.
+"""A process's rank, device and process group, whichever launcher started it.
 
-`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; `srun` sets names of its own;
-plain `python` sets nothing and is a run of one.
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; `srun` has its own names;
+plain `python` sets none of them and runs a single rank.
 """
 
 import os
@@ -17,17 +17,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-MEETING = 10.0  # minutes in which all ranks must have come; machines that start slowly need some
+MEETING = 10.0  # minutes within which all ranks must join; machines that start slowly need some
 LAUNCHER = rb"deepspeed.launcher.launch|torchrun|torch.distributed.run"
 
 
 class NotMet(RuntimeError):
-    """Ranks that did not come, or cannot be reached; the message names them."""
+    """Ranks did not join or cannot be reached; the message names them."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """`store`: where the ranks leave one another notes; `cpu_group`: their gloo group beside the one that trains."""
+    """`store`: where the ranks exchange small messages; `cpu_group`: a gloo group besides the training group."""
 
     rank: int
     world_size: int
@@ -41,7 +41,7 @@ class Ranks:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of Slurm's short form: "gpu[003-007,9],cpu1" -> "gpu003", "rack[1-2]n[3-4]" -> "rack1n3"."""
+    """The first host of a Slurm node list: "gpu[003-007,9],cpu1" -> "gpu003", "rack[1-2]n[3-4]" -> "rack1n3"."""
     match = re.match(r"(?:[^\[,]|\[\d[^\]]*\])+", nodelist)
     if match is None:
         raise ValueError(f"SLURM_JOB_NODELIST: given {nodelist!r}, wanted a host list; set MASTER_ADDR yourself")
@@ -51,7 +51,7 @@ def first_host(nodelist: str) -> str:
 def launch_environment(given: dict[str, str], gpus: int = 0) -> dict[str, str]:
     """The five variables that torch.distributed and DeepSpeed read, from whatever the launcher set.
 
-    `gpus`: how many this process sees. Slurm may show each task its own alone (--gpus-per-task): number 0.
+    `gpus`: how many this process sees. Slurm may show each task only its own (--gpus-per-task), as number 0.
     """
     if "RANK" in given:
         names = {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -77,7 +77,7 @@ def launch_environment(given: dict[str, str], gpus: int = 0) -> dict[str, str]:
 
 
 def require_alike(ranks: Ranks, value: str, hint: str) -> None:
-    """Raises ValueError on every rank, with the names of those whose value is not that of the most."""
+    """Raises ValueError on every rank if the values differ, naming the ranks that deviate from the most common one."""
     everyone: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(everyone, (value, socket.gethostname()), group=ranks.cpu_group)
     usual = Counter(found for found, _ in everyone).most_common(1)[0][0]
@@ -87,19 +87,19 @@ def require_alike(ranks: Ranks, value: str, hint: str) -> None:
 
 
 def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool = False) -> Ranks:
-    """Joins the run's process group (NCCL on GPUs, gloo on CPUs) and takes this process's device.
+    """Joins the run's process group (NCCL on GPUs, gloo on CPUs) and selects this process's device.
 
-    `device`: "auto" (the GPU where there is one), "cuda" or "cpu". `deterministic`: torch, cuDNN and cuBLAS choose
-    only algorithms that give the same bits every time; where there is none, torch raises RuntimeError. DALI needs no
-    switch: its CPU decoding is exact, and all JPEGs of a GPU go through the one engine (jepa.data.Decoder).
-    Raises ValueError when a GPU is asked for and there is none for this process, NotMet when the ranks do not meet.
+    `device`: "auto" (a GPU if there is one), "cuda" or "cpu". `deterministic`: torch, cuDNN and cuBLAS use only
+    deterministic algorithms; if an operation has none, torch raises RuntimeError. DALI needs no such setting: its CPU
+    decoding is exact, and all JPEGs on a GPU go through a single decoding engine (jepa.data.Decoder).
+    Raises ValueError if a GPU is requested and there is none for this process, NotMet if the ranks do not all join.
     """
-    # The collectives' newer names are unknown to torch 2.10.
+    # The names that replace the deprecated collectives do not exist in torch 2.10.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     environment = launch_environment(dict(os.environ), gpus := torch.cuda.device_count())
     os.environ.update(environment)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialized
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -107,8 +107,8 @@ def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool
     if device == "cuda" or (device == "auto" and gpus > 0):
         if local >= gpus:
             raise ValueError(
-                f"engine.device: process {local} of this machine has no GPU ({gpus} found); "
-                "start fewer processes a machine, or set engine.device=cpu"
+                f"engine.device: process {local} on this machine has no GPU ({gpus} found); "
+                "start fewer processes per machine, or set engine.device=cpu"
             )
         place = torch.device("cuda", local)
         torch.cuda.set_device(place)
@@ -117,7 +117,7 @@ def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool
         os.environ["DS_ACCELERATOR"] = "cpu"
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     store = _meet(environment, rank, world_size, min(MEETING, timeout_minutes))
-    # Longer than the watchdog's, which says more than a collective that gives up.
+    # Longer than the watchdog's timeout, because its message says more than that of a collective timing out.
     limit = timedelta(minutes=timeout_minutes + 5)
     store.set_timeout(limit)
     backend, bound = ("nccl", place) if place.type == "cuda" else ("gloo", None)
@@ -132,21 +132,21 @@ def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool
         )
         cpu_group = dist.new_group(backend="gloo", timeout=limit)
     except RuntimeError as error:
-        raise NotMet(f"the ranks all came, but could not be connected: {_first_line(error)}") from error
+        raise NotMet(f"all ranks joined, but could not be connected: {_first_line(error)}") from error
     return Ranks(rank, world_size, place, store, cpu_group)
 
 
 def _meet(environment: dict[str, str], rank: int, world_size: int, minutes: float) -> dist.Store:
-    """The ranks' store, once all are there. Raises NotMet."""
+    """The ranks' store, once all have joined. Raises NotMet."""
     where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
     limit = timedelta(minutes=minutes)
     try:
-        # The rendezvous is told of a single rank, or it would wait for the others and not say for which.
+        # With the real world size the rendezvous would wait for all ranks and not say which are missing.
         store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=1, timeout=limit))
         store.set(f"here/{rank}", socket.gethostname())
     except RuntimeError as error:
-        what = "cannot listen" if rank == 0 else "or the launcher, is not to be found"
-        raise NotMet(f"rank 0, {what} at {where}: {_first_line(error)}") from error
+        what = "rank 0 cannot listen" if rank == 0 else "rank 0, or the launcher, cannot be reached"
+        raise NotMet(f"{what} at {where}: {_first_line(error)}") from error
     keys = [f"here/{other}" for other in range(world_size)]
     try:
         store.wait(keys, limit)
@@ -155,12 +155,12 @@ def _meet(environment: dict[str, str], rank: int, world_size: int, minutes: floa
         try:
             missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
         except RuntimeError:
-            raise NotMet(f"rank 0, or the launcher, has gone from {where}: {_first_line(error)}") from error
+            raise NotMet(f"rank 0, or the launcher, is gone from {where}: {_first_line(error)}") from error
         if rank == 0:
-            time.sleep(2)  # the store ends with this process, and the others have the same question
+            time.sleep(2)  # the store ends with this process, and the others are about to query it too
         raise NotMet(
-            f"{world_size - len(missing)} of {world_size} ranks came to {where} in {60 * minutes:.0f} s: rank "
-            f"{', '.join(missing)} did not"
+            f"{world_size - len(missing)} of {world_size} ranks joined at {where} within {60 * minutes:.0f} s; "
+            f"missing: rank {', '.join(missing)}"
         ) from error
 
 
@@ -169,9 +169,9 @@ def _first_line(error: Exception) -> str:
 
 
 def launchers() -> list[int]:
-    """The processes of the launcher above this one, the nearest first, as long as they live.
+    """The launcher's processes above this one, nearest first, while they live.
 
-    `deepspeed` is two, one below the other, and ends at a SIGTERM without telling the one below.
+    `deepspeed` is a parent and a child process; the parent ends at a SIGTERM without notifying the child.
     """
     if "LOCAL_RANK" not in os.environ:
         return []

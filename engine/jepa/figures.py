@@ -1,7 +1,7 @@
-"""Pictures of a run: its curves, what its encoder attends to, what its features tell apart, which patches are hidden.
+"""Figures of a run: its curves, its encoder's attention, the principal components of its features, and its masks.
 
-Every function writes one file, whose suffix names the format (.png, .svg, .pdf), under a temporary name that is then
-changed, and returns the figure. Images are uint8 [B, S, S, 3]; patches are numbered in raster order.
+Every function writes one file, whose suffix selects the format (.png, .svg, .pdf), under a temporary name that is then
+renamed, and returns the figure. Images are uint8 [B, S, S, 3]; patches are numbered in raster order.
 
 Legend: B images, S pixels a side, N patches, D width, E contexts, M targets.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .masks import Masks
 
-# Okabe and Ito's colours, which stay apart for the colour-blind
+# Okabe and Ito's colours, which the colour-blind can tell apart
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY)
 INK, FAINT = "#333333", "#DDDDDD"
@@ -54,19 +54,16 @@ STYLE = {
     "legend.edgecolor": "none",
     "legend.fontsize": 9,
 }
-UNIT, SCALE = 100, 2  # the pictures' layout is in units of 1/100 inch, each 2 x 2 pixels of a PNG
-CELL, GAP, MARGIN = 160, 6, 22  # an image, the space between two, and that of a line of titles
-HEADS = 4  # shown, of the last block's
-GHOST = 0.12  # what shows through of a hidden patch
-
-
-# --- curves
+UNIT, SCALE = 100, 2  # sheets of images are laid out in units of 1/100 inch, each 2 x 2 pixels of a PNG
+CELL, GAP, MARGIN = 160, 6, 22  # an image, the space between two, and the space for a line of titles
+HEADS = 4  # how many of the last block's are shown
+GHOST = 0.12  # opacity of a hidden patch
 
 
 class Panel(NamedTuple):
-    """Some of the log's keys, with what each line is called; a single line needs no name.
+    """Log keys drawn together, with the label of each line; a single line needs none.
 
-    `noisy`: drawn pale behind their running mean. `optional`: left out if all are zero, as VICReg's are in an I-JEPA.
+    `noisy`: drawn pale behind a running mean. `optional`: left out if all values are zero, as VICReg's are in I-JEPA.
     """
 
     title: str
@@ -75,7 +72,7 @@ class Panel(NamedTuple):
     optional: bool = False
 
 
-TIMES = Panel("Time of a step (ms)", {"step_ms": "all", "data_wait_ms": "waiting for images"}, noisy=True)
+TIMES = Panel("Step time (ms)", {"step_ms": "all", "data_wait_ms": "waiting for images"}, noisy=True)
 PANELS = (
     Panel("Loss", {"loss": "total", "jepa": "prediction"}, noisy=True),
     Panel("VICReg: invariance", {"sim": ""}, noisy=True, optional=True),
@@ -84,24 +81,24 @@ PANELS = (
     Panel("Relative std of features", {"target_std": "target", "pred_std": "predicted"}),
     Panel("Effective rank of features", {"target_rank": "target", "pred_rank": "predicted"}),
     Panel("Correlation of features", {"target_cov": "target", "pred_cov": "predicted"}),
-    Panel("Teacher's distance", {"teacher_distance": ""}),
+    Panel("Teacher distance", {"teacher_distance": ""}),
     Panel("k-NN accuracy (%)", {"knn": ""}),
     Panel("Gradient norm", {"grad_norm": ""}, noisy=True),
     Panel("Learning rate", {"lr": ""}),
     Panel("Weight decay", {"weight_decay": ""}),
-    Panel("Teacher's momentum", {"momentum": ""}),
+    Panel("Teacher momentum", {"momentum": ""}),
     Panel("Images per second", {"images_per_second": ""}, noisy=True),
     TIMES,
     Panel("Context tokens", {"context_tokens": ""}, noisy=True),
 )
-PERCENT = ("knn",)  # shares in the log
+PERCENT = ("knn",)  # logged as a fraction
 
 
 def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
-    """The curves of a run's JSONL log over the steps, one panel for each quantity that it holds.
+    """Plots a run's JSONL log over the steps, one panel for each quantity that it holds.
 
-    Raises ValueError for a log without numbers and, naming the line, for one that is no JSONL; a last line cut short is
-    one still being written, and is left out. Raises OSError when the file cannot be read.
+    Raises ValueError for a log without numbers and, naming the line, for one that is not JSONL; a truncated last line
+    is still being written and is left out. Raises OSError if the file cannot be read.
     """
     rows = _read_log(Path(log_path))
     drawn = []
@@ -114,7 +111,7 @@ def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
             and "loss" in series
             and np.array_equal(series["jepa"][1], series["loss"][1], equal_nan=True)
         ):
-            del series["jepa"]  # an I-JEPA has no other term
+            del series["jepa"]  # I-JEPA has no other term
         if series:
             drawn.append((panel, series))
     if not drawn:
@@ -126,7 +123,7 @@ def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
         figure = Figure(figsize=(2.7 * columns, 1.9 * lines + 0.2), dpi=UNIT * SCALE)
         figure.set_layout_engine("constrained", hspace=0.06, wspace=0.04)
         first, last = rows[0]["step"], rows[-1]["step"]
-        side = 0.02 * (last - first) or 1  # so that the first and last marks are not cut in half
+        side = 0.02 * (last - first) or 1  # so that the first and last markers are not cut in half
         for place, (panel, series) in enumerate(drawn):
             axes = figure.add_subplot(lines, columns, place + 1)
             _draw_panel(axes, panel, series)
@@ -143,16 +140,16 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("no object with a step")
+                raise ValueError("not an object with a step")
             rows.append(row)
         except ValueError as error:
             if number < len(lines) or not rows:
-                raise ValueError(f"log: line {number} of {path} is no logged step ({error})") from error
+                raise ValueError(f"log: line {number} of {path} is not a logged step ({error})") from error
     return rows
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(steps, values) of the rows that have `key`, NaN where it is not finite; None if there is nothing to see."""
+    """(steps, values) of the rows that have `key`, NaN if not finite; None if there is nothing to plot."""
     pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
     values = np.array([value for _, value in pairs], float) * (100 if key in PERCENT else 1)
     values[~np.isfinite(values)] = np.nan
@@ -173,7 +170,7 @@ def _draw_panel(axes: Any, panel: Panel, series: dict[str, tuple[np.ndarray, np.
     axes.set_title(panel.title)
     axes.locator_params(axis="x", nbins=4, integer=True)
     axes.locator_params(axis="y", nbins=5)
-    if panel is TIMES:  # a first step that compiles would hide all others
+    if panel is TIMES:  # a first step that compiles would dwarf all others
         highest = max(min(3 * np.nanmedian(values), 1.08 * np.nanmax(values)) for _, values in series.values())
         axes.set_ylim(0, highest or 1)
     if len(series) > 1:
@@ -181,9 +178,9 @@ def _draw_panel(axes: Any, panel: Panel, series: dict[str, tuple[np.ndarray, np.
 
 
 def _running_mean(steps: np.ndarray, values: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each finite value and its `reach` neighbours on either side, the mean of the middle half; and the steps.
+    """The interquartile mean of each finite value and its `reach` neighbours on either side; and the steps.
 
-    So a single stall or spike stays where it is. The series is mirrored at its ends.
+    So a single stall or spike does not spread. The series is mirrored at its ends.
     """
     good = np.isfinite(values)
     padded = np.pad(values[good], reach, mode="symmetric")
@@ -192,14 +189,11 @@ def _running_mean(steps: np.ndarray, values: np.ndarray, reach: int) -> tuple[np
     return steps[good], windows[:, outer:-outer].mean(axis=1)
 
 
-# --- images
-
-
 def attention_maps(images: Tensor, attention: Tensor, out_path: str | Path) -> Figure:
-    """How much attention each place receives: a row an image, with the mean over the heads and the first few heads.
+    """How much attention each patch receives: one row per image, with the mean over heads and the first few heads.
 
-    `attention` [B, heads, N, N]: each query's row sums to 1. Shown is the mean over the queries times N, so that 1 is
-    an even share, interpolated between the patches and laid over the image.
+    `attention` [B, heads, N, N]: each query's row sums to 1. Shows the mean over the queries times N, so that 1 is
+    uniform attention, interpolated between patches and overlaid on the image.
     """
     received_BhN = attention.detach().float().mean(2).cpu() * attention.shape[-1]
     side = _grid_side(images, received_BhN, "attention")
@@ -221,15 +215,15 @@ def attention_maps(images: Tensor, attention: Tensor, out_path: str | Path) -> F
         bar_axes = figure.add_axes(((width - 70) / width, bottom / height, 10 / width, CELL / height))
         figure.colorbar(colors, cax=bar_axes).outline.set_visible(False)
         bar_axes.locator_params(axis="y", nbins=4)
-        bar_axes.set_title("1 = even", loc="left", pad=4)
+        bar_axes.set_title("1 = uniform", loc="left", pad=4)
         return _write(figure, out_path)
 
 
 def feature_pca(images: Tensor, features: Tensor, out_path: str | Path) -> Figure:
     """The first three principal components of patch features [B, N, D] as red, green and blue, below each image.
 
-    The components are of all B * N patches together: one colour means the same in every image. Each runs from its
-    1st to its 99th percentile.
+    The components are those of all B * N patches together, so a colour means the same in every image. Each is scaled
+    from its 1st to its 99th percentile.
     """
     side = _grid_side(images, features, "features")
     components = principal_components(features).numpy()
@@ -242,7 +236,7 @@ def feature_pca(images: Tensor, features: Tensor, out_path: str | Path) -> Figur
 def principal_components(features: Tensor, count: int = 3) -> Tensor:
     """The first `count` principal components, fp64 [B, N, count] on the CPU, of B * N rows of width D.
 
-    Signs are such that each axis' largest coordinate is positive. Raises ValueError when D is less than `count`.
+    Signs are such that each axis' largest coordinate is positive. Raises ValueError if D is less than `count`.
     """
     if features.shape[-1] < count:
         raise ValueError(f"features: given a width of {features.shape[-1]}, wanted at least {count}")
@@ -254,10 +248,10 @@ def principal_components(features: Tensor, count: int = 3) -> Tensor:
 
 
 def masks_on_images(images: Tensor, masks: Masks, patch_size: int, out_path: str | Path) -> Figure:
-    """A row an image: what the context encoder sees of it, and each block that is predicted.
+    """One row per image: what the context encoder sees of it, and each block to predict.
 
     Hidden patches are greyed out. The context is shown with the outlines of the blocks.
-    Raises ValueError when the masks are not of these images.
+    Raises ValueError if the masks do not fit the images.
     """
     B, side = len(images), images.shape[1] // patch_size
     targets = masks.target.cpu()
@@ -265,7 +259,7 @@ def masks_on_images(images: Tensor, masks: Masks, patch_size: int, out_path: str
     last = int(max(masks.context.max(), masks.target.max()))
     if targets.shape[1] != B or last >= side * side:
         raise ValueError(
-            f"masks: given {targets.shape[1]} images' and patches up to {last}, wanted those of {B} images of "
+            f"masks: given {targets.shape[1]} images with patches up to {last}, wanted {B} images of "
             f"{side} x {side} patches ({images.shape[1]} pixels, patch_size {patch_size})"
         )
 
@@ -302,7 +296,7 @@ def _patch_map(index: Tensor, side: int) -> np.ndarray:
 
 
 def _outline(seen: np.ndarray, patch_size: int) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """The edges, in pixels, between patches that are in the block and those that are not."""
+    """The edges, in pixels, between patches inside and outside the block."""
     padded = np.pad(seen, 1)
     flat = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1]) * patch_size - 0.5
     tall = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1]) * patch_size - 0.5
@@ -310,7 +304,7 @@ def _outline(seen: np.ndarray, patch_size: int) -> list[tuple[tuple[float, float
 
 
 def _grid_side(images: Tensor, patches: Tensor, name: str) -> int:
-    """The patches along one side of the images; the third axis of `patches` or the second holds N."""
+    """The number of patches along one side of the images; `patches` has N in its third (attention) or second axis."""
     N = patches.shape[2] if name == "attention" else patches.shape[1]
     side = math.isqrt(N)
     if side * side != N or len(patches) != len(images):
@@ -332,9 +326,9 @@ def _sheet(
     row_titles: Sequence[str] = (),
     right: int = 0,
 ) -> Figure:
-    """Pictures side by side, each CELL units wide. Small ones are magnified a whole number of times, where near.
+    """A grid of images, each CELL units wide.
 
-    `right`: units left free at that side. The axes are in reading order.
+    `right`: units left free on that side. The axes are in reading order.
     """
     top, left = (MARGIN if column_titles else 0), (MARGIN if row_titles else 0)
     width = left + GAP + len(rows[0]) * (CELL + GAP) + right

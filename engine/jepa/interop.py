@@ -1,11 +1,11 @@
-"""Weights out of and into files: this engine's, the published I-JEPA code's, timm's and Hugging Face's.
+"""Weights from and to files: this engine's, the published I-JEPA code's, timm's and Hugging Face's.
 
 `open_weights` reads a run's checkpoint, a safetensors file that `save_safetensors` wrote, or a file of the published
 code, one tensor at a time; the writers take what it returns. No file can run code: safetensors holds none, and a
-published file is unpickled by torch's `weights_only` loader, which makes tensors and plain containers and nothing else.
+published file is unpickled by torch's `weights_only` loader, which creates only tensors and plain containers.
 
-Three parts have weights, under the names of the published code: `target_encoder`, `encoder` and `predictor`. C-JEPA's
-projector serves the loss alone and stays in the checkpoint. A writer holds what it writes in memory, and one parameter.
+There are three parts, named as in the published code: `target_encoder`, `encoder` and `predictor`. C-JEPA's projector
+is used only by the loss and is not exported. A writer needs memory for what it writes plus one parameter.
 """
 
 import json
@@ -32,14 +32,14 @@ from .vit import LAYER_NORM_EPS, VisionTransformer, build_encoder, build_predict
 PARTS = ("target_encoder", "encoder", "predictor")
 ENCODERS = PARTS[:2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-METADATA = "jepa"  # the key of a safetensors file's metadata under which the config and the counters are
+METADATA = "jepa"  # the key in a safetensors file's metadata that holds the config and the counters
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a model in a file, of which `shapes` says what is there: by part, by name.
+    """A model's weights in a file; `shapes` lists what is there, by part and name.
 
-    `trained` holds what the file says of its training: epoch, step, samples.
+    `trained` holds what the file says about its training: epoch, step, samples.
     """
 
     config: Config
@@ -48,32 +48,29 @@ class Weights:
     read: Callable[[str, str], Tensor]
 
     def tensors(self, part: str) -> Iterator[tuple[str, Tensor]]:
-        """The names and the fp32 values of one part. Raises ValueError where the file does not have it."""
+        """Yields the names and fp32 values of one part. Raises ValueError if the file does not have it."""
         if part not in self.shapes:
             raise ValueError(f"given {part}; the file has {', '.join(self.shapes)}")
         for name in self.shapes[part]:
             yield name, self.read(part, name)
 
 
-# --- in
-
-
 def open_weights(path: str | Path, config: Config | None = None) -> Weights:
-    """The weights in a checkpoint's folder, a safetensors file or a file of the published code.
+    """The weights in a checkpoint folder, a safetensors file or a file of the published code.
 
-    `config` describes the model of a published file, which does not say it; the other two hold theirs.
-    Raises CheckpointError for a file that is damaged, foreign, or of another model; ConfigError for a config in it that
-    this engine does not understand; ValueError where `config` is missing, or given and not needed.
+    `config` describes the model of a published file, which holds no config; the other two hold theirs.
+    Raises CheckpointError for a file that is damaged, of an unknown format or of another model; ConfigError for a
+    config in it that this engine does not understand; ValueError if `config` is missing, or given but not needed.
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; wanted a checkpoint's folder or a file of weights")
+        raise CheckpointError(f"{path} does not exist; wanted a checkpoint folder or a weights file")
     published = path.is_file() and zipfile.is_zipfile(path)
     if published != (config is not None):
         wanted = (
-            "a config is needed: it does not say which model it holds"
+            "a config is needed: the file does not say which model it holds"
             if published
-            else "it has its own config, or is no .pth.tar of the published code"
+            else "a config is given, but the file has its own config or is not a .pth.tar of the published code"
         )
         raise ValueError(f"{path}: {wanted}")
     if config is not None:
@@ -84,7 +81,7 @@ def open_weights(path: str | Path, config: Config | None = None) -> Weights:
 def load_encoder(path: str | Path, which: str = "target_encoder") -> tuple[VisionTransformer, Config]:
     """The encoder of a checkpoint or of an exported safetensors file, in fp32, and the config it was trained with.
 
-    `which`: "target_encoder" (the EMA: what I-JEPA evaluates) or "encoder". Raises as `open_weights` does.
+    `which`: "target_encoder" (the EMA: what I-JEPA evaluates) or "encoder". Raises like `open_weights`.
     """
     if which not in ENCODERS:
         raise ValueError(f"which: given {which!r}, wanted one of {list(ENCODERS)}")
@@ -132,7 +129,7 @@ def _open_safetensors(path: Path) -> Weights:
         raise CheckpointError(f"{path} cannot be read as safetensors: {str(error)[:300]}") from error
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"{path} does not say which model it holds; wanted a file that `engine/export.py --to safetensors` wrote"
+            f"{path} does not say which model it holds; wanted a file written by `engine/export.py --to safetensors`"
         ) from error
     config = parse_config(described, source=f"{path}, metadata")
     shapes: dict[str, dict[str, list[int]]] = {}
@@ -146,10 +143,10 @@ def _open_safetensors(path: Path) -> Weights:
 
 
 def _open_published(path: Path, config: Config) -> Weights:
-    """A file of the published code: its tensors stay on the disk until they are read."""
+    """A file of the published code: its tensors stay on disk until they are read."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # What torch's unpickler lets through, beside its own error, when a file is damaged.
+    # What torch's unpickler raises for a damaged file, besides its own error.
     except (
         pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
         ImportError, AssertionError, OverflowError,
@@ -166,7 +163,7 @@ def _open_published(path: Path, config: Config) -> Weights:
         for name, value in tensors[part].items():
             plain = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
             if not plain or not value.is_floating_point():
-                raise CheckpointError(f"{path}: {part}.{name} is not a plain tensor of floating-point numbers")
+                raise CheckpointError(f"{path}: {part}.{name} is not a plain floating-point tensor")
         _take_positions(path, part, tensors[part], config)
     shapes = {part: {name: list(value.shape) for name, value in tensors[part].items()} for part in found}
     _check(path, config, shapes)
@@ -176,7 +173,7 @@ def _open_published(path: Path, config: Config) -> Weights:
 
 
 def _take_positions(path: Path, part: str, tensors: dict[str, Tensor], config: Config) -> None:
-    """Takes the fixed positions out of a part: this engine makes its own, which must be the same ones."""
+    """Removes the fixed position embeddings from a part: this engine computes its own, which must match."""
     name, (dim, *_) = _positions(part), config.predictor if part == "predictor" else config.vit
     given = tensors.pop(name, None)
     if given is None:
@@ -184,30 +181,30 @@ def _take_positions(path: Path, part: str, tensors: dict[str, Tensor], config: C
     wanted = sincos_positions(dim, config.grid)[None]
     if given.shape != wanted.shape:
         raise CheckpointError(
-            f"{path}: {part}.{name} is {list(given.shape)}, the config wants {list(wanted.shape)}; other "
-            "meta.model_name, data.crop_size or mask.patch_size"
+            f"{path}: {part}.{name} is {list(given.shape)}, by the config it is {list(wanted.shape)}; check "
+            "meta.model_name, data.crop_size and mask.patch_size"
         )
     apart = float((given.float() - wanted).abs().max())
     if not apart <= (1e-5 if given.dtype == torch.float32 else 2**-8):
-        raise CheckpointError(f"{path}: {part}.{name} is not the sine-cosine table of I-JEPA; it is off by {apart:.1e}")
+        raise CheckpointError(f"{path}: {part}.{name} is not I-JEPA's sine-cosine table; it is off by {apart:.1e}")
 
 
 def _check(path: Path, config: Config, shapes: Mapping[str, dict[str, list[int]]]) -> None:
-    """Raises CheckpointError where the shapes in a file are not those of the model that the config describes."""
+    """Raises CheckpointError if the shapes in a file do not match the model that the config describes."""
     if foreign := [part for part in shapes if part not in PARTS]:
-        raise CheckpointError(f"{path} holds {foreign[0]!r}, wanted nothing but {', '.join(PARTS)}")
+        raise CheckpointError(f"{path} holds {foreign[0]!r}, wanted only {', '.join(PARTS)}")
     for part, found in shapes.items():
         depth = (config.predictor if part == "predictor" else config.vit).depth
-        if depth > len(found):  # no more blocks are built than the file can have
+        if depth > len(found):  # avoids building more blocks than the file can hold
             raise CheckpointError(f"{path}: {part} has {len(found)} tensors, too few for the config's {depth} blocks")
         with torch.device("meta"):
             module = build_predictor(config) if part == "predictor" else build_encoder(config)
         wanted = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
         if wrong := [name for name in [*wanted, *found] if wanted.get(name) != found.get(name)]:
-            there, here = found.get(wrong[0], "missing"), wanted.get(wrong[0], "not wanted")
+            there, here = found.get(wrong[0], "missing"), wanted.get(wrong[0], "missing")
             raise CheckpointError(
                 f"{path}: its {part} is not the one that the config describes; they differ in {len(set(wrong))} "
-                f"tensors, such as {wrong[0]}: in the file {there}, by the config {here}"
+                f"tensors, such as {wrong[0]}: {there} in the file, {here} in the model"
             )
 
 
@@ -215,11 +212,8 @@ def _positions(part: str) -> str:
     return "predictor_pos_embed" if part == "predictor" else "pos_embed"
 
 
-# --- out
-
-
 def save_safetensors(weights: Weights, parts: list[str], dtype: torch.dtype, out: Path) -> None:
-    """`{part}.{name}` for each of `parts`, with the config in the metadata: what `load_encoder` reads back."""
+    """Writes `{part}.{name}` for each of `parts`, with the config in the metadata, as `load_encoder` reads it."""
     about = {"config": weights.config.model_dump(mode="json"), "trained": weights.trained}
     tensors = {f"{part}.{name}": value.to(dtype) for part in parts for name, value in weights.tensors(part)}
     with _new(out) as partial:
@@ -227,7 +221,7 @@ def save_safetensors(weights: Weights, parts: list[str], dtype: torch.dtype, out
 
 
 def save_published(weights: Weights, dtype: torch.dtype, out: Path) -> None:
-    """The published code's `.pth.tar`: all parts, names behind `module.`, with the fixed positions; no optimizer."""
+    """The published code's `.pth.tar`: all parts, names prefixed by `module.`, with fixed positions; no optimizer."""
     content: dict[str, Any] = {
         "opt": None,
         "scaler": None,
@@ -247,7 +241,7 @@ def save_timm(weights: Weights, part: str, dtype: torch.dtype, out: Path) -> Non
         safetensors.torch.save_file(_with_positions(weights, part, dtype), partial, {"format": "pt"})
 
 
-# The published code's names of modules and Hugging Face's; a block's stand behind blocks.N and encoder.layer.N.
+# Module names in the published code and at Hugging Face; those of a block follow blocks.N and encoder.layer.N.
 HUGGINGFACE = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
 HUGGINGFACE_BLOCK = {
     "norm1": "layernorm_before",
@@ -302,7 +296,7 @@ def save_huggingface(weights: Weights, part: str, dtype: torch.dtype, out: Path)
 
 
 def _huggingface_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
-    """One of our tensors under Hugging Face's name, or three: queries, keys and values are apart there."""
+    """One of our tensors under Hugging Face's name, or three: there query, key and value are separate."""
     if name == "pos_embed":
         return {"embeddings.position_embeddings": value}
     module, _, kind = name.rpartition(".")
@@ -324,16 +318,16 @@ def _with_positions(weights: Weights, part: str, dtype: torch.dtype) -> dict[str
 
 @contextmanager
 def _new(out: Path) -> Iterator[Path]:
-    """A temporary path beside `out` that gets its name once all is written. Raises CheckpointError where that fails."""
+    """A temporary path next to `out`, renamed to it once all is written. Raises CheckpointError if that fails."""
     if out.exists():
-        raise CheckpointError(f"{out} exists already, and nothing is overwritten: choose another name")
+        raise CheckpointError(f"{out} already exists, and nothing is overwritten: choose another name")
     partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         yield partial
         os.umask(umask := os.umask(0))
-        for file in (partial, *partial.rglob("*")):  # safetensors makes its files the owner's alone
+        for file in (partial, *partial.rglob("*")):  # safetensors creates files for the owner only
             file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
         os.rename(partial, out)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:

@@ -1,12 +1,12 @@
-"""Why a run may end before its last step: it is asked to, by a signal or the clock, or a rank is lost.
+"""Ends a run before its last step: on request, by a signal or a time limit, or because a rank is lost.
 
-Exit codes of engine/train.py, beside 0 (finished), 1 (an error, said in words) and 2 (a wrong command line):
+Exit codes of engine/train.py, besides 0 (finished), 1 (an error, with a message) and 2 (an invalid command line):
 
     75   stopped on request with everything saved: start it again with --resume. EX_TEMPFAIL of sysexits.h, "try again
          later", so that a job script can tell it from an error and requeue
-    69   another rank was lost (EX_UNAVAILABLE): what was saved is whole
+    69   another rank was lost (EX_UNAVAILABLE): saved checkpoints are intact
 
-`deepspeed` hands the code on; torchrun makes 1 of every code but 0.
+`deepspeed` passes the code on; torchrun turns every nonzero code into 1.
 """
 
 import json
@@ -28,13 +28,13 @@ from .distributed import Ranks, launchers
 
 STOPPED, RANK_LOST = os.EX_TEMPFAIL, os.EX_UNAVAILABLE
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-RELAYED = 2.0  # seconds in which a second signal is the first one again, passed on by a launcher
-PULSE = 1.0  # seconds between two signs of life, at most
-SUSPICIOUS = 5  # pulses without a sign of life that prove a rank's death once a connection broke
+RELAYED = 2.0  # seconds within which a second signal counts as the first, relayed by a launcher
+PULSE = 1.0  # seconds between two heartbeats, at most
+SUSPICIOUS = 5  # missed heartbeats that prove a rank's death once a connection has broken
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 or the end of the allowed time, on any rank, stops all ranks after the same step.
+    """SIGTERM, SIGUSR1 or the time limit, on any rank, stops all ranks after the same step.
 
         with StopRequest(ranks, max_minutes) as stop:
             for step in ...:
@@ -43,10 +43,10 @@ class StopRequest:
                 if stop.agreed():
                     save and leave
 
-    `ask` begins to reduce one number between the ranks' CPUs, `agreed` takes the result: the exchange runs beside the
-    step and no GPU is waited for. A second signal ends the process at once, even inside a collective: signals are read
-    by a thread, not by Python's handlers, which wait for the main thread. A launcher that is gone is a signal as well:
-    `deepspeed` passes none on.
+    `ask` starts an all-reduce of one number between the ranks' CPUs and `agreed` takes the result: it overlaps with the
+    step and waits for no GPU. A second signal ends the process at once, even inside a collective: signals are read by a
+    thread, not by Python's handlers, which wait for the main thread. A launcher that is gone counts as a signal too,
+    because `deepspeed` relays none.
     """
 
     def __init__(self, ranks: Ranks, max_minutes: float | None = None) -> None:
@@ -68,7 +68,7 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._handlers.items():  # a request may come late, by way of a launcher
+        for number, handler in self._handlers.items():  # a launcher may relay a request late
             signal.signal(number, signal.SIG_IGN if self.stopping else handler)
         self._outbox.close()  # ends the thread
 
@@ -79,7 +79,7 @@ class StopRequest:
         self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
 
     def agreed(self) -> bool:
-        """Whether any rank had been asked when the step began; the same on all ranks."""
+        """Whether any rank had been asked to stop when the step began; the same on all ranks."""
         self._work.wait()
         self.stopping = bool(self._flag)
         return self.stopping
@@ -102,33 +102,33 @@ class StopRequest:
         now = time.monotonic()
         if self._signalled is None:
             self._signalled, self.reason = now, what
-            _say(self.rank, f"{what}: saving after the step that begins next; a second signal ends at once")
+            _say(self.rank, f"{what}: saving after the next step; a second signal ends at once")
         elif now - self._signalled > RELAYED:
             _say(self.rank, f"{what} again: ending without saving")
             os._exit(128 + number)
 
 
 class Watchdog:
-    """Ends this process, with words and an exit code, when another rank is gone and waiting would not end.
+    """Ends this process, with a message and an exit code, if another rank is lost and waiting for it would never end.
 
-    Each rank's thread leaves a sign of life in the store every few seconds, with the step it is in and what it is
-    doing there; rank 0's thread reads them all and gives the verdict, which the others read. A rank is lost when it
-    gave no sign of life for `minutes` (killed, stopped, its machine gone), when no rank moved on for `minutes` (one
-    of them hangs; the one furthest behind is named), or when it said itself that it failed. All of it works while the
-    main thread is stuck in a collective. `at_end` is called before the process ends, and not waited for long.
+    A thread on each rank writes regular heartbeats to the store, with the rank's step and what it is doing; rank 0's
+    thread reads them all and writes a verdict, which the others read. A rank is lost if it sent no heartbeat for
+    `minutes` (killed, stopped, its machine gone), if no rank made progress for `minutes` (one of them hangs; the one
+    furthest behind is named), or if it reported its own failure. All of this works while the main thread is stuck in a
+    collective. `at_end` is called before the process ends, with little time to finish.
     """
 
     def __init__(self, ranks: Ranks, minutes: float, at_end: Callable[[], None] = lambda: None) -> None:
         self.at_end = at_end
         self.rank, self.world_size = ranks.rank, ranks.world_size
-        # A connection of its own: one that waits blocks those who share it.
+        # A separate connection: a blocking call holds up everyone who shares its connection.
         self.store = ranks.store.clone()  # type: ignore[attr-defined]
         self.patience = 60 * minutes
         self.pulse = min(PULSE, self.patience / 10)
         self.over = threading.Event()
         self.me: dict[str, Any] = {"host": socket.gethostname(), "process": os.getpid(), "beat": 0, "moves": 0}
         self.me |= {"step": None, "doing": "starting", "failed": None, "suspects": False}
-        self.heard = 0.0  # the thread's clock when the store last answered
+        self.heard = 0.0  # `clock` when the store last answered
 
     def __enter__(self) -> "Watchdog":
         self._publish()
@@ -137,21 +137,21 @@ class Watchdog:
         try:
             dist.barrier()
         except RuntimeError as error:
-            self._end(f"another rank was lost as the run began: {error}")
-        self.clock = 0.0  # stands still while this process does: a run that is suspended as a whole loses nobody
+            self._end(f"another rank was lost at startup: {error}")
+        self.clock = 0.0  # stops while this process is suspended: suspending the whole run loses no rank
         for work in (self._keep_watch, self._keep_time):
             threading.Thread(target=work, name="jepa-watchdog", daemon=True).start()
         return self
 
     def at(self, step: int | None, doing: str) -> None:
-        """Notes what the main thread turns to; all ranks pass the same points."""
+        """Records what the main thread does next; all ranks pass the same points."""
         self.me |= {"step": step, "doing": doing, "moves": self.me["moves"] + 1}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            dist.barrier()  # nobody leaves, and falls silent, before all are through
+            dist.barrier()  # no rank leaves, which ends its heartbeat, before all are done
         if isinstance(error, Exception) and self.world_size > 1:
             if _is_of_a_connection(error):
                 self._wait_for_the_verdict(error)
@@ -164,17 +164,17 @@ class Watchdog:
         self.over.set()
 
     def _wait_for_the_verdict(self, error: Exception) -> None:
-        """A broken connection says that a rank is gone, but not which: those still alive find out."""
+        """A broken connection means that a rank is gone, but not which one: its missing heartbeat will tell."""
         self.me["suspects"] = True
         time.sleep((3 * SUSPICIOUS + 3) * self.pulse)
-        self._end(f"the connection to another rank broke, though all of them give signs of life: {error}")
+        self._end(f"the connection to another rank broke, though all of them send heartbeats: {error}")
 
     def _publish(self) -> None:
         self.me["beat"] += 1
         self.store.set(f"alive/{self.rank}", json.dumps(self.me))
 
     def _keep_time(self) -> None:
-        """The store's machine may be the one that is gone, and a question to it then waits for ever."""
+        """Ends the process if the store's machine is gone, because a request to the store then blocks forever."""
         before = time.monotonic()
         while not self.over.wait(self.pulse):
             now = time.monotonic()
@@ -216,17 +216,17 @@ class Watchdog:
         silent = [rank for rank, seconds in silence.items() if seconds > limit]
         if silent:
             who = "; ".join(f"{_name(rank, alive[rank])} last seen {_place(alive[rank])}" for rank in silent)
-            return f"no sign of life for {max(silence[rank] for rank in silent):.0f} s: {who}"
+            return f"no heartbeat for {max(silence[rank] for rank in silent):.0f} s: {who}"
         if self.rank == 0 and still > self.patience:
             behind = min(alive, key=lambda rank: alive[rank]["moves"])
             where = f"{_name(behind, alive[behind])}, {_place(alive[behind])}"
             if len({note["moves"] for note in alive.values()}) == 1:
-                return f"no rank has moved on for {still:.0f} s; all are where {where} is"
-            return f"no rank has moved on for {still:.0f} s; the furthest behind is {where}"
+                return f"no rank has made progress for {still:.0f} s; all are at the same point, for example {where}"
+            return f"no rank has made progress for {still:.0f} s; the furthest behind is {where}"
         return None
 
     def _pronounce(self, verdict: str) -> None:
-        time.sleep(self.pulse)  # a failure that all ranks share is told by each itself
+        time.sleep(self.pulse)  # if all ranks fail alike, each reports it itself
         if self.over.is_set():
             return
         if self.rank == 0:
@@ -238,15 +238,15 @@ class Watchdog:
     def _lost_the_store(self, error: Exception) -> None:
         time.sleep(SUSPICIOUS * self.pulse)  # a run that has just ended needs no verdict
         if not self.over.is_set():
-            self._end(f"rank 0, or the launcher that keeps the ranks' notes, is gone: {error}")
+            self._end(f"rank 0, or the launcher that hosts the store, is gone: {error}")
 
     def _end(self, verdict: str) -> None:
-        here = f"here: {_place(self.me)}"
-        _say(self.rank, f"{verdict}; {here}. Exit code {RANK_LOST}: --resume goes on from the last checkpoint")
+        here = f"this rank: {_place(self.me)}"
+        _say(self.rank, f"{verdict}; {here}. Exit code {RANK_LOST}: --resume continues from the last checkpoint")
         sys.stdout.flush()
         last = threading.Thread(target=self.at_end, daemon=True)
         last.start()
-        last.join(PULSE)  # what is wrong may be the disk
+        last.join(PULSE)  # the disk may be what is broken
         os._exit(RANK_LOST)
 
 

@@ -1,8 +1,8 @@
-"""One run a folder: two in one would take each other's half-written checkpoints for litter.
+"""One run per folder: two would mistake each other's half-written checkpoints for leftovers and delete them.
 
-`.{tag}.lock` in the folder says which process holds it, and its time is renewed every few seconds. A run that was
-killed leaves it behind, and the next one takes it over where it is sure of that: the process is gone from this machine,
-the Slurm job has been started again, or the time stood still for long.
+`.{tag}.lock` in the folder says which process holds it, and its mtime is renewed every few seconds. A killed run leaves
+it behind, and the next one takes it over once it is sure: the process no longer exists on this machine, the Slurm job
+was restarted, or the mtime has not changed for a long time.
 """
 
 import json
@@ -19,12 +19,12 @@ from .config import Config
 from .restore import CheckpointError
 
 RENEWAL = 10.0  # seconds
-SILENT = 300.0  # a lock that was not renewed for so long, or for the watchdog's time if that is less, belongs to no run
-NETWORK_DELAYS = (0, 1, 2, 4, 8)  # seconds until what another machine wrote into a shared folder is seen
+SILENT = 300.0  # seconds without renewal, or the watchdog's timeout if that is less, after which a lock is stale
+NETWORK_DELAYS = (0, 1, 2, 4, 8)  # seconds to wait until what another machine wrote to a shared folder is visible
 
 
 class Lock:
-    """The right to write a run's checkpoints. The first rank takes it; leaving the `with` block gives it back."""
+    """The right to write a run's checkpoints. The first rank takes it; leaving the `with` block releases it."""
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.logging.folder) / f".{config.logging.write_tag}.lock"
@@ -46,10 +46,10 @@ class Lock:
             if self.mine and self.path.read_text() == self.mine:
                 self.path.unlink()
         except OSError:
-            pass  # it will be found to belong to nobody
+            pass  # the next run will find it stale
 
     def take(self) -> str:
-        """Takes it, and returns what stands in it now. Raises CheckpointError where another run holds it."""
+        """Takes the lock and returns its contents. Raises CheckpointError if another run holds it."""
         mine = json.dumps({"token": secrets.token_hex(8), **_me()})
         try:
             with self.path.open("x") as file:
@@ -67,7 +67,7 @@ class Lock:
         return mine
 
     def see(self, text: str) -> None:
-        """Raises CheckpointError where this rank does not see what the first one wrote, or somebody else took it."""
+        """Raises CheckpointError if this rank does not see what the first one wrote, or another run took the lock."""
         found = None
         for delay in NETWORK_DELAYS:
             time.sleep(delay)
@@ -78,14 +78,14 @@ class Lock:
                 reason = error
         if found is None:
             raise CheckpointError(
-                f"on {socket.gethostname()} {self.path}, which rank 0 wrote, cannot be read ({reason}): all machines "
-                "must share logging.folder, and nobody may delete it while the run goes on"
+                f"on {socket.gethostname()} {self.path}, written by rank 0, cannot be read ({reason}): all machines "
+                "must share logging.folder, and it must not be deleted during the run"
             )
         if found != text:
-            raise CheckpointError(f"on {socket.gethostname()} {self.path} says that it is {_who(found)}'s")
+            raise CheckpointError(f"on {socket.gethostname()} {self.path} now belongs to {_who(found)}")
 
     def _judge(self, silence: float) -> None:
-        """Raises CheckpointError unless whoever holds it is gone; `silence`: seconds since it was renewed."""
+        """Raises CheckpointError unless the holder is gone; `silence`: seconds since the lock was renewed."""
         text = self.path.read_text()
         try:
             other: dict[str, Any] = {**json.loads(text)}
@@ -93,27 +93,27 @@ class Lock:
             other = {}  # half-written
         me = _me()
         if other.get("machine") == me["machine"] and other.get("process") == me["process"]:
-            return  # this one's, taken before
+            return  # this process took it before
         gone = ""
         if other.get("machine") == me["machine"] and _began(other.get("process")) != other.get("began"):
-            gone = "which is gone from this machine"
+            gone = "which no longer exists on this machine"
         elif me["job"] and other.get("job") == me["job"] and other.get("start") != me["start"]:
             gone = "an earlier start of this job"
         elif silence > self.patience:
-            gone = f"silent for {silence:.0f} s"
+            gone = f"not renewed for {silence:.0f} s"
         if not gone:
             raise CheckpointError(
-                f"another run writes there, {_who(text)}, renewed {silence:.0f} s ago. Choose another logging.folder "
-                f"or logging.write_tag. If it is dead, its lock is void {self.patience:.0f} s after it was last "
-                f"renewed, or when you delete {self.path}"
+                f"another run is using the folder: {_who(text)}, lock renewed {silence:.0f} s ago. Choose another "
+                f"logging.folder or logging.write_tag. If that run is dead, its lock expires {self.patience:.0f} s "
+                f"after its last renewal, or delete {self.path}"
             )
-        print(f"{self.path.name} of {_who(text)}, {gone}: taken over", flush=True)
+        print(f"took over {self.path.name} from {_who(text)}, {gone}", flush=True)
 
     def _renew(self) -> None:
         while not self.over.wait(min(RENEWAL, self.patience / 4)):
             try:
                 if self.path.read_text() != self.mine:
-                    return  # `see` says so at the next checkpoint
+                    return  # `see` reports it at the next checkpoint
                 os.utime(self.path)
             except OSError:
                 pass  # the disk may come back
@@ -135,7 +135,7 @@ def _me() -> dict[str, Any]:
 
 
 def _began(process: object) -> str | None:
-    """When a process of this machine began, in ticks since the machine did; None where there is no such process."""
+    """When a process on this machine started, in clock ticks since boot; None if there is no such process."""
     try:
         state, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):

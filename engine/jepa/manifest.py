@@ -1,7 +1,7 @@
-"""What a checkpoint's state.json may say. It may come from anywhere, so all of it is checked before any of it is used.
+"""The schema of a checkpoint's state.json. The file is untrusted: all of it is checked before any of it is used.
 
 A state that passes names nothing outside its folder, gives every element of every parameter exactly one place, and
-claims no more elements than its files have bytes for: to read what it describes allocates no more than is on the disk.
+claims no more elements than its files have bytes for, so reading it allocates no more memory than it takes on disk.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 FORMAT = 3
-MAX_BYTES = 2**28  # of state.json; ViT-g/16 at ZeRO-3 on 1024 ranks has about 60 MB of it
+MAX_BYTES = 2**28  # of state.json; ViT-g/16 at ZeRO-3 on 1024 ranks needs about 60 MB
 
 Number = Annotated[int, Field(ge=0, lt=2**53)]
 Natural = Annotated[int, Field(ge=1, lt=2**53)]
@@ -22,7 +22,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 
 
 class _Checked(BaseModel):
-    # Keys that only a part of the engine reads are kept as they are.
+    # Keys that are not declared here are kept as they are.
     model_config = ConfigDict(strict=True, extra="allow")
 
 
@@ -66,7 +66,7 @@ class State(_Checked):
         for file in self.files:
             for piece in file.pieces:
                 if piece.name not in self.shapes:
-                    raise ValueError(f"{file.name} holds {piece.name}, which has no shape")
+                    raise ValueError(f"{file.name} holds {piece.name}, which is not in shapes")
                 if 4 * (piece.offset + piece.length) > file.bytes:
                     raise ValueError(f"{file.name} is too small for its piece of {piece.name}")
                 stretches[piece.name].append((piece.start, piece.start + piece.length))
@@ -74,20 +74,20 @@ class State(_Checked):
         for name, shape in self.shapes.items():
             edges = [(0, 0), *sorted(stretches[name]), (math.prod(shape),) * 2]
             if any(end != begin for (_, end), (begin, _) in pairwise(edges)):
-                raise ValueError(f"the pieces of {name} do not make up its {math.prod(shape)} elements")
+                raise ValueError(f"the pieces of {name} do not cover its {math.prod(shape)} elements exactly once")
         for (file_name, index), taken in places.items():
             if any(end > begin for (_, end), (begin, _) in pairwise(sorted(taken))):
-                raise ValueError(f"two pieces share a place in the flat tensors {index} of {file_name}")
+                raise ValueError(f"two pieces overlap in the flat tensors {index} of {file_name}")
         return self
 
 
 def seal(state: dict[str, Any]) -> str:
-    """The text of state.json: the state, and as its last key the SHA-256 of the JSON without it."""
+    """The text of state.json: the state and, as its last key, the SHA-256 of the JSON without that key."""
     text = json.dumps({key: value for key, value in state.items() if key != "sha256"})
     return f'{text[:-1]}, "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"}}'
 
 
 def is_sealed(text: bytes) -> bool:
-    """Whether not a bit has changed since `seal`."""
+    """Whether the text is bit for bit as `seal` wrote it."""
     content, _, rest = text.rpartition(b', "sha256": "')
     return rest.decode(errors="replace") == hashlib.sha256(content + b"}").hexdigest() + '"}'

@@ -1,7 +1,7 @@
-"""What a run says about itself: health of the features, and where the numbers go.
+"""The metrics of a run: health of the features, and the logs.
 
-Files in `logging.folder`: `{tag}.jsonl`, one object a logged step; `{tag}_r0.csv`, one row a step in the published
-code's columns. TensorBoard and Weights & Biases get the same numbers when asked for.
+Files in `logging.folder`: `{tag}.jsonl`, one object per logged step; `{tag}_r0.csv`, one row per step with the
+published code's columns. TensorBoard and Weights & Biases get the same numbers if enabled.
 """
 
 import contextlib
@@ -33,19 +33,19 @@ SHOWN = ("loss", "jepa", "sim", "std", "cov", "knn", "images_per_second", "data_
 def effective_rank(x_RD: Tensor) -> float:
     """RankMe (arXiv 2210.02885, eq. 1) of centred rows: the exponential of the entropy of the singular values.
 
-    Between 1 (all rows on a line) and min(R - 1, D). Centred: the mean of a network's features would hide the rest.
+    Between 1 (all rows on a line) and min(R - 1, D). Centred because the mean of a network's features hides the rest.
     """
     x = x_RD.double() - x_RD.double().mean(0)
-    products = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T  # their eigenvalues are the squares, at a tenth the work
+    products = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T  # their eigenvalues are the squares, at a tenth the cost
     values = torch.linalg.eigvalsh(products).clamp_min(0).sqrt()
     share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return float(torch.exp(-torch.special.xlogy(share, share).sum()))
 
 
 def feature_health(x_RD: Tensor) -> dict[str, float]:
-    """Of features [R, D], one row an image or a block:
+    """For features [R, D], one row per image or block:
 
-    std   mean over the dimensions of the standard deviation over the rows, relative to the features' root mean square
+    std   standard deviation over the rows, averaged over the dimensions, relative to the features' root mean square
     rank  `effective_rank`
     cov   root mean square of the off-diagonal entries of the correlation matrix: 0 decorrelated, 1 all dimensions alike
     """
@@ -74,7 +74,7 @@ def all_rows(x_RD: Tensor) -> Tensor:
 def health(target_BND: Tensor, predicted_RD: Tensor) -> dict[str, float]:
     """`feature_health` of the images' mean target features and of the predicted blocks, over all ranks' images.
 
-    Every rank calls it; the first one works it out, and the others get nothing.
+    Every rank calls it; the first one computes it, the others get an empty dict.
     """
     found: dict[str, float] = {}
     for name, rows in (("target", all_rows(target_BND.mean(1))), ("pred", all_rows(predicted_RD))):
@@ -84,7 +84,7 @@ def health(target_BND: Tensor, predicted_RD: Tensor) -> dict[str, float]:
 
 
 def collapse_warning(found: dict[str, float]) -> str | None:
-    """Plain words where the features of different images have become the same, else None."""
+    """A message if the features of different images have become the same, else None."""
     for name, words in (("target", "the target encoder's features"), ("pred", "the predictor's outputs")):
         if found[f"{name}_std"] < 1e-3:
             return f"collapsing: {words} hardly differ between images (relative std {found[f'{name}_std']:.1e})"
@@ -94,10 +94,10 @@ def collapse_warning(found: dict[str, float]) -> str | None:
 
 
 class RunLog:
-    """Every rank feeds it each step; the first rank writes.
+    """Every rank logs each step; the first rank writes.
 
     Losses and times stay on the device until `flush`, so a step waits for nothing. `first_step`: where the run begins;
-    rows of later steps, written before an interruption, are taken out of the files.
+    rows from there on, written before an interruption, are moved out of the files.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class RunLog:
         return (int(epoch) - 1) * self.steps_per_epoch + int(iteration)
 
     def restart_clock(self) -> None:
-        """Leaves the time since the last step (a checkpoint, an evaluation) out of the images per second."""
+        """Excludes the time since the last step (a checkpoint, an evaluation) from the images per second."""
         self.last_mark = self._mark()
 
     def step(
@@ -145,15 +145,15 @@ class RunLog:
         data_wait: float,
         bad_images: int = 0,
     ) -> None:
-        """Notes a step: its micro-batches' losses on the device, the kept tokens, the seconds of waiting for images,
-        and how many of this rank's images stand in for others that cannot be used."""
+        """Records a step: its micro-batches' losses on the device, the kept tokens, the seconds spent waiting for
+        images, and how many of this rank's images replace unusable ones."""
         terms = torch.stack([torch.stack(micro).detach() for micro in losses]).mean(0)
         self.pending.append((step, terms, context_tokens, target_tokens, self._mark(), data_wait, bad_images))
         self.bar.update()
 
     def flush(self, skipped: Mapping[int, dict[str, Any]] | None = None, **more: Any) -> None:
-        """Reads the noted losses, their mean over the ranks, and writes them: a row in the CSV for each step, one for
-        the last step in the JSONL, with `more`, and one for each step of `skipped`, with what is known of it."""
+        """Reads the recorded losses, averages them over the ranks and writes them: to the CSV a row per step, to the
+        JSONL a row for the last step, with `more`, and one for each step in `skipped`, with its details."""
         if not self.pending:
             return
         steps, terms, contexts, targets, marks, waits, bad = zip(*self.pending, strict=True)
@@ -194,7 +194,7 @@ class RunLog:
         return mark
 
     def _seconds(self, start: Any, end: Any) -> float:
-        """Both have passed."""
+        """Between two marks that the device has passed."""
         return start.elapsed_time(end) / 1000 if self.on_gpu else end - start
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -211,7 +211,7 @@ class RunLog:
             print(f"step {done}/{self.last_step}  " + "  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
 
     def say(self, message: str) -> None:
-        """A line for people, from the first rank; the progress bar stays whole."""
+        """Prints a message on the first rank without breaking the progress bar."""
         if self.writes:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
@@ -226,10 +226,10 @@ class RunLog:
 
 
 def _continue_file(path: Path, step_of: Callable[[str], int], first_step: int, header: str = "") -> TextIO:
-    """Opens a log for appending, behind its rows of the steps before `first_step`.
+    """Opens a log for appending after its rows of the steps before `first_step`.
 
-    Rows of later steps, which are taken again, go to the end of a file of the same name with .aside behind it; and so
-    do those that cannot be read: the last one, where the run was killed as it wrote.
+    Rows of later steps, which are repeated, are moved to the end of a file of the same name plus `.aside`, and so are
+    unreadable ones, such as the last row if the run was killed while writing it.
     """
 
     def keep(line: str) -> bool:
@@ -277,7 +277,7 @@ def _optional_writers(
             dir=str(folder),
             config=config.model_dump(mode="json"),
             id=hashlib.sha256(str(folder.resolve() / config.logging.write_tag).encode()).hexdigest()[:16],
-            resume="allow",  # the run of this folder and tag goes on
+            resume="allow",  # continue the run of this folder and tag
         )
         closing.callback(run.finish)
         writers.append(lambda row: run.log(row, step=row["step"]))

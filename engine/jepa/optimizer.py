@@ -1,10 +1,9 @@
-"""Which AdamW a run uses (`engine.optimizer`): our one-pass AdamWEMA, or a stock one with the average beside it.
+"""The AdamW a run uses (`engine.optimizer`): our one-pass AdamWEMA, or a stock AdamW plus a separate EMA pass.
 
-To the rest of the engine they are the same: `state[p]` holds `exp_avg`, `exp_avg_sq` and `ema` in fp32, `set_copies`
-names where the rounded average is written too, and `gate`, where it is used (`gated`, `Config.gated`), says what the
-next step multiplies the gradient by and whether it may happen at all. Both are read on the device: the host waits for
-neither.
-`reads_tensors`: learning rate, weight decay and momentum may be tensors, which are read there as well.
+They look the same to the rest of the engine: `state[p]` holds `exp_avg`, `exp_avg_sq` and `ema` in fp32; `set_copies`
+sets where the rounded average is also written; and `gate`, if used (`gated`, `Config.gated`), sets the factor by which
+the next step multiplies the gradient and whether the step is applied at all. Both are read on the device, without a
+host sync. `reads_tensors`: learning rate, weight decay and momentum may be tensors, which are read on the device too.
 """
 
 from collections.abc import Callable
@@ -21,14 +20,14 @@ from jepa_kernels import AdamWEMA
 from .config import Config, ConfigError
 
 HOW_TO_GET = {
-    "deepspeed": "it compiles a CUDA extension: a GPU, the CUDA toolkit (CUDA_HOME) and ninja are needed",
-    "apex": "NVIDIA apex is no package of an index (the one of that name is another): "
+    "deepspeed": "it compiles a CUDA extension, which needs a GPU, the CUDA toolkit (CUDA_HOME) and ninja",
+    "apex": "NVIDIA apex is not on PyPI (the package of that name is a different one): "
     "build github.com/NVIDIA/apex with its CUDA extensions",
 }
 
 
 class Gated(AdamWEMA):
-    """AdamWEMA whose `gate` outlasts the way through DeepSpeed, which calls `step()` without arguments."""
+    """AdamWEMA that takes the arguments of `step` from `gate`, because DeepSpeed calls `step()` without any."""
 
     gated: bool
     reads_tensors = True
@@ -38,7 +37,7 @@ class Gated(AdamWEMA):
         self.gate(None, None)
 
     def gate(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """0-d fp32 tensors on the parameters' device: what gradients are multiplied by; not 0 where nothing moves."""
+        """0-d fp32 tensors on the parameters' device: the factor on the gradients; nonzero if the step is skipped."""
         self._scale, self._found_inf = 1.0 if grad_scale is None else grad_scale, found_inf
 
     def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
@@ -46,7 +45,7 @@ class Gated(AdamWEMA):
 
 
 class Averaged:
-    """Put before a stock AdamW: it also keeps `state[p]["ema"]` where the group says so, by a second pass."""
+    """Mixin for a stock AdamW: also keeps `state[p]["ema"]` for groups with `ema` set, in a second pass."""
 
     gated: bool
     reads_tensors = False
@@ -58,7 +57,7 @@ class Averaged:
         self._copies: dict[Tensor, Tensor] = {}
 
     def set_copies(self, param: Tensor, *, ema: Tensor) -> None:
-        """From the next step on, the average is also written here, rounded."""
+        """From the next step on, the rounded average is also written to `ema`."""
         self._copies[param] = ema
 
     @torch.no_grad()
@@ -75,15 +74,15 @@ class Averaged:
         return loss
 
     def applied(self) -> Tensor | float:
-        """1 if the step that was just taken moved the weights, else 0."""
+        """1 if the last step updated the weights, else 0."""
         return 1.0
 
 
 class FusedAdamW(Averaged, torch.optim.AdamW):
-    """torch's fused AdamW, which reads `grad_scale` and `found_inf` off itself."""
+    """torch's fused AdamW, which reads `grad_scale` and `found_inf` from its own attributes."""
 
     def gate(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """As `Gated.gate`. (torch divides by its scale.)"""
+        """Like `Gated.gate`. (torch divides by its scale.)"""
         self.grad_scale = None if grad_scale is None else 1 / grad_scale
         self.found_inf = found_inf
 
@@ -93,9 +92,9 @@ class FusedAdamW(Averaged, torch.optim.AdamW):
 
 
 def make_optimizer(config: Config, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of `engine.optimizer` on param groups that say `ema`; lr and decay are set before each step.
+    """The optimizer named by `engine.optimizer`, on param groups with an `ema` key; lr and decay are set per step.
 
-    Raises ConfigError where it is not installed, and says how to get it.
+    Raises ConfigError, which says how to get it, if it is not installed.
     """
     name, settings = config.engine.optimizer, config.optimization
     options: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0}
@@ -112,18 +111,18 @@ def make_optimizer(config: Config, groups: list[dict[str, Any]], device: torch.d
 
 
 def foreign(name: str, device: torch.device) -> type:
-    """DeepSpeed's or apex's FusedAdam, with the average. Raises ConfigError where it cannot be had."""
+    """DeepSpeed's or apex's FusedAdam, with the average. Raises ConfigError if it is not available."""
     module = {"deepspeed": "deepspeed.ops.adam", "apex": "apex.optimizers"}[name]
     here = device.type == "cuda" and find_spec(name) and find_spec(module)
     if not here or (name == "deepspeed" and cpp_extension.CUDA_HOME is None):
-        problem = f"engine.optimizer = {name!r}: cannot be used here, on {device.type}; {HOW_TO_GET[name]}"
-        raise ConfigError([f"{problem}. adamw_ema and torch need neither"])
+        problem = f"engine.optimizer = {name!r}: not available here, on {device.type}; {HOW_TO_GET[name]}"
+        raise ConfigError([f"{problem}. adamw_ema and torch need none of this"])
     stock = import_module(module).FusedAdam
 
     class FusedAdam(Averaged, stock):  # type: ignore[misc, valid-type]
         def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
             for group in self.param_groups:
-                for p in group["params"]:  # a checkpoint has a tensor for what these count as a number
+                for p in group["params"]:  # these count steps with an int, a checkpoint with a tensor
                     if "step" in self.state.get(p, {}):
                         self.state[p]["step"] = group["step"] = int(self.state[p]["step"])
             loss = super().step(closure)

@@ -1,4 +1,4 @@
-"""Frozen features, and what k-NN and a linear probe read from them.
+"""Frozen features, and the accuracy of k-NN and a linear probe on them.
 
 Legend: S samples, D feature dimensions, C classes; an encoder maps uint8 images [B, H, W, 3] to features [B, N, D].
 The representation of an image is the mean over its patches of the target encoder's output, as in I-JEPA.
@@ -23,9 +23,9 @@ STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the linear probe's L2
 
 @torch.no_grad()
 def extract(encoder: Encoder, batches: Iterable[tuple[Tensor, list[int]]]) -> tuple[Tensor, list[int]]:
-    """Mean-pooled features, fp32 [S, D], and the S images' numbers, of what `eval_batches` yields.
+    """Mean-pooled features, fp32 [S, D], and the indices of the S images that `eval_batches` yields.
 
-    Where no image can be used the features are [0]: they concatenate with those of other ranks.
+    If no image is usable, the features are [0], which concatenates with those of other ranks.
     """
     features, numbers = [], []
     for images, indices in batches:
@@ -37,10 +37,10 @@ def extract(encoder: Encoder, batches: Iterable[tuple[Tensor, list[int]]]) -> tu
 def knn(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """Accuracy, 0 to 1, of the k nearest training samples by cosine, each voting exp(cosine / temperature).
+    """Accuracy, 0 to 1, of a vote of the k nearest training samples by cosine, weighted by exp(cosine / temperature).
 
     Features [S, D], labels [S]. The protocol of Wu et al. (arXiv 1805.01978) and DINO.
-    Raises ValueError as `_check` says.
+    Raises ValueError as `_check` does.
     """
     _check(train_x, train_y, test_x, test_y)
     train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
@@ -55,11 +55,11 @@ def knn(
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
     """Accuracy, 0 to 1, of multinomial logistic regression on standardised features.
 
-    The L2 penalty is the one that does best on a held-out fifth of the training samples: the test ones choose nothing.
-    Solved by L-BFGS in float64, so there is no learning rate to tune. An encoder's features are so collinear, an
-    untrained one's above all, that it would stop far from the minimum: up to 4096 features are turned to their
-    principal axes, which does not move the minimum, and `_solve` scales those. (The paper's protocol trains the same
-    classifier by LARS for 50 epochs on augmented images.) Raises ValueError as `_check` says.
+    The L2 penalty is chosen on a held-out fifth of the training samples, never on the test samples. Solved by L-BFGS in
+    float64, so there is no learning rate to tune. An encoder's features, above all an untrained one's, are so collinear
+    that L-BFGS would stop far from the minimum: up to 4096 features are rotated to their principal axes, which does not
+    move the minimum, and `_solve` scales those. (The paper's protocol trains the same classifier with LARS for 50
+    epochs on augmented images.) Raises ValueError as `_check` does.
     """
     _check(train_x, train_y, test_x, test_y)
     x, t = train_x.double(), test_x.double()
@@ -82,22 +82,22 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 
 def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> None:
-    """Raises ValueError for sets that do not fit together, too few samples, and features that are not finite."""
+    """Raises ValueError for shapes that do not match, too few samples, or features that are not finite."""
     for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         if x.ndim != 2 or x.shape[1] != train_x.shape[1] or y.shape != x.shape[:1]:
             raise ValueError(
                 f"{name}: features {list(x.shape)} and labels {list(y.shape)}, wanted [S, {train_x.shape[-1]}] and [S]"
             )
         if len(x) < (5 if name == "train" else 1):
-            raise ValueError(f"{name}: {len(x)} samples; a probe needs 5 to train on and 1 to test")
+            raise ValueError(f"{name}: {len(x)} samples; a probe needs at least 5 to train and 1 to test")
         if not x.isfinite().all():
-            raise ValueError(f"{name}: the features hold NaN or infinity, so the encoder is broken: nothing to probe")
+            raise ValueError(f"{name}: the features contain NaN or infinity: a broken encoder cannot be probed")
 
 
 def _solve(x: Tensor, y: Tensor, start: Tensor, strength: float) -> Tensor:
-    """The minimum of the mean cross-entropy + strength / 2 * |weights|^2; the last row of the weights is the bias.
+    """Minimizes the mean cross-entropy + strength / 2 * |weights|^2; the last row is the bias, which has no penalty.
 
-    L-BFGS moves weights / scale: the curvature along a feature is about its mean square + strength, and is made 1.
+    L-BFGS optimizes weights / scale: curvature along a feature, about its mean square + strength, is scaled to 1.
     """
     scale = torch.cat([(x.square().mean(0) + strength).rsqrt(), x.new_ones(1)])[:, None]
     scaled = (start / scale).requires_grad_()
@@ -122,10 +122,10 @@ def _accuracy(weights: Tensor, x: Tensor, y: Tensor) -> float:
 
 
 class OnlineProbe:
-    """k-NN accuracy of the target encoder during training, on labelled folders; the ranks share the images.
+    """k-NN accuracy of the target encoder during training, on labelled folders; the images are split over the ranks.
 
-    Nothing random is drawn, so probing changes no bit of the run. Raises ValueError where the folders have no labels or
-    their classes differ.
+    It draws no random numbers, so probing does not change a bit of the run. Raises ValueError if the folders have no
+    labels or their classes differ.
     """
 
     def __init__(self, config: Config, rank: int, world_size: int, device: torch.device) -> None:
@@ -134,7 +134,7 @@ class OnlineProbe:
         self.indices = [evenly(len(s), config.eval.max_images)[rank::world_size].tolist() for s in self.sources]
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """{"knn": accuracy in 0..1}. Every rank calls it and gets the same."""
+        """{"knn": accuracy in 0..1}. Every rank calls it and gets the same result."""
         parts = []
         for source, indices in zip(self.sources, self.indices, strict=True):
             batches = eval_batches(
@@ -147,7 +147,7 @@ class OnlineProbe:
                 num_workers=self.config.data.num_workers,
             )
             features, indices = extract(encoder, batches)
-            assert source.labels is not None  # open_labelled
+            assert source.labels is not None  # checked by open_labelled
             parts += [features.cpu(), torch.from_numpy(source.labels[indices])]
         ranks: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(ranks, parts)
@@ -156,19 +156,19 @@ class OnlineProbe:
 
 
 def open_labelled(train: str | Path, val: str | Path) -> list[ImageSource]:
-    """The two sources of a probe. Raises ValueError where one has no labels or their classes differ."""
+    """The two sources of a probe. Raises ValueError if one has no labels or their classes differ."""
     sources = [open_images(train), open_images(val)]
     for source in sources:
         if source.labels is None or source.classes != sources[0].classes:
             raise ValueError(
                 f"{source.path} has the classes {source.classes[:5]}, {train} has {sources[0].classes[:5]}; "
-                "a probe needs the same ones in both: one sub-folder for each class"
+                "a probe needs the same classes in both: one sub-folder per class"
             )
     return sources
 
 
 def evenly(total: int, wanted: int | None) -> np.ndarray:
-    """`wanted` indices spread evenly over `total`; all of them where that is fewer."""
+    """`wanted` indices spread evenly over `total`; all of them if there are fewer."""
     return (
         np.arange(total) if wanted is None or wanted >= total else np.linspace(0, total - 1, wanted).round().astype(int)
     )

@@ -1,8 +1,8 @@
-"""A step looked at alone, after the run: which of its numbers are not finite, and from which files they come.
+"""Replays a single step after the run: which of its values are not finite, and which files they come from.
 
-A step is a pure function of its number and the weights, so one that went wrong can be looked at later: `--replay-step`
-takes the images, crops and masks of the step, and the weights of a checkpoint before it, from which engine/train.py
-takes the steps in between again. Nothing is written.
+A step is a pure function of its number and the weights, so one that went wrong can be examined later: `--replay-step`
+takes the images, crops and masks of the step, and the weights of an earlier checkpoint, from which engine/train.py
+repeats the steps in between. Nothing is written.
 """
 
 import math
@@ -26,8 +26,8 @@ from .vit import build_encoder
 def start_of_replay(
     config: Config, loader: Loader, step: int, which: str | None, accept_changes: bool
 ) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint whose weights lead to step `step`, and its state: the one named, or the newest whole one that is
-    not of a later step. Every rank calls it. Raises CheckpointError as `Saver.resume` does."""
+    """The checkpoint to replay step `step` from, and its state: the one named, or the newest intact one that is not of
+    a later step. Every rank calls it. Raises CheckpointError like `Saver.resume`."""
     folder, tag = Path(config.logging.folder), config.logging.write_tag
     if which:
         paths = [Path(which)]
@@ -50,10 +50,10 @@ def replay(
     averaged: bool,
     head: str,
 ) -> None:
-    """Runs `step` forwards and backwards, prints what it finds under `head`, and saves nothing.
+    """Runs forward and backward of `step`, prints what it finds under `head`, and saves nothing.
 
-    `read` gives a kind ("weight", "ema") of a parameter by name and shape; `averaged`: whether there is an average yet.
-    Every rank calls it, and holds the whole model: nothing is sharded.
+    `read` returns a kind ("weight", "ema") of a parameter by name and shape; `averaged`: whether there is an EMA yet.
+    Every rank calls it and holds the whole model: nothing is sharded.
     """
     model, teacher = JepaModel(config), build_encoder(config)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def replay(
         for name, weight in teacher.named_parameters():
             weight.copy_(read("ema" if averaged else "weight", f"encoder.{name}", list(weight.shape)))
     model.to(ranks.device)
-    for weight in model.parameters():  # as DeepSpeed does, which leaves buffers as they are
+    for weight in model.parameters():  # like DeepSpeed, which does not cast buffers
         weight.data = weight.data.to(config.dtype)
     teacher.to(ranks.device, config.dtype)
 
@@ -78,7 +78,7 @@ def replay(
         poison(output.losses.total / loader.accumulation).backward()
         losses.append(torch.stack(output.losses).detach().double())
         predicted = output.predicted_RD.view(-1, len(files), output.predicted_RD.shape[-1]).transpose(0, 1)
-        if not features.isfinite().all():  # those of whole images, one a file, whatever the step looks at
+        if not features.isfinite().all():  # of whole images, one per file, whichever rows the step uses
             with torch.no_grad():
                 found["target features of"] += _not_finite(files, teacher(images))
         found["predictions for"] += _not_finite(files, predicted)
@@ -94,7 +94,7 @@ def _not_finite(files: list[str], rows: Tensor) -> list[str]:
 
 
 def _tell(head: str, terms: dict[str, float], found: dict[str, list[str]], gradients: dict[str, Tensor]) -> None:
-    """Prints it on the first rank."""
+    """Prints the findings on the first rank."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (terms, found))
     norms = {name: float(norm) for name, norm in _norms(gradients)}
@@ -110,7 +110,7 @@ def _tell(head: str, terms: dict[str, float], found: dict[str, list[str]], gradi
 
 
 def _norms(gradients: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """By top-level module, the norm of the gradient's mean over the ranks."""
+    """The norm of the rank-averaged gradient, by top-level module."""
     for module in dict.fromkeys(name.partition(".")[0] for name in gradients):
         squares = []
         for name, gradient in gradients.items():

@@ -1,6 +1,6 @@
-"""Checkpoints, read: which there are, which of them is whole, and any part of any parameter in one.
+"""Reads checkpoints: lists them, finds an intact one, and reads any range of any parameter.
 
-jepa.checkpoint writes them and says what they look like. Nothing is taken on trust: see jepa.manifest.
+jepa.checkpoint writes them and documents the format. Their contents are untrusted: see jepa.manifest.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ class CheckpointError(RuntimeError):
 
 
 def find_whole(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
-    """The first of `paths` that is whole, and its state.json; what is wrong with those before it is said.
+    """The first intact checkpoint among `paths` and its state.json; prints what is wrong with those before it.
 
-    Every rank calls it, and checks its share of the files. Raises CheckpointError where none is whole.
+    Every rank calls it and checks its share of the files. Raises CheckpointError if none is intact.
     """
     damage: list[str] = []
     for path in paths:
@@ -50,7 +50,7 @@ def find_whole(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
         if damage and dist.get_rank() == 0:
             print("skipped: " + "; ".join(damage), flush=True)
         return path, state
-    raise CheckpointError("--resume: no whole checkpoint: " + "; ".join(damage))
+    raise CheckpointError("--resume: no intact checkpoint: " + "; ".join(damage))
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -67,17 +67,17 @@ def refuse_change(
     images: dict[str, int | str],
     accept: bool = False,
 ) -> None:
-    """Raises CheckpointError where a step of this run is not what the same step was in the run that wrote `path`.
+    """Raises CheckpointError if a step of this run differs from the same step in the run that wrote `path`.
 
-    Refused, and not only warned of: the losses of a run that changes its own law look like those of one that learns.
-    Model, seed and global batch cannot be accepted: weights would not fit, steps would hold other images. What may well
-    change on the way, the optimizer's numbers and the software, is only said. `images`: `ImageSource.fingerprint`.
+    An error, not a warning, because the losses of a run whose data or objective changed midway look like normal
+    training. Another model, seed or global batch is never accepted: weights would not fit, images would change.
+    Optimizer settings and software versions may change, and are only printed. `images`: `ImageSource.fingerprint`.
     """
     if shapes != state["shapes"]:
         names = sorted(set(shapes) ^ set(state["shapes"])) or [n for n in shapes if shapes[n] != state["shapes"][n]]
         raise CheckpointError(
-            f"{path} holds another model than the config describes; they differ in {len(names)} parameters, such as "
-            f"{names[0]}: there {state['shapes'].get(names[0])}, here {shapes.get(names[0])}"
+            f"{path} holds a different model than the config describes: they differ in {len(names)} parameters, such "
+            f"as {names[0]}: {state['shapes'].get(names[0])} in the checkpoint, {shapes.get(names[0])} in the config"
         )
     ranks = dist.get_world_size()
     fingerprint, recipe = config.fingerprint(ranks) | images, config.recipe()
@@ -86,7 +86,7 @@ def refuse_change(
         before = parse_config(state["config"], source=str(path / "state.json"))
         old_recipe, old_optimization = before.recipe(), before.optimization.model_dump()
     except ConfigError as error:
-        old_recipe = {"config": f"one that this version does not read ({error.problems[0]})"}
+        old_recipe = {"config": f"that this version cannot read ({error.problems[0]})"}
         old_optimization = optimization
     if dist.get_rank() == 0:
         for line in _differences(old_optimization, optimization).values():
@@ -99,32 +99,32 @@ def refuse_change(
     message = f"{path} was trained with {', '.join(changed.values())} (on {ranks} ranks)"
     if {"engine.seed", "global batch"} & set(changed):
         raise CheckpointError(
-            f"{message}: the same steps would hold other images. Set it as it was "
+            f"{message}: the same steps would use other images. Restore the old value "
             "(engine.global_batch_size, engine.seed)"
         )
     if not accept:
         moved = {"mask.cut", "data.batch_size", "accumulation"} & set(changed)
         hint = (
-            " Only a run that has mask.cut=global from its first step can move to another number of ranks, and with "
-            "VICReg only if data.batch_size x ranks stays."
+            " Only a run with mask.cut=global from its first step can move to another number of ranks, and with VICReg "
+            "only if data.batch_size x ranks stays the same."
         )
         raise CheckpointError(
-            f"{message}: the same steps would compute another loss. Set it as it was, or add --accept-changes."
-            + (hint if moved else "")
+            f"{message}: the same steps would compute a different loss. Restore the old settings or add "
+            "--accept-changes." + (hint if moved else "")
         )
     if dist.get_rank() == 0:
         print(f"accepted: {message}", flush=True)
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
-    """In words, by key."""
+    """Descriptions of the differences, by key."""
     keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    return {key: f"{key} {there.get(key, 'any')}, this run has {here.get(key, 'any')}" for key in keys}
+    return {key: f"{key} {there.get(key, 'unknown')}, this run has {here.get(key, 'none')}" for key in keys}
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of what computes a step, for the record. The commit is given where the engine lies in a git checkout."""
+    """Versions of what computes a step, for the record; with the commit if the engine is in a git checkout."""
     found = {"torch": torch.__version__, "python": platform.python_version()}
     for package in ("deepspeed", "numpy", "nvidia-dali-cuda130", "triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -143,12 +143,12 @@ def shapes_of(model: torch.nn.Module) -> dict[str, list[int]]:
 
 
 def on_first(folder: Path, work: Callable[[], Any]) -> Any:
-    """What `work` returns on the first rank, whose view of the folder counts. Raises CheckpointError on all."""
+    """What `work` returns on the first rank, whose view of the folder counts. Raises CheckpointError on all ranks."""
     return on_all(folder, lambda: work() if dist.get_rank() == 0 else None)[0]
 
 
 def on_all(folder: Path, work: Callable[[], Any]) -> list[Any]:
-    """What `work` returns on each rank. Raises CheckpointError on all."""
+    """What `work` returns on each rank. Raises CheckpointError on all ranks if it fails on any."""
     try:
         return together(work)
     except OSError as error:
@@ -156,7 +156,7 @@ def on_all(folder: Path, work: Callable[[], Any]) -> list[Any]:
 
 
 def together(work: Callable[[], Any]) -> list[Any]:
-    """What `work` returned on each rank. Raises OSError on all ranks where it raised one on any: none waits in vain."""
+    """What `work` returns on each rank. Raises OSError on all ranks if it fails on any, so that none waits forever."""
     outcome: tuple[Any, str | None]
     try:
         outcome = work(), None
@@ -172,7 +172,7 @@ def together(work: Callable[[], Any]) -> list[Any]:
 class Reader:
     """Reads any range of any parameter from the rank files of a checkpoint.
 
-    Raises CheckpointError where a file cannot be read or does not have what state.json says it has.
+    Raises CheckpointError if a file cannot be read or lacks what state.json says it has.
     """
 
     def __init__(self, path: Path, state: dict[str, Any]) -> None:
@@ -192,7 +192,9 @@ class Reader:
                     key = f"{kind}.{piece.flat}"
                     dtype, shape = found.get(key, (None, []))
                     if dtype != "F32" or len(shape) != 1 or shape[0] < piece.offset + piece.length:
-                        raise CheckpointError(f"{where}: {key} is not the fp32 line that holds a piece of {piece.name}")
+                        raise CheckpointError(
+                            f"{where}: {key} is not a flat fp32 tensor large enough for its piece of {piece.name}"
+                        )
                 self.pieces.setdefault(piece.name, []).append((file["name"], piece))
 
     def read(self, kind: str, name: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
@@ -208,7 +210,7 @@ class Reader:
             raise CheckpointError(f"{missing} elements of {kind} of {name} are in none of the checkpoint's files")
 
     def tensor(self, kind: str, name: str, shape: list[int]) -> Tensor:
-        """The whole of one parameter, fp32."""
+        """One whole parameter, fp32."""
         values = torch.empty(shape)
         for start, part in self.read(kind, name, 0, values.numel()):
             values.view(-1)[start : start + len(part)] = part
@@ -216,28 +218,28 @@ class Reader:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises CheckpointError for all that `manifest.State` does not let through."""
+    """The state.json of a checkpoint. Raises CheckpointError for anything that `manifest.State` rejects."""
     file = path / "state.json"
     try:
-        # A pipe of this name would wait for somebody to write.
+        # Opening a named pipe would otherwise wait for a writer.
         with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:
             if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-                raise OSError(f"{file} is not a file")
+                raise OSError(f"{file} is not a regular file")
             text = opened.read(manifest.MAX_BYTES)
         if not manifest.is_sealed(text):
-            raise CheckpointError(f"{file} is damaged, or of another version: it does not end with its own SHA-256")
+            raise CheckpointError(f"{file} is damaged or from another version: it does not end with its own SHA-256")
         return manifest.State.model_validate_json(text).model_dump()
     except ValidationError as error:
         first, *more = error.errors(include_url=False, include_input=False)
         place = ".".join(map(str, first["loc"])) or "its JSON"
         reason = f"{place}: {first['msg']}" + (f"; {len(more)} more problems" if more else "")
-        raise CheckpointError(f"{file} is not a state that this version reads: {reason}") from error
+        raise CheckpointError(f"{file} is not a state that this version can read: {reason}") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
+        raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
 
 
 def verify(path: Path, files: list[dict[str, Any]]) -> None:
-    """Compares rank files with the sizes and the SHA-256 in state.json. Raises OSError at a difference."""
+    """Compares rank files with their sizes and SHA-256 in state.json. Raises OSError on a mismatch."""
     for file in files:
         part = path / file["name"]
         if not part.is_file() or part.stat().st_size != file["bytes"]:
@@ -248,9 +250,9 @@ def verify(path: Path, files: list[dict[str, Any]]) -> None:
 
 
 def candidates(folder: Path, tag: str, steps_per_epoch: int) -> list[tuple[int, Path]]:
-    """The checkpoints of a run, with their steps, the newest first: damaged ones too, which are to be told of.
+    """The checkpoints of a run with their steps, newest first, including damaged ones, so that they can be reported.
 
-    Raises OSError where the folder cannot be listed; one that does not exist has none.
+    Raises OSError if the folder cannot be listed; one that does not exist has no checkpoints.
     """
     found = [
         (step_of(Path(entry), steps_per_epoch), Path(entry))
@@ -262,7 +264,7 @@ def candidates(folder: Path, tag: str, steps_per_epoch: int) -> list[tuple[int, 
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder. Path.glob takes one that cannot be listed for an empty one."""
+    """The entries of a folder. (Path.glob treats a folder that cannot be listed as empty.)"""
     try:
         with os.scandir(folder) as found:
             return list(found)
@@ -271,7 +273,7 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def step_of(path: Path, steps_per_epoch: int) -> int:
-    """The step of a checkpoint, from its name; an epoch may once have had another length, as the state knows."""
+    """The step of a checkpoint, from its name; for an epoch from its state, as the epoch length may have changed."""
     kind, number = re.fullmatch(r".*-(step|ep)(\d+)", path.name).groups()  # type: ignore[union-attr]
     if kind == "ep":
         try:

@@ -1,10 +1,10 @@
-"""The demo's images: textured scenes of a few shapes, labelled, drawn in seconds and the same everywhere.
+"""The demo's images: labelled, textured scenes of a few shapes, drawn in seconds and the same on every machine.
 
     python engine/jepa/synthetic.py OUT
 
-A scene has one to four objects, one in each of as many quadrants, on a grainy ground. All have the scene's shape, each
-its own colour and distance; a near one looks large. So a part of the picture tells something of the rest, which is what
-joint-embedding prediction learns from, and three things can be read off a picture: which shape, how many, how near.
+A scene has one to four objects, each in its own quadrant, on a grainy background. All have the scene's shape; each has
+its own colour and distance, and near ones look larger. So a part of the image says something about the rest, which is
+what joint-embedding prediction learns from, and an image has three labels: which shape, how many, how near.
 
     OUT/{train,val}/<shape>/NNNNN.jpg
     OUT/{train,val}/labels.csv        file, shape, count, distance (of the nearest object)
@@ -26,14 +26,14 @@ SHAPES = ("diamond", "disc", "plus", "ring", "square", "triangle")
 SIZE = 64  # pixels
 NEAR, FAR = 1.0, 1.8
 RADIUS = 12.5  # pixels, of an object at distance 1
-JITTER = 2.0  # pixels, of an object's place in its quadrant
-GROUND, GRAIN = 0.2, 0.04  # grey level and its deviation, 0 to 1
+JITTER = 2.0  # pixels, of an object's position in its quadrant
+GROUND, GRAIN = 0.2, 0.04  # grey level of the background and its standard deviation, 0 to 1
 CHUNK = 500  # scenes drawn at once
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """B drawn pictures and what is true of them."""
+    """B drawn images and their labels."""
 
     images: np.ndarray  # uint8 [B, 64, 64, 3]
     shape: np.ndarray  # int64 [B], index into SHAPES
@@ -71,7 +71,7 @@ def draw(first: int, count: int, *, split: int = 0, seed: int = 0) -> Scenes:
 
 
 def _outside(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """How many pixels (x, y) lies outside a shape of the given half height; negative inside."""
+    """How many pixels (x, y) is outside a shape of the given half height; negative inside."""
     ax, ay = np.abs(x), np.abs(y)
     if name == "disc":
         return np.hypot(x, y) - radius
@@ -87,15 +87,15 @@ def _outside(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.
 
 
 def write(root: Path, splits: dict[str, int], seed: int = 0) -> bool:
-    """Draws the data set into `root`; False where it is there already. It gets its name when it is complete.
+    """Draws the data set into `root`, renamed into place once complete; returns False if it already exists.
 
-    Raises ValueError where `root` exists and holds something else.
+    Raises ValueError if `root` exists and holds something else.
     """
     stamp = f"scenes, seed {seed}, {splits}\n"
     if root.exists():
         if (root / "README").is_file() and (root / "README").read_text() == stamp:
             return False
-        raise ValueError(f"{root} exists and is not this data set; remove it, or give another folder")
+        raise ValueError(f"{root} exists and is not this data set; remove it or choose another folder")
     partial = root.with_name(f".{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for number, (split, total) in enumerate(splits.items()):
@@ -118,7 +118,7 @@ def write(root: Path, splits: dict[str, int], seed: int = 0) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
     parser.add_argument("--train", type=int, default=6000, help="training scenes (default: %(default)s)")
     parser.add_argument("--val", type=int, default=1500, help="held-out scenes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -128,7 +128,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"synthetic.py: {error}", file=sys.stderr)
         return 1
-    print(f"{args.out}: {args.train} + {args.val} scenes {'drawn' if drawn else 'are there already'}")
+    print(f"{args.out}: {args.train} + {args.val} scenes {'drawn' if drawn else 'already exist'}")
     return 0
 
 

@@ -1,10 +1,10 @@
 """The target encoder: the rounded exponential moving average of the encoder, the same on every rank.
 
 The fp32 average is optimizer state, so under ZeRO each rank holds a part of it. The optimizer writes its part, rounded
-to the training precision, in the same pass over memory that updates it; one all-gather for each of the encoder's two
-param groups (with and without weight decay) then brings the parts together, in the background, until the teacher is
-next asked for. Where a parameter's parts come to lie one after another in the gathered buffer (stages 1 and 2, or one
-rank) the target encoder's weight is a view of it and nothing is copied.
+to the training precision, in the same pass that updates it; one asynchronous all-gather for each of the encoder's two
+param groups (with and without weight decay) then assembles the parts before the teacher is next used. If a parameter's
+parts are contiguous in the gathered buffer (stages 1 and 2, or one rank), the target encoder's weight is a view of it
+and nothing is copied.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ PREFIX = "encoder."
 
 
 class Teacher:
-    """`encoder`: a copy of the encoder made before DeepSpeed took the model; it becomes the target encoder."""
+    """`encoder`: a copy of the encoder made before DeepSpeed wrapped the model; it becomes the target encoder."""
 
     def __init__(self, encoder: VisionTransformer, engine: Any) -> None:
         self._encoder = encoder.requires_grad_(False).eval()
@@ -34,7 +34,7 @@ class Teacher:
             self.parts = [buffer[dist.get_rank()] for buffer, _ in self.gathered]
         else:
             self.parts = [self.weights[flat.pieces[0].name].data for flat in self.averaged]
-        self.unwritten = []  # stage 3 shows the optimizer its tensors only during the step
+        self.unwritten = []  # stage 3 gives the optimizer its tensors only during the step
         for flat, part in zip(self.averaged, self.parts, strict=True):
             if any(flat.weight is p for p in flat.group["params"]):
                 low = {} if flat.training_weight is None else {"weight": flat.training_weight}
@@ -45,7 +45,7 @@ class Teacher:
 
     @property
     def encoder(self) -> VisionTransformer:
-        """The target encoder, when all of it has arrived."""
+        """The target encoder, once its all-gathers have completed."""
         if self.under_way:
             for work in self.under_way:
                 work.wait()
@@ -57,20 +57,20 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, rows: Sequence[Tensor] = ()) -> Tensor:
-        """uint8 images -> target features [B, N, D], or of the given rows, in the training precision, not yet
-        layer-normed."""
+        """uint8 images -> target features [B, N, D], or those of the given rows, in the training precision, not yet
+        layer-normalized."""
         return self.encoder(images, rows=rows)
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Takes over what the optimizer has written. Every rank calls it, after every step: one that was skipped wrote
-        nothing, and the same weights come again. The next step begins with the teacher's features: what is under way
-        here has arrived before the optimizer writes again."""
+        """Updates the teacher with what the optimizer has written. Every rank calls it after every step; a skipped step
+        wrote nothing, so the weights stay the same. The next step begins with the teacher's features, so the
+        all-gathers started here finish before the optimizer writes again."""
         for flat, part in self.unwritten:
-            if flat.weight in self.optimizer.state:  # not yet, where the first step was skipped
+            if flat.weight in self.optimizer.state:  # it is not if the first step was skipped
                 part.copy_(self.average(flat))
         if dist.get_world_size() == 1:
-            return  # the part is the whole
+            return  # this rank's part is the whole
         for (buffer, _), part in zip(self.gathered, self.parts, strict=self.sharded):
             work = dist.all_gather_into_tensor(buffer.view(-1), part, async_op=True)
             assert work is not None
@@ -78,14 +78,14 @@ class Teacher:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes over the average out of the optimizer's state. Every rank calls it, after a resume."""
+        """Updates the teacher from the optimizer's state. Every rank calls it after a resume."""
         for flat, part in zip(self.averaged, self.parts, strict=True):
             part.copy_(self.average(flat))
         self.follow()
 
     @torch.no_grad()
     def distance(self) -> float:
-        """How far the average lies from the encoder's weights, relative to their norm. Every rank calls it."""
+        """Distance between the average and the encoder's weights, relative to their norm. Every rank calls it."""
         sums = torch.zeros(2, device=self.averaged[0].weight.device)
         for flat in self.averaged:
             if flat.weight in self.optimizer.state:
@@ -99,7 +99,7 @@ class Teacher:
         return self.optimizer.state[flat.weight]["ema"]
 
     def _adopt(self, flat: Flat) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The buffer [ranks, elements] that a flat is gathered into, and the (weight, source) pairs still to copy."""
+        """The buffer [ranks, elements] a flat is gathered into, and (weight, source) pairs to copy after a gather."""
         dtype, width = next(iter(self.weights.values())).dtype, flat.weight.numel()
         buffer = torch.zeros(dist.get_world_size(), width, dtype=dtype, device=flat.weight.device)
         tables: list[list] = [[] for _ in range(len(buffer))]

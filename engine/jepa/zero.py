@@ -1,9 +1,9 @@
-"""DeepSpeed: its config, how a run starts it, and where it keeps the fp32 weights of each parameter at any ZeRO stage.
+"""DeepSpeed: its config, how a run starts it, and where it keeps each parameter's fp32 weights at any ZeRO stage.
 
-An optimizer under ZeRO sees flat fp32 tensors, not the model's parameters. `flats` is the map between the two: each
-rank's fp32 tensors, and which part of which named parameter lies where in them. The optimizer's state (moments, EMA)
-has the same layout, because AdamWEMA keeps it by tensor. The teacher and the checkpoints are written on this map and
-know nothing else of DeepSpeed's optimizers.
+Under ZeRO the optimizer sees flat fp32 tensors, not the model's parameters. `flats` maps between the two: it lists each
+rank's fp32 tensors and which slice of which named parameter is stored where in them. The optimizer state (moments, EMA)
+has the same layout, because AdamWEMA keeps it per tensor. The teacher and the checkpoints rely on this map and on
+nothing else in DeepSpeed's optimizers.
 """
 
 import contextlib
@@ -21,24 +21,24 @@ from .config import Config
 from .objective import JepaModel
 from .optimizer import make_optimizer
 
-BUCKET = 50_000_000  # elements; DeepSpeed's default, 5e8, makes one buffer larger than most of these models
-LIVE = 100_000_000  # elements that ZeRO-3 keeps gathered; by default, 1e9, it would keep a ViT-H until its backward
+BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 makes a single buffer larger than most of these models
+LIVE = 100_000_000  # elements ZeRO-3 keeps gathered; its default of 1e9 would hold all of a ViT-H until the backward
 
 
 def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's config (0.19) of this run of so many parameters on `world_size` ranks. Raises ConfigError as
-    `Config.batch` does.
+    """The DeepSpeed (0.19) config of this run for a model of `parameters` elements on `world_size` ranks. Raises
+    ConfigError like `Config.batch`.
 
-    Optimizer and schedules are not in it: both are the engine's own (jepa.optimizer, jepa.schedules), and so are norm,
-    overflow check and clipping where `Config.gated`. Gradients are reduced in the training precision. DeepSpeed's
-    throughput timer is off: it waits for the GPU twice a step.
+    It has no optimizer and no schedules: the engine has its own (jepa.optimizer, jepa.schedules), as it does for the
+    gradient norm, overflow check and clipping if `Config.gated`. Gradients are reduced in the training precision.
+    DeepSpeed's throughput timer is off because it synchronizes with the GPU twice per step.
     """
     batch, stage, bf16 = config.batch(world_size), config.engine.zero_stage, config.precision == "bf16"
     zero: dict[str, Any] = {"stage": stage}
     half: dict[str, Any] = {"enabled": bf16}
-    if stage:  # buckets are memory: no more than the model needs
+    if stage:  # buckets take memory: no more than the model needs
         zero |= {"reduce_bucket_size": min(BUCKET, parameters), "allgather_bucket_size": BUCKET}
-    if stage in (1, 2):  # buckets and their stream are for sending: one rank sends nothing
+    if stage in (1, 2):  # buckets and their stream serve communication, and one rank has none
         zero |= {"overlap_comm": config.engine.overlap_comm and world_size > 1, "contiguous_gradients": world_size > 1}
     if stage == 3:
         zero |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE}
@@ -59,8 +59,8 @@ def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[s
 
 
 def param_groups(model: JepaModel) -> list[dict[str, Any]]:
-    """The encoder apart (it has an average) and the rest; of each, what weight decay touches and what it does not
-    (biases and one-dimensional weights). The mask token, [1, 1, D], decays as in the published code."""
+    """Separate groups for the encoder, which has an EMA, and the rest; each split into parameters with and without
+    weight decay (biases and one-dimensional weights). The mask token, [1, 1, D], decays as in the published code."""
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         groups.setdefault((name.startswith("encoder."), parameter.ndim > 1), []).append(parameter)
@@ -68,14 +68,14 @@ def param_groups(model: JepaModel) -> list[dict[str, Any]]:
 
 
 def start(model: JepaModel, config: Config) -> Any:
-    """The DeepSpeed engine around the model, with the optimizer of `engine.optimizer`. Raises ConfigError."""
+    """Wraps the model in a DeepSpeed engine with the optimizer named by `engine.optimizer`. Raises ConfigError."""
     import deepspeed
 
-    # It would compile what only inference on CPUs uses, under a lock that a killed process leaves behind and on which
-    # every later one waits. (As an attribute, `deepspeed.comm.torch` is PyTorch.)
+    # Skips compiling an op that only CPU inference uses: a killed process leaves the build lock behind, and every later
+    # process waits for it. (Accessed as an attribute, `deepspeed.comm.torch` is PyTorch.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    deepspeed.utils.logger.setLevel(logging.ERROR)  # what it warns of, a foreign optimizer and skipped steps, is meant
-    # DeepSpeed may take a step with zero gradients to allocate memory: at lr 0 it moves nothing; it is forgotten here.
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # hides warnings about the custom optimizer and skipped steps
+    # DeepSpeed may take a step with zero gradients to allocate memory: lr 0 makes it a no-op; state is cleared below.
     optimizer: Any = make_optimizer(config, param_groups(model), next(model.parameters()).device)
     settings = deepspeed_config(config, dist.get_world_size(), sum(p.numel() for p in model.parameters()))
     with contextlib.redirect_stdout(sys.stderr):
@@ -92,16 +92,16 @@ def start(model: JepaModel, config: Config) -> Any:
 
 
 def _send_nothing(wrapper: Any) -> None:
-    """One rank, ZeRO 1 and 2: the mean of one gradient is itself. Until the step it stays where it was written."""
+    """One rank, ZeRO 1 and 2: a single gradient needs no averaging, and stays where it was written until the step."""
     assert not wrapper.contiguous_gradients and callable(wrapper.buffered_reduce_fallback)
     wrapper.buffered_reduce_fallback = lambda *args, **kwargs: None
 
 
 def _join_passes(engine: Any) -> None:
-    """ZeRO 1 and 2: AdamWEMA reads the gradient as it is, and writes the weights that the model computes with as well.
+    """ZeRO 1 and 2: AdamWEMA reads the gradient in its own dtype and also writes the model's training weights.
 
-    DeepSpeed's own step writes a 16-bit gradient once more in fp32 before, and reads the fp32 weights once more behind:
-    in bf16 12 bytes a parameter that this leaves out, and not a bit changes.
+    DeepSpeed's own step first copies a 16-bit gradient to fp32, and afterwards reads the fp32 weights again to cast
+    them. Skipping both saves 12 bytes of traffic per parameter in bf16, with bitwise identical results.
     """
     from deepspeed.runtime.utils import all_gather_dp_groups
 
@@ -109,7 +109,7 @@ def _join_passes(engine: Any) -> None:
 
     @torch.no_grad()
     def step(closure: None = None) -> None:
-        """DeepSpeedZeroOptimizer.step of 0.19, without offload, loss scale, clipping and a check of its own."""
+        """DeepSpeedZeroOptimizer.step of 0.19, without offload, loss scaling, clipping and its overflow check."""
         wrapper.micro_step_id, wrapper.overflow, wrapper._global_grad_norm = -1, False, None
         for i, weight in enumerate(wrapper.single_partition_of_fp32_groups):
             wrapper.free_grad_in_param_list(wrapper.params_not_in_partition[i])
@@ -134,16 +134,16 @@ def _join_passes(engine: Any) -> None:
 
 
 class Outcome(NamedTuple):
-    """What became of a step. Where the device decides, both lie there, and reading them waits for it."""
+    """The outcome of a step. If the device decides it, both tensors are on the device and reading them synchronizes."""
 
     applied: Tensor
-    """Whether the weights moved, bool, 0-d."""
+    """Whether the weights were updated, bool, 0-d."""
     grad_norm: Tensor | None
-    """The gradient's norm before it was clipped, 0-d; None where DeepSpeed does not tell."""
+    """The gradient norm before clipping, 0-d; None if DeepSpeed does not report it."""
 
 
 def schedule_device(engine: Any) -> torch.device:
-    """Where the schedules are looked up: on the model's device if the step is gated there and its optimizer reads them
+    """Where to look up the schedules: on the model's device if the optimizer gates steps and reads its hyperparameters
     there, else on the CPU."""
     optimizer = engine.basic_optimizer
     on_device = optimizer.gated and optimizer.reads_tensors
@@ -151,7 +151,7 @@ def schedule_device(engine: Any) -> torch.device:
 
 
 def schedule(engine: Any, numbers: Tensor) -> None:
-    """Sets the numbers of the next step: learning rate, weight decay and momentum, float64 [3]."""
+    """Sets learning rate, weight decay and momentum (`numbers`, float64 [3]) for the next step."""
     optimizer = engine.basic_optimizer
     lr, weight_decay, momentum = numbers.unbind() if optimizer.reads_tensors else numbers.tolist()
     for group in optimizer.param_groups:
@@ -159,8 +159,8 @@ def schedule(engine: Any, numbers: Tensor) -> None:
 
 
 def step(engine: Any, clip_grad: float | None = None) -> Outcome | None:
-    """Ends a micro-batch. At the end of an accumulation it updates the weights unless the gradient is not finite, after
-    clipping it to the norm `clip_grad`, and returns what became of that; before, None."""
+    """Ends a micro-batch. After the last one of an accumulation, clips the gradient to the norm `clip_grad`, updates
+    the weights unless the gradient is non-finite, and returns the outcome; before that, returns None."""
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
@@ -177,7 +177,7 @@ def step(engine: Any, clip_grad: float | None = None) -> Outcome | None:
 
 
 def _gradient_norm(engine: Any) -> Tensor:
-    """The 2-norm of the whole gradient, fp32 on the device, the same on every rank; not finite where any element is."""
+    """The 2-norm of the whole gradient, fp32 on the device, equal on all ranks; non-finite if any element is."""
     if engine.zero_optimization_stage() == 0:
         return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).float()
     mine = [grad.flatten() for group in engine.optimizer.averaged_gradients.values() for grad in group]
@@ -188,7 +188,7 @@ def _gradient_norm(engine: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Piece:
-    """`length` elements of the parameter `name` from its element `start` on, at `offset` in a flat tensor."""
+    """`length` elements of the parameter `name`, beginning at its element `start`, at `offset` in a flat tensor."""
 
     name: str
     start: int
@@ -198,10 +198,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Flat:
-    """One fp32 tensor that the optimizer updates on this rank, and the pieces of parameters that it holds.
+    """One fp32 tensor that the optimizer updates on this rank, and the pieces of parameters it holds.
 
-    `group` is the optimizer's param group. `training_weight`: the same elements of the weights that the model computes
-    with, if the optimizer writes them too (`_join_passes`).
+    `group` is the optimizer's param group. `training_weight`: the same elements of the model's training weights, if the
+    optimizer writes them too (`_join_passes`).
     """
 
     weight: Tensor
@@ -215,7 +215,7 @@ def names_of(engine: Any) -> dict[int, str]:
 
 
 def flats(engine: Any) -> list[Flat]:
-    """This rank's fp32 tensors under a DeepSpeed engine, in the optimizer's order."""
+    """This rank's fp32 tensors in a DeepSpeed engine, in the optimizer's order."""
     stage, wrapper, names = engine.zero_optimization_stage(), engine.optimizer, names_of(engine)
     if stage == 0:
         return _replicated(wrapper, names)
@@ -223,7 +223,7 @@ def flats(engine: Any) -> list[Flat]:
 
 
 def _replicated(wrapper: Any, names: dict[int, str]) -> list[Flat]:
-    """Stage 0: every rank has every parameter; in bf16 the fp32 weights are copies that DeepSpeed keeps in order."""
+    """Stage 0: every rank has every parameter; in bf16 DeepSpeed keeps fp32 copies of the weights in the same order."""
     optimizer = getattr(wrapper, "optimizer", wrapper)
     trained = [group["params"] for group in optimizer.param_groups]  # in fp32
     params, fp32s = getattr(wrapper, "fp16_groups", trained), getattr(wrapper, "fp32_groups", trained)
@@ -235,9 +235,9 @@ def _replicated(wrapper: Any, names: dict[int, str]) -> list[Flat]:
 
 
 def _flat_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
-    """Stages 1 and 2: a group's parameters lie one after another in a buffer that is cut into one part a rank.
+    """Stages 1 and 2: a group's parameters are contiguous in one buffer, which is split into one partition per rank.
 
-    The place of a parameter is read off its address in the buffer: DeepSpeed may have reordered them.
+    A parameter's position is derived from its address in the buffer, because DeepSpeed may have reordered them.
     """
     result = []
     for i, group in enumerate(wrapper.optimizer.param_groups):
@@ -255,7 +255,7 @@ def _flat_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
 
 
 def _parameter_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
-    """Stage 3: each parameter is cut into one equal part a rank, the last ones padded; a flat holds a part of each."""
+    """Stage 3: each parameter is split into one equal, padded partition per rank; a flat has a partition of each."""
     rank = dist.get_rank(group=wrapper.dp_process_group)
     result = []
     for i, (params, weight) in enumerate(zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)):
@@ -273,7 +273,7 @@ def _parameter_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
 
 @torch.no_grad()
 def refresh_training_weights(engine: Any) -> None:
-    """Rounds the fp32 weights into the weights that the model computes with, after they were written from outside."""
+    """Rounds the fp32 weights into the model's training weights, after the fp32 weights were written from outside."""
     stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         for params, fp32s in zip(getattr(wrapper, "fp16_groups", ()), getattr(wrapper, "fp32_groups", ()), strict=True):
