@@ -36,7 +36,7 @@ def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[s
     batch, stage, bf16 = config.batch(world_size), config.engine.zero_stage, config.precision == "bf16"
     zero: dict[str, Any] = {"stage": stage}
     half: dict[str, Any] = {"enabled": bf16}
-    if stage:  # buckets take memory: no more than the model needs
+    if stage:  # buckets take memory: the gradients' is no larger than the model
         zero |= {"reduce_bucket_size": min(BUCKET, parameters), "allgather_bucket_size": BUCKET}
     if stage in (1, 2):  # buckets and their stream serve communication, and one rank has none
         zero |= {"overlap_comm": config.engine.overlap_comm and world_size > 1, "contiguous_gradients": world_size > 1}
