@@ -29,7 +29,7 @@ def test_one_rank_s_signal_and_the_clock_stop_all_and_nothing_is_lost(config: Pa
     words = ("--config", config, "optimization.epochs=4000", "engine.zero_stage=2")
     parts = tmp_path / "parts"
     run = start(2, parts, *words)
-    run.wait_for("kill [0-9]+ stops")
+    run.wait_for("kill [0-9]+ saves and stops")
     run.signal(signal.SIGUSR1, 1)
     assert run.wait() == [75, 75]
     assert "SIGUSR1" in run.text(1) and "stopped on request after step" in run.text(0)
@@ -85,7 +85,7 @@ def test_launchers(launcher: tuple[str, ...], signalled: str, code: int, config:
             while "step 1/" not in output.read_text():
                 assert launched.poll() is None and time.monotonic() < end, output.read_text()
                 time.sleep(0.1)
-            rank = int(re.findall(r"kill (\d+) stops", output.read_text())[0])
+            rank = int(re.findall(r"kill (\d+) saves and stops", output.read_text())[0])
             os.kill(rank if signalled == "rank" else launched.pid, signal.SIGTERM)
             assert launched.wait(60) == code, output.read_text()
             while subprocess.run(["pgrep", "-s", str(launched.pid)], capture_output=True, check=False).stdout:
