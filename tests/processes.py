@@ -39,7 +39,7 @@ class Run:
         return self.output[rank].read_text(errors="replace")
 
     def wait_for(self, pattern: str, rank: int = 0, seconds: float = 120) -> re.Match[str]:
-        """Waits until a rank has printed `pattern`."""
+        """Waits until a rank has printed `pattern`; if it never does, kills all and raises."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             alive = self.ranks[rank].is_alive()
@@ -48,6 +48,7 @@ class Run:
             if not alive:
                 break
             time.sleep(0.01)
+        self.kill()
         raise AssertionError(f"rank {rank} did not print {pattern!r}:\n{self.text(rank)}")
 
     def signal(self, number: int, *ranks: int) -> None:
