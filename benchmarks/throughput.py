@@ -404,26 +404,31 @@ def _waits(calls: dict[str, float], places: dict[str, float]) -> str:
 
 
 def picture(part: dict[str, Any], title: str, file: Path) -> None:
-    """FLOP/s of each contender against the measured limit, and the effect of each lever."""
+    """FLOP/s of engine and references against the measured limit, and the effect of each lever.
+
+    All are scaled from the engine's row by the paired ratios: a machine may be faster in one contender's turns than in
+    another's.
+    """
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    rows = [row for row in part["rows"] if "failed" not in row and not row["contender"].startswith("with")][::-1]
-    bars = left.barh([row["contender"] for row in rows], [row["flops"] / 1e12 for row in rows], color="tab:blue")
-    left.bar_label(
-        bars, [f"{row['images_per_second']:.3g} images/s" for row in rows], label_type="center", color="white"
-    )
+    base = part["rows"][0]
+    longer = {"engine": 1.0} | {k: x for k, x in part["times_longer"].items() if not k.startswith("with")}
+    names = [*longer][::-1]
+    bars = left.barh(names, [base["flops"] / longer[name] / 1e12 for name in names], color="tab:blue")
+    labels = [f"{base['images_per_second'] / longer[name]:.3g} images/s" for name in names]
+    left.bar_label(bars, labels, label_type="center", color="white")
     left.axvline(part["matmul_flops"] / 1e12, color="black", linestyle="--", label="large matrix product, measured")
     if part["datasheet_flops"]:
         left.axvline(part["datasheet_flops"] / 1e12, color="black", label="data sheet")
-    left.set(xlabel="useful TFLOP/s", title=title, ylim=(-0.6, len(rows) + 0.2))
+    left.set(xlabel="useful TFLOP/s, by paired ratios", title=title, ylim=(-0.6, len(names) + 0.2))
     left.legend(loc="upper left", fontsize=8)
     names = [name for name in part["times_longer"] if name.startswith("with")][::-1]
     worth = [100 * (part["times_longer"][name] - 1) for name in names]
     bars = right.barh(names, worth, color=["tab:orange" if x < 0 else "tab:blue" for x in worth])
     right.bar_label(bars, [f"{x:+.1f} %" for x in worth], padding=3)
     right.axvline(0, color="black", linewidth=0.8)
-    right.margins(x=0.25)
+    right.margins(x=0.3)
     right.set(xlabel="change of step time, %", title="effect of each lever")
     figure.savefig(file, dpi=130)
     plt.close(figure)
