@@ -3,7 +3,8 @@
 Its training loop is one function that cannot be called in parts, so the step here calls its pieces in its order, with
 everything it does per step: schedules, autocast, gradient norms per layer, reading the loss back, the EMA as a loop
 over parameters. Its data workers make masks and float images in advance; here both are made before the clock starts.
-`sdpa` and `compiled` are what a user could add: SDPA in place of materialised attention, and torch.compile.
+`sdpa` and `compiled` are what a user could add: SDPA in place of materialised attention, and torch.compile. SDPA goes
+without cuDNN here too: `jepa.attention.require` switches it off for the process.
 """
 
 import copy

@@ -25,6 +25,7 @@ import re
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -77,8 +78,10 @@ def fp32(config: Config, images: int, accumulation: int) -> Config:
 def losses(make: Make, config: Config, images: Synthetic, steps: int = 3) -> list[float]:
     """The loss of each step, averaged over the ranks."""
     contender = make(config)
-    mine = [float(contender.run(step, images.batches(step))[2]) for step in range(steps)]
-    contender.close()
+    try:
+        mine = [float(contender.run(step, images.batches(step))[2]) for step in range(steps)]
+    finally:
+        contender.close()
     del contender
     free()
     every: list[Any] = [None] * dist.get_world_size()
@@ -148,12 +151,15 @@ def _check(engine: Make, plain: Make, others: dict[str, Make], config: Config, r
             if low is not None and name.startswith("with "):
                 compare(f"{name} in bf16", make, low, allowed)
         except Exception as error:
-            failed[name] = first_line(error)
+            failed[name] = reason(error)
+        finally:
             free()
     return Checked(errors, failed)
 
 
-def first_line(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The error in one line, for the table; all of it goes to stderr."""
+    traceback.print_exception(error)
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -298,7 +304,7 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
                 rows.append(figures(other, rates) | {"beside": base.times.seconds[before:]})
             except Exception as error:
                 # The other contenders' results are kept; the exit code reports the failure.
-                rows.append({"contender": name, "failed": first_line(error)})
+                rows.append({"contender": name, "failed": reason(error)})
             finally:
                 if other is not None:
                     other.close()

@@ -90,6 +90,12 @@ def test_sequences_end_to_end(backend: str, device: str, dtype: torch.dtype, tol
         compare(with_gradients(got, dy, fast), with_gradients(wanted, dy, exact), tolerance)
 
 
+def test_sdpa_goes_without_cudnn_s_plans() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    require("sdpa")
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_means_of_sequences() -> None:
     lengths = [random.randint(1, 9) for _ in range(6)]
     x = torch.randn(sum(lengths), 5, requires_grad=True)

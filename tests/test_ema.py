@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from jepa_kernels import ema_
@@ -215,6 +216,12 @@ def test_the_op_refuses_lists_that_do_not_match():
     ):
         with pytest.raises(RuntimeError, match="ema_"):
             OP([torch.ones(5), torch.ones(7)], sources, weight)
+
+
+def test_float64_traces_with_a_momentum_that_has_no_value():
+    with FakeTensorMode():
+        for momentum in (torch.tensor(0.9, dtype=torch.float64) + torch.rand(()), 0.9):
+            ema_([torch.empty(3, dtype=torch.float64)], [torch.empty(3)], momentum)
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -225,5 +226,22 @@ def test_evaluate_and_online_probe_agree(tmp_path: Path) -> None:
     assert set(rows) == {"target encoder", "untrained encoder", "pixels"}
     assert rows["target encoder"]["shape k-NN"] == pytest.approx(100 * online)
     assert f"{rows['pixels']['shape linear']:.1f} %" in done.stdout
+
+    plain = tmp_path / "plain"  # no sub-folders, so no classes: the table's labels suffice
+    for split in ("train", "val"):
+        (plain / split).mkdir(parents=True)
+        with (tmp_path / "set" / split / "labels.csv").open(newline="") as table:
+            kept = [row | {"file": row["file"].replace("/", "-")} for row in csv.DictReader(table)]
+        for path in (tmp_path / "set" / split).glob("*/*.jpg"):
+            shutil.copy(path, plain / split / f"{path.parent.name}-{path.name}")
+        with (plain / split / "labels.csv").open("w", newline="") as table:
+            writer = csv.DictWriter(table, list(kept[0]))
+            writer.writeheader()
+            writer.writerows(kept)
+    folders = "--train", str(plain / "train"), "--val", str(plain / "val")
+    done = run("evaluate.py", checkpoint, *folders, "--label", "shape", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(out.read_text()):
+        assert row["shape k-NN"] == pytest.approx(rows[row["features"]]["shape k-NN"])
     wrong = run("evaluate.py", checkpoint, "--train", train, "--val", str(tmp_path / "nowhere"))
     assert wrong.returncode == 1 and "nowhere" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -56,7 +56,7 @@ def ema_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float |
     weight = _weight(momentum, device)
     for target, source in compress(zip(targets, sources, strict=True), double):
         # A Python number is a kernel argument; a CPU tensor would need a synchronous copy.
-        number = weight.is_cpu and not torch.compiler.is_compiling()
+        number = weight.is_cpu and type(weight) is Tensor and not torch.compiler.is_compiling()
         share = weight.item() if number else weight.double().to(device)
         target.copy_(torch.lerp(target.double(), source.double(), share))
     if not any(double):
