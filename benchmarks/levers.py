@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jepa import masks, vit
+from jepa import masks
 from jepa.attention import require
 from jepa.config import Config, ConfigError
 from jepa.config_file import parse_config
@@ -17,16 +17,6 @@ from jepa.distributed import Ranks
 from jepa.optimizer import foreign
 
 MODULES = ("patchify", "gather", "predictor_tokens", "prediction_loss", "covariance")
-
-
-@contextlib.contextmanager
-def apart(_device: torch.device) -> Iterator[None]:
-    """The predictor's first block recomputes the context's keys and values for every target block."""
-    vit.Predictor.shares_context = False
-    try:
-        yield
-    finally:
-        vit.Predictor.shares_context = True
 
 
 @contextlib.contextmanager
@@ -106,9 +96,6 @@ LEVERS = {
     "compile": Lever("torch.compile; without: eager", ("engine.compile=false",)),
     "attention": Lever("attention scores not materialised; without: plain matrix products", ("engine.attention=math",)),
     "skip_unread": Lever("rows that no loss reads are skipped; without: computed", ("engine.skip_unread=false",)),
-    "shared_context": Lever(
-        "predictor's first block: context keys and values once for all target blocks; without: for each", context=apart
-    ),
 }
 # Optional; `--with` turns them on.
 EXTRAS = {

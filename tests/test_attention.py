@@ -7,11 +7,13 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
+from torch.library import opcheck
 
 from jepa.attention import FLASH, Sequences, _installed, attend, attend_packed, require
 from jepa.config import ConfigError
 
 HEAD_DIMS = (80, 88, 64, 32, 24)
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")  # autograd is a Function around the op
 
 
 def case(backend: str, device: str, dtype: torch.dtype, packages: tuple[str, ...] = ()) -> ParameterSet:
@@ -90,10 +92,31 @@ def test_sequences_end_to_end(backend: str, device: str, dtype: torch.dtype, tol
         compare(with_gradients(got, dy, fast), with_gradients(wanted, dy, exact), tolerance)
 
 
-def test_sdpa_goes_without_cudnn_s_plans() -> None:
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    require("sdpa")
-    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_op_keeps_its_promises(dtype: torch.dtype) -> None:
+    """Schema, fake, strides and autograd registration, forward and backward; permuted inputs, as in the model."""
+    q, dy, k, v = (x.transpose(1, 2) for x in inputs_of(5, 7, 3, 24, "cpu", dtype, lead=(2,)))
+    opcheck(torch.ops.jepa.attention, (q, k, v), test_utils=CHECKS)
+    y, logsumexp = torch.ops.jepa.attention(q, k, v)
+    opcheck(torch.ops.jepa.attention_backward, (dy, q, k, v, y, logsumexp), test_utils=CHECKS)
+
+
+def test_gradients_in_float64() -> None:
+    q, _, k, v = inputs_of(4, 6, 2, 8, "cpu", torch.float64, lead=(2,))
+    assert torch.autograd.gradcheck(lambda *x: attend(*x), [x.detach().requires_grad_() for x in (q, k, v)])
+
+
+def test_compiled_for_all_lengths_at_once() -> None:
+    """One graph serves lengths of every residue modulo 8."""
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, dynamic=True, fullgraph=True)
+    for step, length in enumerate(random.sample(range(17, 97), 12)):
+        q, dy, k, v = inputs_of(length - 8, length, 3, 24, "cpu", torch.float32, lead=(2,))
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            got = with_gradients(compiled(*inputs), dy, inputs)
+        for a, b in zip(got, with_gradients(attend(*inputs), dy, inputs), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_means_of_sequences() -> None:

@@ -85,7 +85,7 @@ def test_memory_holds_the_state_and_the_activations(result: dict[str, Any]) -> N
 
 
 def test_every_lever_is_moved_beside_the_engine(result: dict[str, Any]) -> None:
-    off = ("optimizer", "kernels", "sampler", "attention", "skip_unread", "shared_context")
+    off = ("optimizer", "kernels", "sampler", "attention", "skip_unread")
     names = [
         *(f"without {name}" for name in off),
         *(f"with {name}" for name in ("checkpointing", "deterministic", "packed", "token_budget")),

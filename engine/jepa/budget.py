@@ -4,8 +4,7 @@ FLOPs are those of the matrix products, 2 per multiply-add. A block of width D a
     n (8 D^2 + 4 D F)    queries, keys, values 6 D^2, output 2 D^2, the two layers of the MLP 4 D F
     + 4 n^2 D            scores and their product with the values
 A backward costs twice its forward: the gradients of input and weight. Pixels need no gradient.
-With engine.skip_unread a last block on n tokens, u of them needed, costs 4 n D^2 + u (4 D^2 + 4 D F) + 4 u n D, and
-the predictor's first block projects a context (6 Dp^2 per token) once instead of M times.
+With engine.skip_unread a last block on n tokens, u of them needed, costs 4 n D^2 + u (4 D^2 + 4 D F) + 4 u n D.
 """
 
 from dataclasses import asdict, dataclass
@@ -108,8 +107,6 @@ def flops_per_image(config: Config, tokens: tuple[float, ...] = ()) -> Flops:
     covariance = 2 * widths[-1] ** 2 if config.has_projector else 0
     skip = config.engine.skip_unread
     blocks = M * _block_flops(config.predictor, context + target, target if skip else None)
-    if skip and config.predictor.depth > 1:
-        blocks -= (M - 1) * context * 6 * Dp**2
     return Flops(
         target=N * embed + _block_flops(config.vit, N, rows if skip and not config.needs_all_targets else None),
         context=E * (2 * context * embed + 3 * _block_flops(config.vit, context)),

@@ -4,13 +4,13 @@ Legend: B images, N patches, K kept patches (Kc of the context, Kt of a target b
 width, Dp predictor width, T rows of all contexts if these are packed. Parameter names are those of the published
 checkpoints. Images stay uint8 until `patchify`, which writes only the patches that are kept.
 
-What no loss reads is not computed, without changing results: a block's queries and MLP run only on its `rows`, and
-`shared` tokens, which occur in several sequences, are projected to queries, keys and values once. Everything between
-the matrix products (residual + norm, bias + GELU) is left to torch.compile, one block at a time (`compile_blocks`).
+What no loss reads is not computed, without changing results: a block's queries and MLP run only on its `rows`.
+Everything between the matrix products (residual + norm, bias + GELU) is left to torch.compile, one block at a time
+(`compile_blocks`).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -42,16 +42,6 @@ def sincos_positions(dim: int, side: int) -> Tensor:
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)
     return torch.cat([column, row], dim=2).reshape(side * side, dim).float()
-
-
-class Shared(NamedTuple):
-    """The predictor's tokens before they are joined into sequences: each context is part of M of them."""
-
-    context: Tensor
-    """[B, Kc, Dp], or packed [T, Dp]."""
-    target: Tensor
-    """[M * B, Kt, Dp]."""
-    ragged: Ragged | None
 
 
 class QKV(nn.Linear):
@@ -98,7 +88,6 @@ class Block(nn.Module):
     """Pre-norm transformer block on [B, K, D], or on packed rows [T, D] of the sequences `keys`.
 
     `rows`: the tokens to output, [B, U, D] or packed rows of the sequences `queries`; None: all.
-    `shared`: the parts that `x` was joined from.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
@@ -112,19 +101,15 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rows: Tensor | None = None,
-        shared: Shared | None = None,
         queries: Sequences | None = None,
         keys: Sequences | None = None,
     ) -> Tensor:
         attn = self.attn
-        if shared is not None:
-            context, target = (attn.qkv(self.norm1(part)) for part in (shared.context, shared.target))
-            q, k, v = attn.heads(join(context, target, shared.ragged), 3)
-        elif rows is not None:
+        if rows is None:
+            q, k, v = attn.heads(attn.qkv(self.norm1(x)), 3)
+        else:
             asking, asked = attn.qkv(self.norm1(x), self.norm1(rows))
             (q,), (k, v) = attn.heads(asking, 1), attn.heads(asked, 2)
-        else:
-            q, k, v = attn.heads(attn.qkv(self.norm1(x)), 3)
         x = (x if rows is None else rows) + attn(q, k, v, queries, keys)
         return x + self.mlp(self.norm2(x))
 
@@ -141,17 +126,6 @@ class _Reorder(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         return dy.index_select(1, *ctx.saved_tensors), None, None
-
-
-def join(context: Tensor, target: Tensor, ragged: Ragged | None) -> Tensor:
-    """The predictor's sequences [context, targets], block-major: [B, Kc, X] and [M * B, Kt, X] -> [M * B, Kc + Kt, X],
-    or packed [T, X] and [M * S, Kt, X] -> [M * (T + S * Kt), X]."""
-    images = context.shape[0] if ragged is None else ragged.contexts.offsets.shape[0] - 1
-    M = target.shape[0] // images
-    if ragged is None:
-        return torch.cat([context.expand(M, *context.shape), target.unflatten(0, (M, images))], 2).flatten(0, 1)
-    both = torch.cat([context.expand(M, *context.shape), target.reshape(M, -1, target.shape[-1])], 1)
-    return _Reorder.apply(both, ragged.order_R, ragged.back_R).flatten(0, 1)
 
 
 class PatchProjection(nn.Module):
@@ -235,7 +209,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, index: Tensor | Ragged | None = None, rows: Sequence[Tensor] = ()) -> Tensor:
         x, sequences = self.embed(images, index), index.contexts if isinstance(index, Ragged) else None
         for block in self.blocks[: -1 if rows else None]:
-            x = run(block, self.checkpointing, x, None, None, sequences, sequences)
+            x = run(block, self.checkpointing, x, None, sequences, sequences)
         if rows:
             x = torch.cat([self.blocks[-1](x, gather_tokens(x, group)) for group in rows], 1)
         return self.norm(x)
@@ -268,8 +242,6 @@ class Predictor(nn.Module):
     or packed contexts, [T, D] and their layout, in place of the first two.
     """
 
-    shares_context = True  # the first block projects a context to q, k and v once, not once per target block
-
     def __init__(
         self,
         side: int,
@@ -292,14 +264,12 @@ class Predictor(nn.Module):
         nn.init.normal_(self.mask_token, std=INIT_STD)
 
     def forward(self, context: Tensor, index: Tensor | Ragged, target_MBK: Tensor) -> Tensor:
-        z, (M, B, _), ragged = self.predictor_embed(context), target_MBK.shape, None
-        if isinstance(index, Ragged):
-            ragged = index
-            shared = self._packed_tokens(z, ragged, target_MBK)
-            x = join(*shared)
+        z, (M, B, _) = self.predictor_embed(context), target_MBK.shape
+        ragged = index if isinstance(index, Ragged) else None
+        if ragged:
+            x = self._packed_tokens(z, ragged, target_MBK)
         else:
             x = predictor_tokens(z, index, target_MBK, self.predictor_pos_embed[0], self.mask_token.flatten())
-            shared = Shared(x[:B, : z.shape[1]], x[:, z.shape[1] :], None)
 
         def targets(x: Tensor) -> Tensor:
             if ragged is None:
@@ -308,25 +278,24 @@ class Predictor(nn.Module):
             return apart[:, z.shape[0] :].flatten(0, 1)
 
         joined, asking = (ragged.joined, ragged.targets) if ragged else (None, None)
-        for i, block in enumerate(self.predictor_blocks):
-            if not self.skip_unread:
-                x = run(block, self.checkpointing, x, None, None, joined, joined)
-            elif i == len(self.predictor_blocks) - 1:
-                x = run(block, self.checkpointing, x, targets(x), None, asking, joined)
-            else:
-                first = shared if i == 0 and self.shares_context else None
-                x = run(block, self.checkpointing, x, None, first, joined, joined)
-        if not self.skip_unread:
-            x = targets(x)
+        blocks = list(self.predictor_blocks)
+        last = blocks.pop() if self.skip_unread else None
+        for block in blocks:
+            x = run(block, self.checkpointing, x, None, joined, joined)
+        x = run(last, self.checkpointing, x, targets(x), asking, joined) if last else targets(x)
         if ragged:  # drops the padding image, if any
             x = x.view(M, -1, target_MBK.shape[2], x.shape[-1])[:, :B].flatten(0, 1)
         return self.predictor_proj(self.predictor_norm(x))
 
-    def _packed_tokens(self, z_TD: Tensor, ragged: Ragged, target_MBK: Tensor) -> Shared:
-        pos, images = self.predictor_pos_embed[0].to(z_TD.dtype), ragged.contexts.offsets.shape[0] - 1
+    def _packed_tokens(self, z_TD: Tensor, ragged: Ragged, target_MBK: Tensor) -> Tensor:
+        """The sequences [context, mask tokens], block-major: [M * (T + S * Kt), Dp]."""
+        pos, (M, B, _) = self.predictor_pos_embed[0].to(z_TD.dtype), target_MBK.shape
+        images = ragged.contexts.offsets.shape[0] - 1
         context = z_TD + pos[ragged.patch_T % pos.shape[0]]
-        filled = F.pad(target_MBK, (0, 0, 0, images - target_MBK.shape[1]))
-        return Shared(context, (self.mask_token + pos[filled.flatten(0, 1)]).to(z_TD.dtype), ragged)
+        filled = F.pad(target_MBK, (0, 0, 0, images - B))
+        target = (self.mask_token + pos[filled.flatten(1)]).to(z_TD.dtype)
+        both = torch.cat([context.expand(M, *context.shape), target], 1)
+        return _Reorder.apply(both, ragged.order_R, ragged.back_R).flatten(0, 1)
 
 
 def run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
