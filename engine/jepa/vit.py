@@ -264,9 +264,9 @@ class Predictor(nn.Module):
         nn.init.normal_(self.mask_token, std=INIT_STD)
 
     def forward(self, context: Tensor, index: Tensor | Ragged, target_MBK: Tensor) -> Tensor:
-        z, (M, B, _) = self.predictor_embed(context), target_MBK.shape
-        ragged = index if isinstance(index, Ragged) else None
-        if ragged:
+        z, (M, B, _), ragged = self.predictor_embed(context), target_MBK.shape, None
+        if isinstance(index, Ragged):
+            ragged = index
             x = self._packed_tokens(z, ragged, target_MBK)
         else:
             x = predictor_tokens(z, index, target_MBK, self.predictor_pos_embed[0], self.mask_token.flatten())
