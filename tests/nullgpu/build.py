@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("device.c", "memory.c", "driver.c", "runtime.c", "libraries.c")
+SOURCES = ("device.c", "memory.c", "driver.c", "runtime.c", "libraries.c", "nvml.c")
 
 # Functions that the headers declare and no source here defines. All are weak: one that is written replaces its own.
 # Arguments are not read, so none are declared.
@@ -113,7 +113,8 @@ def build() -> Path:
         command = [os.environ.get("CC", "cc"), *flags, *includes, *sources, "-o", str(folder / "libcuda.so.1"), "-ldl"]
         if subprocess.run(command, stdout=sys.stderr).returncode:
             sys.exit("nullgpu: the stubs do not build; the command was\n" + " ".join(command))
-        (folder / "libcuda.so").symlink_to("libcuda.so.1")  # the name by which Inductor's C++ links
+        (folder / "libcuda.so").symlink_to("libcuda.so.1")  # the name by which compilers link
+        (folder / "libnvidia-ml.so.1").symlink_to("libcuda.so.1")
         try:
             folder.rename(built)
         except OSError:

@@ -64,10 +64,14 @@ const struct nullgpu_gpu* nullgpu_gpu(void) {
     return &chosen;
 }
 
-// As many as NULLGPU_N says, or fewer where CUDA_VISIBLE_DEVICES does: launchers hide devices by it.
+int nullgpu_all_devices(void) {
+    const char* given = getenv("NULLGPU_N");
+    return given ? atoi(given) : 1;
+}
+
 int nullgpu_devices(void) {
-    const char *given = getenv("NULLGPU_N"), *visible = getenv("CUDA_VISIBLE_DEVICES");
-    int devices = given ? atoi(given) : 1, listed = 0;
+    const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+    int devices = nullgpu_all_devices(), listed = 0;
     if (!visible) return devices;
     char* end;
     for (long device; (device = strtol(visible, &end, 10)), end != visible; visible = end + 1) {

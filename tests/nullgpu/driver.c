@@ -79,17 +79,17 @@ CUresult cuCtxGetDevice(CUdevice* device) {
 }
 
 CUresult cuCtxSynchronize(void) {
-    COUNT_STALL(device_sync);
+    COUNT_STALL(device_sync, __func__);
     return CUDA_SUCCESS;
 }
 
 CUresult cuStreamSynchronize(CUstream stream) {
-    COUNT_STALL(stream_sync);
+    COUNT_STALL(stream_sync, __func__);
     return CUDA_SUCCESS;
 }
 
 CUresult cuEventSynchronize(CUevent event) {
-    COUNT_STALL(event_sync);
+    COUNT_STALL(event_sync, __func__);
     return CUDA_SUCCESS;
 }
 

@@ -1,5 +1,6 @@
 // cuBLAS, cuBLASLt and NCCL. The products themselves, and cuBLAS's other functions, are written by build.py.
-// Kept out by their guards: cuBLAS includes them for C++, and they need headers that pip does not bring.
+// Kept out by their guards: the libraries include them for C++, and they need headers that pip does not bring.
+#define __CUDA_FP8_H__
 #define __CUDA_FP16_H__
 #define __CUDA_BF16_H__
 

@@ -32,7 +32,7 @@ enum nullgpu_counter { NULLGPU_COUNTERS(NULLGPU_ENUMERATOR) NULLGPU_COUNTERS_END
 void nullgpu_count(enum nullgpu_counter counter);
 
 // The same for calls that stall the host: NULLGPU_TRACE=1 prints the name of each, 2 the Python stack as well.
-#define COUNT_STALL(name) (nullgpu_count(NULLGPU_##name), nullgpu_trace(#name, __func__))
+#define COUNT_STALL(name, call) (nullgpu_count(NULLGPU_##name), nullgpu_trace(#name, call))
 void nullgpu_trace(const char* counter, const char* call);
 
 // The GPU, chosen by NULLGPU_CC, NULLGPU_NAME and NULLGPU_GB.
@@ -48,7 +48,8 @@ struct nullgpu_gpu {
     size_t memory;             // bytes
 };
 const struct nullgpu_gpu* nullgpu_gpu(void);
-int nullgpu_devices(void);
+int nullgpu_all_devices(void);  // NULLGPU_N
+int nullgpu_devices(void);      // of these, those that CUDA_VISIBLE_DEVICES shows: launchers hide devices by it
 int nullgpu_attribute(CUdevice_attribute attribute, int device);
 
 // The calling thread's current device.

@@ -141,14 +141,14 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    COUNT_STALL(stream_sync);
+    COUNT_STALL(stream_sync, __func__);
     if (captured(stream)) return break_capture(__func__);
     UNLESS_FORBIDDEN();
     return cudaSuccess;
 }
 
 cudaError_t cudaDeviceSynchronize(void) {
-    COUNT_STALL(device_sync);
+    COUNT_STALL(device_sync, __func__);
     UNLESS_FORBIDDEN();
     return cudaSuccess;
 }
@@ -208,7 +208,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    COUNT_STALL(event_sync);
+    COUNT_STALL(event_sync, __func__);
     UNLESS_FORBIDDEN();
     return cudaSuccess;
 }
@@ -497,13 +497,14 @@ static enum cudaMemcpyKind kind_of(const void* to, const void* from, enum cudaMe
 }
 
 // What comes to the host is always copied: it is the host that reads it.
-static cudaError_t copy(void* to, const void* from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
+static cudaError_t copy(void* to, const void* from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream,
+                        const char* call) {
     bool pageable = false;
     switch (kind_of(to, from, kind)) {
         case cudaMemcpyHostToDevice:
             COUNT(h2d);
             pageable = nullgpu_find_range(from).place == NULLGPU_PAGEABLE;
-            if (pageable) COUNT_STALL(pageable);
+            if (pageable) COUNT_STALL(pageable, call);
             if (!captured(stream)) nullgpu_copy(to, from, bytes);
             break;
         case cudaMemcpyDeviceToHost:
@@ -519,28 +520,29 @@ static cudaError_t copy(void* to, const void* from, size_t bytes, enum cudaMemcp
             memmove(to, from, bytes);
     }
     nullgpu_captured(stream);
-    return pageable && captured(stream) ? break_capture("a copy of memory that is not pinned") : cudaSuccess;
+    return pageable && captured(stream) ? break_capture("a copy of pageable memory") : cudaSuccess;
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, enum cudaMemcpyKind kind) {
-    COUNT_STALL(memcpy_sync);
+    COUNT_STALL(memcpy_sync, __func__);
     UNLESS_FORBIDDEN();
-    return copy(to, from, bytes, kind, NULL);
+    return copy(to, from, bytes, kind, NULL, __func__);
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
-    return copy(to, from, bytes, kind, stream);
+    return copy(to, from, bytes, kind, stream, __func__);
 }
 
 cudaError_t cudaMemcpyPeerAsync(void* to, int to_device, const void* from, int from_device, size_t bytes,
                                 cudaStream_t stream) {
-    return copy(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+    return copy(to, from, bytes, cudaMemcpyDeviceToDevice, stream, __func__);
 }
 
 cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
                               size_t height, enum cudaMemcpyKind kind, cudaStream_t stream) {
     for (size_t row = 0; row < height; row++) {
-        cudaError_t error = copy((char*)to + row * to_pitch, (const char*)from + row * from_pitch, width, kind, stream);
+        cudaError_t error =
+            copy((char*)to + row * to_pitch, (const char*)from + row * from_pitch, width, kind, stream, __func__);
         if (error) return error;
     }
     return cudaSuccess;
