@@ -66,7 +66,12 @@ const struct nullgpu_gpu* nullgpu_gpu(void) {
 
 int nullgpu_all_devices(void) {
     const char* given = getenv("NULLGPU_N");
-    return given ? atoi(given) : 1;
+    int devices = given ? atoi(given) : 1;
+    if (devices < 0 || devices > NULLGPU_MOST_DEVICES) {
+        fprintf(stderr, "nullgpu: NULLGPU_N=%s is not between 0 and %d GPUs\n", given, NULLGPU_MOST_DEVICES);
+        exit(2);
+    }
+    return devices;
 }
 
 int nullgpu_devices(void) {

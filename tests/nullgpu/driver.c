@@ -11,8 +11,7 @@
 #include "nullgpu.h"
 
 // Contexts, modules and kernels are addresses that are compared and never read.
-#define MOST_DEVICES 64
-static char contexts[MOST_DEVICES];
+static char contexts[NULLGPU_MOST_DEVICES];
 static char a_module, a_kernel;
 
 // ---- Devices and contexts
@@ -231,6 +230,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
                         void** extra) {
     const unsigned grid[3] = {grid_x, grid_y, grid_z}, block[3] = {block_x, block_y, block_z};
     if (!nullgpu_launchable(grid, block, shared)) return CUDA_ERROR_INVALID_VALUE;
+    if (!nullgpu_of_current_device(stream)) return CUDA_ERROR_INVALID_CONTEXT;
     COUNT(triton);
     nullgpu_captured(stream);
     return CUDA_SUCCESS;

@@ -171,13 +171,13 @@ ncclResult_t ncclCommInitRankScalable(ncclComm_t* comm, int ranks, int rank, int
     return new_comm(comm, ranks, rank);
 }
 
-// How many ranks share the colour cannot be known here; torch always passes a configuration and asks for no count.
+// How many ranks share the colour cannot be known here: at least those before this one.
 ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* made, ncclConfig_t* config) {
     if (color == NCCL_SPLIT_NOCOLOR) {
         *made = NULL;
         return ncclSuccess;
     }
-    return new_comm(made, comm->ranks, key);
+    return new_comm(made, key + 1, key);
 }
 
 static ncclResult_t delete_comm(ncclComm_t comm) {

@@ -8,14 +8,12 @@
 
 #include "nullgpu.h"
 
-#define MOST_DEVICES 64
-
 // Larger copies and fills are weights and activations: they mean nothing where no kernel computes, and would take the
 // time and the memory of the host. Smaller ones are indices, sizes, scalars and flags, which the host reads back.
 #define LARGE ((size_t)1 << 20)
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static size_t used[MOST_DEVICES];
+static size_t used[NULLGPU_MOST_DEVICES];
 
 bool nullgpu_take(int device, size_t bytes) {
     pthread_mutex_lock(&lock);

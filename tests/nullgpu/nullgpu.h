@@ -48,6 +48,7 @@ struct nullgpu_gpu {
     size_t memory;             // bytes
 };
 const struct nullgpu_gpu* nullgpu_gpu(void);
+#define NULLGPU_MOST_DEVICES 64
 int nullgpu_all_devices(void);  // NULLGPU_N
 int nullgpu_devices(void);      // of these, those that CUDA_VISIBLE_DEVICES shows: launchers hide devices by it
 int nullgpu_attribute(CUdevice_attribute attribute, int device);
@@ -85,5 +86,7 @@ CUresult nullgpu_free(void* pointer);
 void nullgpu_copy(void* to, const void* from, size_t bytes);
 void nullgpu_fill(void* to, int value, size_t bytes);
 
-// Streams, as the runtime makes them and the driver gets them. A captured kernel becomes a node of its graph.
+// Streams are the runtime's, and the driver is given them too. A kernel runs in a stream of the thread's current
+// device; while the stream is captured, the kernel becomes a node of the graph.
+bool nullgpu_of_current_device(CUstream stream);
 void nullgpu_captured(CUstream stream);
