@@ -29,10 +29,10 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("kernels", "engine")]
 
 from machine import provenance
-from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from jepa.data import Decoder, Loader, random_boxes
+from jepa.data import Loader, random_boxes
+from jepa.decode import Decoder
 from jepa.sources import open_images
 
 SCALE = (0.3, 1.0)  # as in the published recipe
@@ -137,6 +137,8 @@ def imperative(works: list[Work], crop: int, threads: int, share: float | None =
 
 
 def pipeline(works: list[Work], crop: int, threads: int, share: float | None = None) -> Line:
+    from nvidia.dali import fn, pipeline_def
+
     ahead, feed = 2, cycle(works)
     options: dict[str, Any] = {"device": "cpu"}
     if share is not None:
