@@ -17,7 +17,8 @@ TREE = sorted(
 )
 CSRC = sorted(ROOT.glob("csrc/*"))
 
-MODULE_OF = {"PyYAML": "yaml", "pillow": "PIL", "nvidia-dali-cuda130": "nvidia", "flash-attn-4": "flash_attn"}
+MODULE_OF = {"PyYAML": "yaml", "pillow": "PIL", "flash-attn-4": "flash_attn"}
+MODULE_OF |= dict.fromkeys(["nvidia-dali-cuda120", "nvidia-dali-cuda130"], "nvidia")
 
 
 class Import(NamedTuple):
