@@ -44,7 +44,7 @@ def datasheet_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a figure needs to be credible and reproducible."""
-    versions = {package.name: package.version for package in distributions()}
+    versions = {str(package.name): package.version for package in distributions()}
     dali = [name for name in versions if name.startswith("nvidia-dali-")]  # one per CUDA version
     commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

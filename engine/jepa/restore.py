@@ -127,8 +127,9 @@ def versions() -> dict[str, str]:
     """Versions of what computes a step, for the record; with the commit if the engine is in a git checkout."""
     found = {"torch": torch.__version__, "python": platform.python_version()}
     for package in importlib.metadata.distributions():
-        if package.name in ("deepspeed", "numpy", "triton") or package.name.startswith("nvidia-dali-"):
-            found[package.name] = package.version
+        name = str(package.name)  # None: the remains of a failed installation
+        if name in ("deepspeed", "numpy", "triton") or name.startswith("nvidia-dali-"):
+            found[name] = package.version
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
