@@ -1,6 +1,7 @@
 # The commands in the README. Each works in a fresh clone and creates .venv if it is missing.
 
 PYTHON ?= python3
+DEVICE ?= auto
 BIN := .venv/bin
 SOURCES := kernels engine benchmarks tests setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -13,15 +14,16 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch triton setuptools
-	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[engine,test]"
+	cuda=`$(BIN)/python -c 'import torch; print((torch.version.cuda or "13")[:2])'` && \
+		$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[engine-cu$$cuda,test]"
 	touch $@
 
 demo: setup
 	$(BIN)/python engine/jepa/synthetic.py data/demo --seed 1
 	rm -rf runs/demo
-	$(BIN)/deepspeed --num_accelerators 1 engine/train.py --config engine/configs/demo.yaml
+	$(BIN)/deepspeed --num_accelerators 1 engine/train.py --config engine/configs/demo.yaml engine.device=$(DEVICE)
 	$(BIN)/python engine/evaluate.py runs/demo/jepa-latest --train data/demo/train --val data/demo/val \
-		--label shape --label count --label distance
+		--label shape --label count --label distance --device $(DEVICE)
 	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl --out runs/demo
 
 test: lint

@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from jepa.attention import attend, require
 from jepa.config import SIZES as MODELS
 from jepa.config import ConfigError
+from jepa.device import choose
 
 SPLITS = (4, 16)
 CHECKED = 2  # sequences compared with float64
@@ -241,13 +242,16 @@ def _best(times: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU if there is one"
+    )
     parser.add_argument("--model", choices=SIZES, help="default: vit_huge_14 on a GPU, vit_small_16 on a CPU")
     parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, vit_giant_16: 16; 8 on a CPU)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, CPU: float32")
     parser.add_argument("--seconds", type=float, default=1, help="per figure (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="default: %(default)s")
     args = parser.parse_args()
+    args.device = choose(args.device).type
     gpu = args.device == "cuda"
     model = args.model or ("vit_huge_14" if gpu else "vit_small_16")
     size = replace(SIZES[model], B=args.batch or (SIZES[model].B if gpu else 8))

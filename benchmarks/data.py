@@ -29,10 +29,11 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("kernels", "engine")]
 
 from machine import provenance
-from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from jepa.data import Decoder, Loader, random_boxes
+from jepa.data import Loader, random_boxes
+from jepa.decode import Decoder
+from jepa.device import choose
 from jepa.sources import open_images
 
 SCALE = (0.3, 1.0)  # as in the published recipe
@@ -72,6 +73,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     args = parser.parse_args()
 
+    device = choose()
     source = open_images(args.images)
     rng = np.random.default_rng(0)
     indices = np.resize(rng.permutation(len(source)), (args.batches, args.batch))
@@ -84,16 +86,16 @@ def main() -> int:
     lines = [Line("Pillow", 1, lambda: sum(len(with_pillow(work, args.crop)) for work in works))]
     for threads in args.threads:
         lines += [imperative(works, args.crop, threads), pipeline(works, args.crop, threads)]
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             for share in SHARES:
                 lines += [imperative(works, args.crop, threads, share), pipeline(works, args.crop, threads, share)]
-        lines.append(through_loader(args, threads))
+        lines.append(through_loader(args, threads, device))
     differences, right = check(lines, with_pillow(works[0], args.crop))
     rows = measure(right, args.rounds)
     show(rows, args.model_rate)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        about = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {"cores": cores}
+        about = provenance(device) | {"cores": cores}
         args.out.write_text(json.dumps(about | {"difference": differences, "rows": rows}, indent=1) + "\n")
     return 0 if len(right) == len(lines) else 1
 
@@ -137,6 +139,8 @@ def imperative(works: list[Work], crop: int, threads: int, share: float | None =
 
 
 def pipeline(works: list[Work], crop: int, threads: int, share: float | None = None) -> Line:
+    from nvidia.dali import fn, pipeline_def
+
     ahead, feed = 2, cycle(works)
     options: dict[str, Any] = {"device": "cpu"}
     if share is not None:
@@ -171,7 +175,7 @@ def pipeline(works: list[Work], crop: int, threads: int, share: float | None = N
     return Line(name, threads, run, first, drain=lambda: [built.run() for _ in range(ahead)])
 
 
-def through_loader(args: argparse.Namespace, threads: int) -> Line:
+def through_loader(args: argparse.Namespace, threads: int, device: torch.device) -> Line:
     """The engine's loader: reads files and prefetches batches, on the device that trains."""
     loader = Loader(
         open_images(args.images),
@@ -179,7 +183,7 @@ def through_loader(args: argparse.Namespace, threads: int) -> Line:
         crop_scale=SCALE,
         batch_size=args.batch,
         num_workers=threads,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
     )
     return Line("loader", threads, lambda: sum(len(b.images) for _, _, b in loader.batches(0, args.batches)))
 

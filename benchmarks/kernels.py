@@ -23,9 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
+
 import torch
 from contenders import OPS, SIZES, Size
 from machine import ROOT, ceilings, hardware, milliseconds, peak_bytes, provenance
+
+from jepa.device import choose
 
 
 def host_milliseconds(op: str, size: Size, device: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
@@ -36,7 +40,9 @@ def host_milliseconds(op: str, size: Size, device: str, dtype: torch.dtype, seco
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU if there is one"
+    )
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--size", choices=SIZES, help="default: vit_huge_14 on a GPU, vit_small_16 on a CPU")
     parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 16 on a CPU)")
@@ -44,6 +50,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1, help="per figure (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="default: %(default)s")
     args = parser.parse_args()
+    args.device = choose(args.device).type
     device, gpu = torch.device(args.device), args.device == "cuda"
     in_cpp = torch._C._dispatch_has_kernel_for_dispatch_key("jepa_kernels::gather", "CPU")
     if not gpu and not in_cpp:

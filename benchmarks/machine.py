@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +44,15 @@ def datasheet_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a figure needs to be credible and reproducible."""
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
+    versions = {str(package.name): package.version for package in distributions()}
+    dali = [name for name in versions if name.startswith("nvidia-dali-")]  # one per CUDA version
     commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
         "hardware": hardware(device),
         "driver": _first_line(driver) if device.type == "cuda" else None,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
-        | {name: installed(name) for name in ("torch", "triton", "deepspeed", "nvidia-dali-cuda130")},
+        | {name: versions.get(name) for name in ("torch", "triton", "deepspeed", *dali)},
         "commit": _first_line(commit),
         "command": " ".join(["python", *sys.argv]),
     }

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from levers import Lever, changed
 from machine import Clock, peak_bytes
 from published import Published, as_floats
@@ -25,6 +24,7 @@ from jepa import distributed, zero
 from jepa.budget import Kept
 from jepa.config import Config
 from jepa.data import Batch
+from jepa.synthetic import noise
 from jepa.tokens import masks_of, target_rows
 from train import start_model, take_step
 
@@ -41,16 +41,12 @@ Batches = Iterator[tuple[int, int, Batch]]
 
 
 class Synthetic:
-    """Smooth random images, the same for every contender: micro-batch k of step s never changes."""
+    """Noise on the device, the same for every contender: micro-batch k of step s never changes."""
 
     def __init__(self, config: Config, device: torch.device, accumulation: int, number: int = 4) -> None:
         S, B = config.data.crop_size, config.data.batch_size
-        generator = torch.Generator().manual_seed(config.engine.seed)
-        self.accumulation, self.pool = accumulation, []
-        for _ in range(number):
-            coarse = torch.rand(B, 3, max(2, S // 16), max(2, S // 16), generator=generator)
-            smooth = F.interpolate(coarse, [S, S], mode="bicubic").clamp(0, 1)
-            self.pool.append((255 * smooth).byte().permute(0, 2, 3, 1).contiguous().to(device))
+        images = noise(number * B, S, config.engine.seed).reshape(number, B, S, S, 3)
+        self.accumulation, self.pool = accumulation, [torch.from_numpy(batch).to(device) for batch in images]
 
     def images(self, step: int, micro: int) -> torch.Tensor:
         return self.pool[(step * self.accumulation + micro) % len(self.pool)]

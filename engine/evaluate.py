@@ -20,6 +20,7 @@ from torch import Tensor
 
 from jepa.config import Config
 from jepa.data import eval_batches
+from jepa.device import choose
 from jepa.interop import load_encoder
 from jepa.probe import Encoder, extract, knn, linear_probe, open_labelled
 from jepa.restore import CheckpointError
@@ -86,12 +87,15 @@ def labels_of(sources: list[ImageSource], name: str | None) -> list[Tensor]:
 
 
 def evaluate(
-    checkpoint: str, train_path: str, val_path: str, names: list[str | None], layers: int = 1
+    checkpoint: str, train_path: str, val_path: str, names: list[str | None], layers: int = 1, on: str = "auto"
 ) -> list[dict[str, object]]:
-    """One row per encoder: accuracies in percent under "<label> k-NN" and "<label> linear"."""
+    """One row per encoder: accuracies in percent under "<label> k-NN" and "<label> linear".
+
+    `on`: the device, as in jepa.device.choose.
+    """
     encoder, config = load_encoder(checkpoint)
     sources = open_labelled(train_path, val_path) if None in names else [open_images(train_path), open_images(val_path)]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose(on)
     torch.manual_seed(config.engine.seed)
     untrained = build_encoder(config).eval()
     labels = {name or "class": labels_of(sources, name) for name in names}
@@ -134,10 +138,13 @@ def main() -> int:
     parser.add_argument("--val", required=True, metavar="FOLDER", help="labelled images to measure accuracy on")
     parser.add_argument("--label", action="append", metavar="COLUMN", help="column of labels.csv; may be repeated")
     parser.add_argument("--layers", type=int, default=1, help="number of last blocks to concatenate (default: 1)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
     parser.add_argument("--out", type=Path, metavar="JSON", help="also write the accuracies to this file")
     args = parser.parse_args()
     try:
-        rows = evaluate(args.checkpoint, args.train, args.val, args.label or [None], args.layers)
+        rows = evaluate(args.checkpoint, args.train, args.val, args.label or [None], args.layers, args.device)
     except (ValueError, CheckpointError, OSError) as error:
         print(f"engine/evaluate.py: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

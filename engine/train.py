@@ -32,6 +32,7 @@ from jepa.restore import CheckpointError, Reader
 from jepa.schedules import Schedules, ScheduleTable
 from jepa.skipped import Diverged, Outcomes
 from jepa.sources import open_images
+from jepa.synthetic import SyntheticImages
 from jepa.teacher import Teacher
 from jepa.tokens import masks_of, tokens
 from jepa.vit import compile_blocks
@@ -58,7 +59,9 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
     """Raises ValueError on all ranks if they do not all find the same images."""
     data, (micro_batch, accumulation, _) = config.data, config.batch(ranks.world_size)
     loader = Loader(
-        open_images(data.folder),
+        SyntheticImages(data.synthetic, data.crop_size, config.engine.seed)
+        if data.synthetic
+        else open_images(data.folder),
         crop_size=data.crop_size,
         crop_scale=data.crop_scale,
         horizontal_flip=data.use_horizontal_flip,
@@ -68,13 +71,13 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=ranks.device,
-        decoder=data.decoder,
+        decoder=config.decoder,
         num_workers=data.num_workers,
         prefetch=data.prefetch,
         max_bad_fraction=data.max_bad_fraction,
     )
     found = ", ".join(f"{key} {value}" for key, value in loader.source.fingerprint.items())
-    distributed.require_alike(ranks, found, f"{data.folder} is not the same on all machines")
+    distributed.require_alike(ranks, found, f"{loader.source.path} is not the same on all machines")
     return loader
 
 
@@ -103,9 +106,9 @@ def train(
 
     log = RunLog(config, progress.step, last_step, loader.steps_per_epoch, global_batch, ranks.device)
     log.say(
-        f"{config.meta.model_name} ({config.loss.objective}), {len(loader.source)} images, {global_batch} per step on "
-        f"{ranks.world_size} x {ranks.device.type}; steps {progress.step} to {last_step} of {all_steps}; "
-        f"kill {os.getpid()} saves and stops"
+        f"{config.meta.model_name} ({config.loss.objective}), {len(loader.source)} images of {loader.source.path}, "
+        f"{global_batch} per step on {ranks.world_size} x {ranks.device.type}; steps {progress.step} to {last_step} "
+        f"of {all_steps}; kill {os.getpid()} saves and stops"
     )
     table = ScheduleTable(schedules, progress.applied, last_step - progress.step, zero.schedule_device(engine))
     outcomes, owed = Outcomes(progress, global_batch), False

@@ -24,8 +24,9 @@ from small import MAPPING
 
 ROOT = Path(__file__).resolve().parents[1]
 _server = mp.get_context("forkserver")
-LAZILY = ("zero.muon.muon_optimizer", "zero.stage3", "zero.stage_1_and_2")  # imported lazily, with torch's compiler
-_server.set_forkserver_preload(["processes", "train", *(f"deepspeed.runtime.{name}" for name in LAZILY)])
+LAZILY = [f"deepspeed.runtime.zero.{name}" for name in ("muon.muon_optimizer", "stage3", "stage_1_and_2")]
+LAZILY += ["nvidia.dali.experimental.dynamic"]
+_server.set_forkserver_preload(["processes", "train", *LAZILY])
 
 
 @dataclass

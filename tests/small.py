@@ -24,6 +24,7 @@ MAPPING = {
     "mask": {"patch_size": 4, "min_keep": 4},
     "optimization": {"epochs": 2, "warmup": 0.5, "lr": 1e-3, "start_lr": 1e-4},
     "loss": {"objective": "cjepa", "projector": [12, 8]},
+    "engine": {"device": "cpu"},
     "logging": {"folder": "nowhere", "log_freq": 1},
 }  # fmt: skip
 

@@ -186,6 +186,9 @@ def test_a_key_in_the_wrong_section_is_told_the_right_one(known: str) -> None:
         (["data.color_jitter_strength=0.5"], "data.color_jitter_strength"),
         (["data.std=[0.2, 0.2, 0]"], "data.std[2]"),
         (["data.decoder=gpu", "engine.device=cpu"], "data.decoder"),
+        (["data.decoder=gpu", "engine.deterministic=true"], "data.decoder"),
+        (["data.root_path=null"], "data.root_path"),
+        (["data.synthetic=0"], "data.synthetic"),
         (["data.batch_size=true"], "data.batch_size"),
         (["data.batch_size=0"], "data.batch_size"),
         (["optimization.epochs=2.5"], "optimization.epochs"),
@@ -444,3 +447,16 @@ def test_the_train_folder_is_taken_beside_val_and_is_a_class_elsewhere(tmp_path:
     assert plain.data.folder == tmp_path / "images"
     (tmp_path / "images/val").mkdir()
     assert plain.data.folder == tmp_path / "images/train"
+
+
+def test_synthetic_images_need_no_path() -> None:
+    for path in ("null", "$replace_this"):
+        config = parse_config(small(), [f"data.root_path={path}", "data.synthetic=1e3"])
+        assert config.data.synthetic == 1000
+
+
+def test_deterministic_runs_decode_where_pixels_do_not_depend_on_the_batch() -> None:
+    for decoder in ("auto", "cpu", "gpu"):
+        assert parse_config(small(), [f"data.decoder={decoder}"]).decoder == decoder
+        if decoder != "gpu":
+            assert parse_config(small(), [f"data.decoder={decoder}", "engine.deterministic=true"]).decoder == "cpu"

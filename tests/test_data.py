@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from jepa import data, sources
-from jepa.data import Decoder, Loader, eval_batches, random_boxes
+from jepa.data import Loader, eval_batches, random_boxes
+from jepa.decode import Decoder
 from jepa.sources import open_images
 
 rng = np.random.default_rng()

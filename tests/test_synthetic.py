@@ -1,4 +1,4 @@
-"""The drawn scenes hold what their labels say."""
+"""The drawn scenes hold what their labels say; noise depends on its seed and number alone."""
 
 import csv
 import random
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from jepa.synthetic import FAR, NEAR, RADIUS, SHAPES, draw, write
+from jepa.data import Loader
+from jepa.synthetic import FAR, NEAR, RADIUS, SHAPES, SyntheticImages, draw, noise, write
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
@@ -74,3 +76,26 @@ def test_files_and_table_agree_and_a_second_run_writes_nothing(tmp_path: Path) -
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
     with pytest.raises(ValueError, match="is not this data set"):
         write(root, {"train": 31, "val": 12})
+
+
+@pytest.mark.parametrize("size", [7, 32, 70])
+def test_noise_is_smooth_and_an_image_of_it_depends_on_seed_and_number_alone(size: int) -> None:
+    seed = random.getrandbits(63)
+    images = noise(9, size, seed)
+    assert np.array_equal(noise(4, size, seed), images[:4])
+    assert len({image.tobytes() for image in (*images, *noise(9, size, seed + 1))}) == 18
+    steps = np.abs(np.diff(images.astype(float), axis=1))
+    assert steps.max() <= 255 * (max(2, size // 16) - 1) / (size - 1) + 1  # a node's distance apart: at most 255
+    assert np.ptp(images) > 150
+
+
+def test_synthetic_images_are_repeated_and_batched_like_files_on_any_number_of_ranks() -> None:
+    source = SyntheticImages(600, 12, seed=random.getrandbits(63))
+    assert len(source) == source.fingerprint["images"] == 600 == len({source.name(i) for i in range(600)})
+    assert np.array_equal(source.read(5), source.read(5 + 256)) and not np.array_equal(source.read(5), source.read(6))
+    seed, step = random.getrandbits(63), random.randrange(100)
+    whole = Loader(source, crop_size=12, batch_size=8, seed=seed).batch(step)
+    assert np.array_equal(whole.images, [source.read(int(name.rpartition("/")[2])) for name in whole.files])
+    ranks = [Loader(source, crop_size=12, batch_size=4, seed=seed, rank=r, world_size=2).batch(step) for r in (0, 1)]
+    assert torch.equal(torch.cat([part.images for part in ranks]), whole.images) and whole.images.dtype == torch.uint8
+    assert [name for part in ranks for name in part.files] == whole.files

@@ -124,8 +124,9 @@ class Meta(_Section):
 class Data(_Section):
     """The images and how they are batched."""
 
-    root_path: Text
+    root_path: Text | None = None  # a folder, a .txt list or .tar shards
     image_folder: str = ""
+    synthetic: Natural | None = None  # train on so many images of noise instead, to time or test a run
     batch_size: Annotated[Natural, Field(le=2**16)]  # per rank and micro-batch
     crop_size: Pixels
     crop_scale: ScaleRange = (0.3, 1.0)  # area of the random crop, as a fraction of the image's
@@ -135,7 +136,7 @@ class Data(_Section):
     use_color_distortion: bool = False
     use_gaussian_blur: bool = False
     color_jitter_strength: NonNegative = 0.0
-    decoder: Literal["auto", "cpu", "gpu"] = "auto"
+    decoder: Literal["auto", "cpu", "gpu"] = "auto"  # auto: the GPU if there is one, unless engine.deterministic
     num_workers: Natural = 10  # decoding threads
     prefetch: Natural = 2  # micro-batches to prepare ahead
     pin_mem: bool = True  # no effect; in the published configs
@@ -143,8 +144,11 @@ class Data(_Section):
 
     @property
     def folder(self) -> Path:
-        """root_path/image_folder, or its sub-folder `train` if it also has `val` or `test` (else it is a class)."""
-        folder = Path(self.root_path).expanduser() / self.image_folder
+        """root_path/image_folder, or its sub-folder `train` if it also has `val` or `test` (else it is a class).
+
+        Only for a run on image files, whose root_path is given.
+        """
+        folder = Path(self.root_path or "").expanduser() / self.image_folder
         splits = [(folder / split).is_dir() for split in ("train", "val", "test")]
         return folder / "train" if splits[0] and any(splits[1:]) else folder
 
@@ -336,6 +340,11 @@ class Config(_Section):
         stage = self.engine.zero_stage
         here = stage in (1, 2) or (stage == 0 and self.precision == "fp32")
         return here and self.engine.optimizer in ("adamw_ema", "torch")
+
+    @property
+    def decoder(self) -> Literal["auto", "cpu", "gpu"]:
+        """Where images are decoded; deterministic runs do it where pixels cannot depend on the batch (jepa.decode)."""
+        return "cpu" if self.engine.deterministic else self.data.decoder
 
     def compiles(self, device_type: str) -> bool:
         default = device_type == "cuda" and self.engine.zero_stage < 3

@@ -35,8 +35,11 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
             yield f"data.{key}", "must be off: colour augmentation is not supported, and I-JEPA uses none"
     if c.meta.copy_data:
         yield "meta.copy_data", "must be false: copy the images yourself and give data.root_path=<the copy>"
-    for key, path in (("data.root_path", c.data.root_path), ("logging.folder", c.logging.folder)):
-        if path.startswith("$"):
+    if c.data.root_path is None and not c.data.synthetic:
+        yield "data.root_path", "must be the path of the images; data.synthetic=10000 trains on synthetic ones instead"
+    images = None if c.data.synthetic else c.data.root_path
+    for key, path in (("data.root_path", images), ("logging.folder", c.logging.folder)):
+        if path and path.startswith("$"):
             yield key, f"is a placeholder: give {key}=<path> on the command line"
 
     length = c.optimization.epochs * c.optimization.ipe_scale
@@ -70,6 +73,8 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
         yield "engine.attention", "does not support mask.mode packed: give sdpa or flash_attn"
     if (c.engine.device, c.data.decoder) == ("cpu", "gpu"):
         yield "data.decoder", "needs a GPU, but engine.device is cpu: give cpu or auto"
+    if c.engine.deterministic and c.data.decoder == "gpu":
+        yield "data.decoder", "contradicts engine.deterministic: there pixels may depend on the batch; give cpu or auto"
     if c.eval.every and not (c.eval.train_path and c.eval.val_path):
         yield "eval.every", "needs eval.train_path and eval.val_path, folders of labelled images"
 

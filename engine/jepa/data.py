@@ -1,10 +1,9 @@
-"""The input pipeline: shuffling, random crops, and decoding and resizing to uint8 with DALI.
+"""The input pipeline: shuffling, random crops, and batches of them made ahead of the step that needs them.
 
 Order and crops come from counter-based random numbers (Philox) keyed by (seed, epoch) and (seed, step), indexed
-by an image's position in the global batch. So a batch depends neither on earlier batches nor on the number of
-ranks: any step's batch can be reproduced alone, and resuming needs only the step number.
-
-As with torchvision's default loader, EXIF orientation is ignored: pixels are used as they are stored.
+by an image's position in the global batch. So which images and crops a batch has depends neither on earlier batches nor
+on the number of ranks: any step's batch can be reproduced alone, and resuming needs only the step number. On when the
+pixels of a crop depend on its batch, see jepa.decode.
 
 Legend: B images per micro-batch, W ranks, G = B * accumulation * W images per step, S crop size. Boxes are
 (top, left, height, width) in pixels.
@@ -12,8 +11,6 @@ Legend: B images per micro-batch, W ranks, G = B * accumulation * W images per s
 
 import logging
 import math
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +20,12 @@ from itertools import count, islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import nvidia.dali.experimental.dynamic as ndd
 import torch
 from torch import Tensor
 
+from .decode import Decoder, Stack
 from .sources import ImageSource
+from .synthetic import SyntheticImages
 
 ORDER, CROP = 1, 2  # streams of random numbers
 WORDS = 24  # random numbers per image: 10 areas, 10 ratios, top, left, flip, and one unused
@@ -38,7 +36,6 @@ ENOUGH_BAD = 10  # bad files before their fraction is judged
 logger = logging.getLogger(__name__)
 A = TypeVar("A", bound=tuple[Any, ...])
 T = TypeVar("T")
-Frame = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Batch(NamedTuple):
@@ -89,92 +86,6 @@ def centre_views(sizes_B2: np.ndarray, crop: int, resize: int) -> np.ndarray:
     return np.concatenate([start_B2 * scale_B2, crop * scale_B2], axis=1).astype(np.float32)
 
 
-class Decoder:
-    """Decodes images to one uint8 tensor, on CPU cores or on the GPU (JPEGs by its hardware decoder).
-
-    `kind`: "auto" (the GPU, if `device` is one), "cpu" or "gpu". `threads`: the maximum, capped at the number of
-    cores available to this process. `options`: arguments of DALI's decoder. Concurrent calls run one at a time.
-    Raises ValueError if `kind` is "gpu" and `device` is not a GPU.
-    """
-
-    def __init__(self, kind: str, device: torch.device | str, threads: int) -> None:
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        if kind not in ("auto", "cpu", "gpu") or (kind == "gpu" and self.device.type != "cuda"):
-            raise ValueError(
-                f"data.decoder: given {kind!r} for images on {self.device}; "
-                "wanted auto, cpu or, when training on a GPU, gpu"
-            )
-        self.on_gpu = self.device.type == "cuda" and kind != "cpu"
-        self.threads = max(1, min(threads, len(os.sched_getaffinity(0))))
-        self._lock = threading.Lock()
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.options: dict[str, Any] = {"device": "cpu"}
-        if self.on_gpu:
-            self._context = ndd.EvalContext(
-                num_threads=self.threads, device_id=self.device.index, cuda_stream=self._stream
-            )
-            # All JPEGs on the hardware decoder: if split between two, an image's pixels would depend on its batch.
-            self.options = {"device": "gpu", "hw_decoder_load": 1.0, "jpeg_fancy_upsampling": True}
-            self.options["affine"] = False  # else all ranks of a machine would pin threads to the same cores
-        else:
-            with ndd.Device("cpu"):
-                self._context = ndd.EvalContext(num_threads=self.threads)
-
-    def __call__(
-        self, encoded: Sequence[np.ndarray], size: int, frame: Frame, flip: np.ndarray | None = None
-    ) -> Tensor:
-        """Decodes B images and resizes a part of each, antialiased bilinear: uint8 [B, size, size, 3].
-
-        `frame` maps their heights and widths, int64 [B, 2], to the box of each to decode, int32 [B, 4], and the
-        part of that box to show, float32 [B, 4]; pixels outside the box do not bleed in. `flip`: int32 [B], 1 for
-        a horizontal flip. Raises RuntimeError if any image cannot be decoded.
-        """
-        with self._lock, ndd.EvalMode.sync_cpu, self._context:
-            batch = ndd.as_batch(list(encoded))
-            sizes = ndd.as_tensor(ndd.peek_image_shape(batch, adjust_orientation=False))
-            box_B4, view_B4 = frame(np.asarray(sizes)[:, :2])
-            pixels = ndd.decoders.image_slice(
-                batch,
-                start=ndd.as_batch(box_B4[:, :2].copy()),
-                shape=ndd.as_batch(box_B4[:, 2:].copy()),
-                axes=[0, 1],
-                adjust_orientation=False,
-                **self.options,
-            )
-            pixels = ndd.resize(
-                pixels,
-                size=[size, size],
-                roi_start=ndd.as_batch(view_B4[:, :2].copy()),
-                roi_end=ndd.as_batch(view_B4[:, :2] + view_B4[:, 2:]),
-                antialias=True,
-            )
-            if flip is not None:
-                pixels = ndd.flip(pixels, horizontal=ndd.as_batch(flip))
-            return self._deliver(ndd.as_tensor(pixels))
-
-    def raise_unless_bad(self, error: OSError | RuntimeError, read: Callable[[], list[np.ndarray]]) -> None:
-        """Re-raises `error` if it is the GPU's fault: the CPU can decode the image."""
-        if isinstance(error, RuntimeError) and self.on_gpu:
-            try:
-                with ndd.EvalMode.sync_cpu:
-                    ndd.as_tensor(ndd.decoders.image(ndd.as_batch(read()), device="cpu"))
-            except (OSError, RuntimeError):
-                return
-            raise error
-
-    def _deliver(self, pixels: ndd.Tensor) -> Tensor:
-        """Moves the images to the device; on a GPU into torch's memory, as DALI reuses its own without notice."""
-        if self._stream is None:
-            return pixels.torch()
-        with torch.cuda.stream(self._stream):
-            images = pixels.torch()
-            images = images.clone() if self.on_gpu else images.pin_memory().to(self.device, non_blocking=True)
-        self._stream.synchronize()  # blocks this thread, not the training step's stream
-        return images
-
-
 def _use_here(images: Tensor) -> None:
     """Tells torch's allocator that work on this thread's stream may still read them when they are freed."""
     if images.is_cuda:
@@ -184,17 +95,17 @@ def _use_here(images: Tensor) -> None:
 class _Reader:
     """Reads files in several threads: on network file systems latency is the bottleneck."""
 
-    def __init__(self, source: ImageSource, threads: int) -> None:
+    def __init__(self, source: ImageSource | SyntheticImages, threads: int) -> None:
         self.source, self.threads = source, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="jepa-read")
 
     def __call__(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """The encoded images. Raises OSError if one is missing, empty or truncated."""
+        """The images as the source has them. Raises OSError if one is missing, empty or truncated."""
         parts = [indices[k :: self.threads] for k in range(min(self.threads, len(indices)))]
-        encoded = [np.empty(0, np.uint8)] * len(indices)
+        images = [np.empty(0, np.uint8)] * len(indices)
         for k, part in enumerate(self._pool.map(lambda part: [self.source.read(i) for i in part], parts)):
-            encoded[k :: self.threads] = part
-        return encoded
+            images[k :: self.threads] = part
+        return images
 
 
 def _ahead(
@@ -230,7 +141,7 @@ def _reason(error: OSError | RuntimeError) -> str:
 
 
 class Loader:
-    """The batches of one rank of a training run.
+    """The batches of one rank of a training run: random crops of image files, or synthetic images as they are.
 
     `crop_size` S; `crop_scale`: smallest and largest fraction of an image's area in a crop; `batch_size`: B, per
     micro-batch of this rank; `accumulation`: micro-batches per step; `seed` >= 0; `decoder`, `num_workers`
@@ -238,13 +149,13 @@ class Loader:
 
     A file that cannot be read or decoded is named once, counted, and replaced by the next good one in the
     epoch's order. This is decided anew for every crop, regardless of earlier failures (half of a truncated file
-    may decode), so that a replayed batch is bitwise the same.
-    Raises ValueError if the source has fewer images than a step needs.
+    may decode), so that a replayed batch has the same images.
+    Raises ValueError if the source has fewer images than a step needs, and like Decoder.
     """
 
     def __init__(
         self,
-        source: ImageSource,
+        source: ImageSource | SyntheticImages,
         *,
         crop_size: int,
         batch_size: int,
@@ -277,7 +188,8 @@ class Loader:
         self.bad: dict[int, str] = {}  # images that failed at least once, and why
         self._seen = np.zeros(len(source), bool)
         self._epoch_order = (-1, np.empty(0, np.int64))
-        self._decode = Decoder(decoder, device, num_workers)
+        files = isinstance(source, ImageSource)
+        self._decode = Decoder(decoder, device, num_workers) if files else Stack(device, num_workers)
         self._read = _Reader(source, self._decode.threads)
 
     def batch(self, step: int, micro: int = 0) -> Batch:
@@ -381,7 +293,7 @@ def eval_batches(
     all). b is batch_size, or less in the last batch or if files are bad: those are named and skipped. `resize` defaults
     to crop_size * 256 / 224, the usual ratio of ImageNet evaluation, or below 96 pixels (CIFAR and the like, whose
     subjects fill the frame) to crop_size.
-    Raises ValueError if `resize` is smaller than `crop_size`.
+    Raises ValueError if `resize` is smaller than `crop_size`, and like Decoder.
     """
     if resize is None:
         resize = crop_size if crop_size < 96 else round(crop_size * 256 / 224)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .device import choose
+
 MEETING = 10.0  # minutes within which all ranks must join; machines that start slowly need some
 LAUNCHER = rb"deepspeed.launcher.launch|torchrun|torch.distributed.run"
 
@@ -89,31 +91,23 @@ def require_alike(ranks: Ranks, value: str, hint: str) -> None:
 def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool = False) -> Ranks:
     """Joins the run's process group (NCCL on GPUs, gloo on CPUs) and selects this process's device.
 
-    `device`: "auto" (a GPU if there is one), "cuda" or "cpu". `deterministic`: torch, cuDNN and cuBLAS use only
-    deterministic algorithms; if an operation has none, torch raises RuntimeError. DALI needs no such setting: its CPU
-    decoding is exact, and all JPEGs on a GPU go through a single decoding engine (jepa.data.Decoder).
-    Raises ValueError if a GPU is requested and there is none for this process, NotMet if the ranks do not all join.
+    `device`: see jepa.device.choose. `deterministic`: torch, cuDNN and cuBLAS use only deterministic algorithms; if an
+    operation has none, torch raises RuntimeError. (Where images are decoded is `Config.decoder`.)
+    Raises ValueError like `choose`, NotMet if the ranks do not all join.
     """
     # The names that replace the deprecated collectives do not exist in torch 2.10.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    environment = launch_environment(dict(os.environ), gpus := torch.cuda.device_count())
+    environment = launch_environment(dict(os.environ), torch.cuda.device_count())
     os.environ.update(environment)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialized
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    local = int(environment["LOCAL_RANK"])
-    if device == "cuda" or (device == "auto" and gpus > 0):
-        if local >= gpus:
-            raise ValueError(
-                f"engine.device: process {local} on this machine has no GPU ({gpus} found); "
-                "start fewer processes per machine, or set engine.device=cpu"
-            )
-        place = torch.device("cuda", local)
+    place = choose(device, int(environment["LOCAL_RANK"]))
+    if place.type == "cuda":
         torch.cuda.set_device(place)
     else:
-        place = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     store = _meet(environment, rank, world_size, min(MEETING, timeout_minutes))

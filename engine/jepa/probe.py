@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import Config
 from .data import eval_batches
+from .decode import dali
 from .sources import ImageSource, open_images
 
 Encoder = Callable[[Tensor], Tensor]
@@ -125,10 +126,11 @@ class OnlineProbe:
     """k-NN accuracy of the target encoder during training, on labelled folders; the images are split over the ranks.
 
     It draws no random numbers, so probing does not change a bit of the run. Raises ValueError if the folders have no
-    labels or their classes differ.
+    labels, their classes differ, or DALI is missing.
     """
 
     def __init__(self, config: Config, rank: int, world_size: int, device: torch.device) -> None:
+        dali()  # if it is missing, say so now, not at the first probe
         self.config, self.device = config, device
         self.sources = open_labelled(str(config.eval.train_path), str(config.eval.val_path))
         self.indices = [evenly(len(s), config.eval.max_images)[rank::world_size].tolist() for s in self.sources]
@@ -143,7 +145,7 @@ class OnlineProbe:
                 batch_size=self.config.data.batch_size,
                 indices=indices,
                 device=self.device,
-                decoder=self.config.data.decoder,
+                decoder=self.config.decoder,
                 num_workers=self.config.data.num_workers,
             )
             features, indices = extract(encoder, batches)

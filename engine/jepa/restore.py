@@ -126,9 +126,10 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str,
 def versions() -> dict[str, str]:
     """Versions of what computes a step, for the record; with the commit if the engine is in a git checkout."""
     found = {"torch": torch.__version__, "python": platform.python_version()}
-    for package in ("deepspeed", "numpy", "nvidia-dali-cuda130", "triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
+    for package in importlib.metadata.distributions():
+        name = str(package.name)  # None: the remains of a failed installation
+        if name in ("deepspeed", "numpy", "triton") or name.startswith("nvidia-dali-"):
+            found[name] = package.version
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

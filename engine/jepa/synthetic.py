@@ -1,6 +1,8 @@
-"""The demo's images: labelled, textured scenes of a few shapes, drawn in seconds and the same on every machine.
+"""Synthetic images: the demo's labelled scenes, and noise to time and test a run with.
 
     python engine/jepa/synthetic.py OUT
+
+draws the demo's images: textured scenes of a few shapes, in seconds and the same on every machine.
 
 A scene has one to four objects, each in its own quadrant, on a grainy background. All have the scene's shape; each has
 its own colour and distance, and near ones look larger. So a part of the image says something about the rest, which is
@@ -9,7 +11,8 @@ what joint-embedding prediction learns from, and an image has three labels: whic
     OUT/{train,val}/<shape>/NNNNN.jpg
     OUT/{train,val}/labels.csv        file, shape, count, distance (of the nearest object)
 
-Scene i of a split is a function of (seed, split, i).
+Scene i of a split is a function of (seed, split, i). `SyntheticImages` is the noise: it is made in memory, and replaces
+image files where data.synthetic says so.
 """
 
 import argparse
@@ -29,6 +32,7 @@ RADIUS = 12.5  # pixels, of an object at distance 1
 JITTER = 2.0  # pixels, of an object's position in its quadrant
 GROUND, GRAIN = 0.2, 0.04  # grey level of the background and its standard deviation, 0 to 1
 CHUNK = 500  # scenes drawn at once
+DISTINCT = 256  # images of noise; more are repetitions
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,45 @@ def write(root: Path, splits: dict[str, int], seed: int = 0) -> bool:
     (partial / "README").write_text(stamp)
     partial.rename(root)
     return True
+
+
+def noise(number: int, size: int, seed: int = 0) -> np.ndarray:
+    """Smooth random images, uint8 [number, size, size, 3]. Image i is a function of (seed, i)."""
+    grid, images = max(2, size // 16), np.empty((number, size, size, 3), np.uint8)
+    at = np.linspace(0, grid - 1, size, dtype=np.float32)[:, None]
+    linear = np.maximum(0, 1 - np.abs(at - np.arange(grid, dtype=np.float32)))  # interpolation, [size, grid]
+    for i, image in enumerate(images):
+        stream = np.random.Generator(np.random.Philox(key=[seed, i]))
+        levels = 255 * stream.random((3, grid, grid), np.float32)
+        image[:] = (linear @ levels @ linear.T).transpose(1, 2, 0)
+    return images
+
+
+class SyntheticImages:
+    """`number` smooth random images of size x size pixels, in place of jepa.sources.ImageSource's files.
+
+    Image i is a function of (seed, i % 256): each of 256 images stands for many, so that making them costs nothing.
+    """
+
+    path = "data.synthetic"
+
+    def __init__(self, number: int, size: int, seed: int) -> None:
+        self.number, self.pixels = number, noise(min(number, DISTINCT), size, seed)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def name(self, i: int) -> str:
+        return f"{self.path}/{i}"
+
+    @property
+    def fingerprint(self) -> dict[str, int | str]:
+        """What a checkpoint records of the images; their seed and size are in its config."""
+        return {"images": self.number, "list of images": "synthetic"}
+
+    def read(self, i: int) -> np.ndarray:
+        """The pixels of image i, uint8 [size, size, 3]."""
+        return self.pixels[i % DISTINCT]
 
 
 def main() -> int:
