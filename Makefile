@@ -37,7 +37,7 @@ lint: setup
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/nullgpu/*.[ch]
 
 # The C++ kernels under the address and undefined-behaviour sanitizers.
 sanitize: setup

@@ -260,7 +260,7 @@ static size_t bytes_of(size_t count, ncclDataType_t type) {
 static ncclResult_t transfer(void* to, const void* from, size_t bytes, cudaStream_t stream) {
     COUNT(nccl);
     nullgpu_captured(stream);
-    if (to && from) nullgpu_copy(to, from, bytes);
+    if (to && from) nullgpu_copy_within(to, from, bytes);
     return ncclSuccess;
 }
 
@@ -294,7 +294,7 @@ ncclResult_t ncclReduceScatter(const void* from, void* to, size_t count, ncclDat
 ncclResult_t ncclAllGather(const void* from, void* to, size_t count, ncclDataType_t type, ncclComm_t comm,
                            cudaStream_t stream) {
     size_t bytes = bytes_of(count, type);
-    for (int rank = 0; rank < comm->ranks; rank++) nullgpu_copy((char*)to + (size_t)rank * bytes, from, bytes);
+    for (int rank = 0; rank < comm->ranks; rank++) nullgpu_copy_within((char*)to + (size_t)rank * bytes, from, bytes);
     return transfer(NULL, NULL, 0, stream);
 }
 

@@ -8,9 +8,10 @@
 
 #include "nullgpu.h"
 
-// Larger copies and fills are weights and activations: they mean nothing where no kernel computes, and would take the
-// time and the memory of the host. Smaller ones are indices, sizes, scalars and flags, which the host reads back.
-#define LARGE ((size_t)1 << 20)
+// Larger copies and fills are images, weights and activations: they mean nothing where no kernel computes, and would
+// take the host's time and memory. Smaller ones are indices, sizes, scalars and flags, which the host may read back.
+#define LARGE_FROM_HOST ((size_t)1 << 20)
+#define LARGE_WITHIN_DEVICE ((size_t)1 << 16)
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static size_t used[NULLGPU_MOST_DEVICES];
@@ -112,10 +113,14 @@ CUresult nullgpu_free(void* pointer) {
     return CUDA_SUCCESS;
 }
 
-void nullgpu_copy(void* to, const void* from, size_t bytes) {
-    if (bytes <= LARGE) memmove(to, from, bytes);
+void nullgpu_copy_in(void* to, const void* from, size_t bytes) {
+    if (bytes <= LARGE_FROM_HOST) memmove(to, from, bytes);
+}
+
+void nullgpu_copy_within(void* to, const void* from, size_t bytes) {
+    if (bytes <= LARGE_WITHIN_DEVICE) memmove(to, from, bytes);
 }
 
 void nullgpu_fill(void* to, int value, size_t bytes) {
-    if (bytes <= LARGE) memset(to, value, bytes);
+    if (bytes <= LARGE_WITHIN_DEVICE) memset(to, value, bytes);
 }

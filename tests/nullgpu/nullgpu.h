@@ -82,8 +82,9 @@ struct nullgpu_range nullgpu_find_range(const void* pointer);  // place NULLGPU_
 CUresult nullgpu_malloc(void** pointer, size_t bytes);
 CUresult nullgpu_free(void* pointer);
 
-// Copies and fills, of what is small enough to matter to the host's logic.
-void nullgpu_copy(void* to, const void* from, size_t bytes);
+// Copies from the host, copies within the device, and fills: of what is small enough to matter to the host's logic.
+void nullgpu_copy_in(void* to, const void* from, size_t bytes);
+void nullgpu_copy_within(void* to, const void* from, size_t bytes);
 void nullgpu_fill(void* to, int value, size_t bytes);
 
 // Streams are the runtime's, and the driver is given them too. A kernel runs in a stream of the thread's current

@@ -217,7 +217,7 @@ static cudaError_t copy(void* to, const void* from, size_t bytes, enum cudaMemcp
             COUNT(h2d);
             pageable = nullgpu_find_range(from).place == NULLGPU_PAGEABLE;
             if (pageable) COUNT_STALL(pageable, call);
-            if (!captured(stream)) nullgpu_copy(to, from, bytes);
+            if (!captured(stream)) nullgpu_copy_in(to, from, bytes);
             break;
         case cudaMemcpyDeviceToHost:
             COUNT(d2h);
@@ -226,7 +226,7 @@ static cudaError_t copy(void* to, const void* from, size_t bytes, enum cudaMemcp
             break;
         case cudaMemcpyDeviceToDevice:
             COUNT(d2d);
-            if (!captured(stream)) nullgpu_copy(to, from, bytes);
+            if (!captured(stream)) nullgpu_copy_within(to, from, bytes);
             break;
         default:
             memmove(to, from, bytes);
