@@ -312,7 +312,8 @@ def main() -> int:
     )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = provenance(torch.device("cpu")) | {"parameters": vars(args) | {"out": None}, "counted": rows}
+        given = vars(args) | {"config": Path(args.config).name, "out": None}
+        result = provenance(torch.device("cpu")) | {"parameters": given, "counted": rows}
         result |= {"steps": step_report.figures(wire), "modelled": runs}
         Path(f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
         Path(f"{args.out}.md").write_text(f"`{result['command']}`, commit {result['commit']}\n\n{steps}\n")

@@ -43,10 +43,10 @@ class Gpu:
 
 
 GPUS = (
-    # Products: 270 of 312 TFLOP/s is what large ones are reported to reach. Attention: FlashAttention-2's paper.
+    # Products: assumed. Attention: below the 73 % and 63 % that FlashAttention-2's paper reports for long sequences.
     Gpu("A100 80GB SXM", 312e12, 2039e9, 300e9, 25e9, 108, 0.86, (0.60, 0.50), None, None),
-    # Products: 790 of 989 TFLOP/s, measured on an H200; FP8 has twice the peak and reaches less of it. Attention: both
-    # versions in FlashAttention-3's paper.
+    # Products: 790 of 989 TFLOP/s, measured on an H200; FP8, assumed, has twice the peak and reaches less of it.
+    # Attention: FlashAttention-3's paper has version 2 at 35 % and its own at up to 75 %, for long sequences.
     Gpu("H200 SXM", 989e12, 4800e9, 450e9, 50e9, 132, 790 / 989, (0.35, 0.30), 1.7, (0.60, 0.50)),
 )
 MEMORY_SHARE = 0.83  # of the data sheet's bandwidth that a long kernel reaches; 4.0 of 4.8 TB/s
