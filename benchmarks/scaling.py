@@ -1,11 +1,14 @@
-"""Bytes that a step sends at each ZeRO stage and number of GPUs, counted and modelled, and the hours of a run.
+"""Bytes that a step sends at each ZeRO stage and number of GPUs, counted and modelled; where a step's time goes; and
+the hours of a run.
 
     python benchmarks/scaling.py [--config engine/configs/in1k_vith14_ep300_ijepa.yaml] [--share 0.5] [--no-check]
+                                 [--out benchmarks/results/step-model]
 
-The hours are a MODEL, not a measurement: compute at `--share` of the peak for any batch size, collectives by the bytes
-that a ring sends, without overlap, the optimizer by the bytes that it moves. Only the bytes sent are checked: the
-engine runs on one and two CPU processes at stages 0 to 3, every collective is counted, and the formulas below must give
-the same bytes (up to DeepSpeed's padding and a few scalars), or the run fails.
+Times are a MODEL, not a measurement. The step of three models on two GPUs by category: see step_model.py. The hours:
+compute at `--share` of the peak for any batch size, collectives by the bytes that a ring sends, without overlap, the
+optimizer by the bytes that it moves. Only the bytes sent are checked: the engine runs on one and two CPU processes at
+stages 0 to 3, every collective is counted, and the formulas below must give the same bytes (up to DeepSpeed's padding
+and a few scalars), or the run fails.
 
 S: bytes of the tensor that is reduced or gathered. In a ring each rank sends 2 (N - 1) / N S for an all-reduce and
 (N - 1) / N S for an all-gather or reduce-scatter. Between machines, rings share a machine's adapters: the bandwidth per
@@ -30,11 +33,13 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("kernels", "engine")]
 
+import step_report
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from machine import ROOT, provenance
 from runners import Synthetic
+from step_model import gradient_bytes, optimizer_bytes
 
 from jepa import distributed, zero
 from jepa.budget import flops_per_image, parameters
@@ -103,6 +108,16 @@ def traffic(config: Config, ranks: int, accumulation: int, live: int = LIVE) -> 
     if config.has_projector:
         sent += [Sent("statistics", op, accumulation * n) for op, n in statistics_bytes(config, ranks, size).items()]
     return sent
+
+
+def by_kind(sent: list[Sent], ranks: int) -> dict[str, float]:
+    """Bytes that a rank sends."""
+    return {kind: sum(s.on_wire(ranks) for s in sent if s.what == kind) for kind in KINDS}
+
+
+def wire(config: Config, ranks: int) -> dict[str, float]:
+    """Bytes that a rank sends in a step of one micro-batch."""
+    return by_kind(traffic(config, ranks, accumulation=1), ranks)
 
 
 def statistics_bytes(config: Config, ranks: int, size: int) -> dict[str, float]:
@@ -230,17 +245,14 @@ def model(config: Config, cluster: Cluster, ranks: int, stage: int) -> dict[str,
     here = parse_config(config.model_dump(), [*overrides, f"engine.gradient_accumulation_steps={accumulation}"])
     images = micro * accumulation
     compute = images * flops_per_image(here).total / (cluster.peak * cluster.share)
-    count = parameters(here)
-    # Bytes per parameter. AdamW: 2 for the gradient, 24 read and written, 2 for the 16-bit weights; the EMA: 8, and 2
-    # for its 16-bit copy. Before that, the gradient is copied into and out of buckets, flattened, and its norm taken.
-    optimizer = (28 * count.total + 10 * count.encoder) / cluster.memory / (ranks if stage else 1)
-    reduction = (14 if ranks == 1 else 26) * count.total / cluster.memory
+    optimizer = optimizer_bytes(here) / cluster.memory / (ranks if stage else 1)
+    reduction = gradient_bytes(here, ranks) / cluster.memory
     sent = traffic(here, ranks, accumulation)
-    wire = {kind: sum(s.on_wire(ranks) for s in sent if s.what == kind) for kind in KINDS}
-    links = sum(wire.values()) / cluster.bandwidth(ranks)
+    on_wire = by_kind(sent, ranks)
+    links = sum(on_wire.values()) / cluster.bandwidth(ranks)
     seconds = compute + optimizer + reduction + links
     return {
-        "gpus": ranks, "stage": stage, "images_per_gpu": images, "micro_batch": micro, "wire_bytes": wire,
+        "gpus": ranks, "stage": stage, "images_per_gpu": images, "micro_batch": micro, "wire_bytes": on_wire,
         "compute_ms": 1e3 * compute, "links_ms": 1e3 * links, "step_ms": 1e3 * seconds,
         "images_per_second_per_gpu": images / seconds,
         "hours": EPOCHS * IMAGENET / (images * ranks / seconds) / 3600,
@@ -258,7 +270,7 @@ def main() -> int:
     parser.add_argument("--per-machine", type=int, default=8, help="GPUs, one adapter each (default: %(default)s)")
     parser.add_argument("--efficiency", type=float, default=0.7, help="of a link (assumed; default: %(default)s)")
     parser.add_argument("--no-check", action="store_true", help="skip counting bytes in real runs")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json, and the step's PATH.md and PATH.png")
     args = parser.parse_args()
     config = load_config(args.config)
     rows = [] if args.no_check else check()
@@ -269,6 +281,8 @@ def main() -> int:
             cells = [f"{r['op']} {r['counted']:,} / {r['modelled']:,}" for r in group]
             print(f"  {key[0]} rank(s), ZeRO-{key[1]}, {key[2]}: " + "; ".join(cells))
         print(f"{len(rows) - len(wrong)} of {len(rows)} agree\n")
+    steps = step_report.markdown(wire)
+    print(steps + "\n")
     links = args.efficiency * 1e9
     cluster = Cluster(
         args.peak * 1e12, args.share, args.memory * 1e9, args.nvlink * links, args.infiniband * links, args.per_machine
@@ -298,8 +312,12 @@ def main() -> int:
     )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = provenance(torch.device("cpu")) | {"parameters": vars(args) | {"out": None}, "counted": rows}
-        args.out.write_text(json.dumps(result | {"modelled": runs}, indent=1) + "\n")
+        given = vars(args) | {"config": Path(args.config).name, "out": None}
+        result = provenance(torch.device("cpu")) | {"parameters": given, "counted": rows}
+        result |= {"steps": step_report.figures(wire), "modelled": runs}
+        Path(f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
+        Path(f"{args.out}.md").write_text(f"`{result['command']}`, commit {result['commit']}\n\n{steps}\n")
+        step_report.picture(wire, Path(f"{args.out}.png"))
     if wrong:
         print(f"scaling.py: counted bytes differ from the model's: {wrong}", file=sys.stderr)
     return int(bool(wrong))
