@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._inductor.config
 import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -312,6 +313,11 @@ def compile_blocks(*models: nn.Module, backend: str = "inductor") -> None:
     """
     torch._dynamo.config.recompile_limit = 64  # encoder, target encoder, predictor and eval all compile Block.forward
     torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance stay separate symbols
+    # Inductor fuses a layer norm's gradients from a number of rows on, and would compile again on crossing it.
+    if hasattr(torch._inductor.config.triton, "mix_order_reduction_non_strict_mode"):
+        torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
+    else:  # torch 2.10
+        torch._inductor.config.triton.mix_order_reduction = False
     for block in (module for model in models for module in model.modules() if isinstance(module, Block)):
         block.compile(dynamic=True, backend=backend)
 

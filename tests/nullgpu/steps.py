@@ -1,0 +1,121 @@
+"""Takes real training steps of a config on the null GPU, and says what each asked of it.
+
+    tests/nullgpu/run PYTHON tests/nullgpu/steps.py CONFIG [section.key=value ...] [--steps 0-7] [--out FOLDER]
+
+CONFIG is a file of engine/configs. Every rank prints a line for each step, and the failures; `--out` gets them as JSON.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests/nullgpu", "kernels", "engine", "benchmarks")]
+
+import nullgpu
+import torch
+import torch._dynamo
+from runners import NUMBERS, Synthetic
+from torch._dynamo.utils import counters
+
+from jepa import distributed, zero
+from jepa.config import Config
+from jepa.config_file import load_config
+from train import start_model, take_step
+
+WAITS = ("stream_sync", "device_sync", "event_sync", "memcpy_sync", "pageable")
+SETTLED = 2  # steps: everything is compiled in the first, and allocated by the second
+GIVEN = ("data.root_path=images", "logging.folder=runs", "engine.device=cuda", "engine.global_batch_size=null")
+
+
+@dataclass(frozen=True)
+class Step:
+    """`graphs`: compiled in this step. `calls`: counters of the null GPU. Bytes: the allocator's, since the start."""
+
+    step: int
+    kept: tuple[int, int]
+    graphs: int
+    calls: dict[str, int]
+    allocated: int
+    reserved: int
+
+    @property
+    def waits(self) -> dict[str, int]:
+        """What made the host wait, or would, on a GPU."""
+        return {name: self.calls[name] for name in WAITS if name in self.calls}
+
+
+def load(name: str, *overrides: str) -> Config:
+    return load_config(ROOT / "engine/configs" / name, [*GIVEN, *overrides])
+
+
+def take(config: Config, ranks: distributed.Ranks, steps: Iterable[int]) -> list[Step]:
+    """The given steps of a run, whose masks depend on their numbers, one after another."""
+    forget()
+    engine, teacher = start_model(config, ranks.device)
+    images = Synthetic(config, ranks.device, config.batch(ranks.world_size).accumulation)
+    numbers = torch.tensor(NUMBERS, dtype=torch.float64, device=zero.schedule_device(engine))
+    taken = []
+    for step in steps:
+        before, graphs = nullgpu.counts(), counters["stats"]["unique_graphs"]
+        zero.schedule(engine, numbers)
+        done = take_step(config, ranks, engine, teacher, images.batches(step), step)
+        new = counters["stats"]["unique_graphs"] - graphs
+        calls, memory = nullgpu.since(before), (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+        taken.append(Step(step, done.kept, new, calls, *memory))
+    engine.destroy()
+    return taken
+
+
+def forget() -> None:
+    """Frees and resets what an earlier run in this process left behind."""
+    torch._dynamo.reset()
+    counters.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def failures(taken: list[Step], waits: Counter[str] | None = None) -> list[str]:
+    """What a run must not do: break a graph, or in a settled step compile one or make the host wait more often than
+    `waits` allows (None: as often as it likes)."""
+    found = [f"graph break: {reason} ({count} x)" for reason, count in counters["graph_break"].items()]
+    for step in taken[SETTLED:]:
+        if step.graphs:
+            found.append(f"step {step.step}: {step.graphs} graph(s) compiled again, for {step.kept} tokens")
+        if waits is not None and (over := Counter(step.waits) - waits):
+            found.append(f"step {step.step}: waits for the GPU: {dict(over)}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--steps", default="0-7", help="first and last, or a list: 0,5,9 (default: %(default)s)")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_intermixed_args()
+    first, to, last = args.steps.partition("-")
+    steps = range(int(first), int(last) + 1) if to else [int(step) for step in args.steps.split(",")]
+    config = load(args.config, *args.overrides)
+    ranks = distributed.start("cuda", deterministic=config.engine.deterministic)
+    taken = take(config, ranks, steps)
+    for step in taken:
+        memory = f"{step.allocated / 2**30:.2f} GiB allocated, {step.reserved / 2**30:.2f} reserved"
+        print(f"rank {ranks.rank} step {step.step}: {step.kept} tokens, {step.graphs} graphs, {memory}, {step.calls}")
+    found = failures(taken, Counter())
+    print("\n".join(found) or "no graph break; settled steps compile nothing and do not wait", flush=True)
+    if args.out:
+        report = {"steps": [asdict(step) for step in taken], "failures": found}
+        (args.out / f"rank{ranks.rank}.json").write_text(json.dumps(report))
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
