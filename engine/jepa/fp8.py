@@ -109,7 +109,7 @@ class Encoder:
             for parent, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
                 self.layers.append(Linear(getattr(parent, name)))
                 setattr(parent, name, self.layers[-1])
-        self.rewrite = torch.compile(rewrite, dynamic=True) if compiled else rewrite
+        self.rewrite = torch.compile(rewrite, dynamic=False) if compiled else rewrite
         if compiled:
             compile_blocks(self.encoder)
 
