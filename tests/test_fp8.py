@@ -250,15 +250,18 @@ def trained() -> VisionTransformer:
 
 
 def test_features_of_a_trained_model_are_those_of_bf16(trained: VisionTransformer) -> None:
-    """The targets, layer-normed, on scenes it has not seen: cosine of each patch above 0.99, 0.998 on average."""
-    in_fp8 = fp8.Encoder(trained)
+    """The targets, layer-normed, on scenes it has not seen. The cosine of a patch's features with those in bf16 is over
+    0.999, 0.9999 on average; of what differs between images, without each position's mean, 0.9 on average. The error
+    against fp32 is less than twice that of bf16, whose rounding of the residual stream is most of both."""
+    in_fp8, exact = fp8.Encoder(trained), copy.deepcopy(trained).float()
     in_fp8.refresh()
     images = torch.from_numpy(draw(0, 64, split=1).images)
     with torch.no_grad():
-        features = [F.layer_norm(forward(images).float(), (64,)) for forward in (trained, in_fp8)]
-    cosine = F.cosine_similarity(*features, dim=-1)
-    print(f"cosine: smallest {cosine.min():.5f}, mean {cosine.mean():.5f}")
-    assert cosine.min() > 0.99 and 0.998 < cosine.mean() < 1 - 1e-6
+        wanted, bf16, low = (F.layer_norm(forward(images).float(), (64,)) for forward in (exact, trained, in_fp8))
+    cosine = F.cosine_similarity(bf16, low, dim=-1)
+    centred = F.cosine_similarity(bf16 - bf16.mean(0), low - low.mean(0), dim=-1)
+    assert cosine.min() > 0.999 and 0.9999 < cosine.mean() < 1 - 1e-7 and centred.mean() > 0.9
+    assert (low - wanted).norm() < 2 * (bf16 - wanted).norm()
 
 
 # --- the op, compiled and on a GPU
@@ -280,7 +283,7 @@ def test_torchs_own_product_says_what_the_emulation_says() -> None:
     x, x_scale, weight, scale, bias = operands()
     for part in (slice(None), slice(None, 16), slice(16, None)):
         chosen = x, x_scale, weight[part], scale[part], bias[part]
-        y, wanted = fp8._multiplied(*chosen).double(), fp8._emulated(*chosen).double()
+        y, wanted = fp8.multiplied(*chosen).double(), fp8.emulated(*chosen).double()
         assert y.shape == (3, 7, len(weight[part])) and (y - wanted).norm() < 2**-8 * wanted.norm()
 
 
@@ -319,7 +322,7 @@ def test_compiled_blocks_are_equal_and_compile_once(monkeypatch: pytest.MonkeyPa
 )
 def test_a_gpu_multiplies_what_the_emulation_says() -> None:
     arguments = operands("cuda")
-    y, wanted = torch.ops.jepa_fp8.linear(*arguments), fp8._emulated(*arguments)
+    y, wanted = torch.ops.jepa_fp8.linear(*arguments), fp8.emulated(*arguments)
     assert (y - wanted).float().norm() < 0.01 * wanted.float().norm()
 
 

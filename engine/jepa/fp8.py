@@ -8,7 +8,7 @@ with an fp32 scale for each token and each output. e4m3 has 3 mantissa bits: an 
 or, if smaller than 2^-6 s_i, by 2^-10 s_i (Micikevicius et al., arXiv 2209.05433). On a GPU torch multiplies, in the
 tensor cores' fast accumulation; a CPU emulates the product in fp32, which is slow and meant for tests and study.
 
-Legend: T tokens, K inputs and N outputs of a layer; K and N are multiples of 16.
+Legend: T tokens, K inputs and N outputs of a layer.
 """
 
 import copy
@@ -43,26 +43,27 @@ def rewrite(weight: Tensor, weight_8: Tensor, scale: Tensor) -> None:
     scale.copy_(scales)
 
 
-# An op, because Inductor (torch 2.13) cannot lower torch's own if the number of tokens is a product of unknowns.
-torch.library.define(
-    "jepa_fp8::linear", "(Tensor x, Tensor x_scale, Tensor weight, Tensor scale, Tensor bias) -> Tensor"
-)
-
-
-@torch.library.impl("jepa_fp8::linear", "default")
-def _emulated(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def emulated(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """x e4m3 [..., K] with scales [..., 1], weight e4m3 [N, K] with scales [N, 1] -> [..., N] in the bias's dtype."""
     return F.linear(x.float() * x_scale, weight.float() * scale, bias.float()).to(bias.dtype)
 
 
-@torch.library.impl("jepa_fp8::linear", "cuda")
-def _multiplied(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def multiplied(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """`emulated` by torch's own product; K and N are multiples of 16."""
     rows = ScalingType.RowWise
     x_TK, scale_T1 = x.flatten(0, -2), x_scale.flatten(0, -2)
     y_TN = F.scaled_mm(
         x_TK, weight.t(), scale_T1, rows, scale.t(), rows, bias=bias, output_dtype=bias.dtype, use_fast_accum=True
     )
     return y_TN.unflatten(0, x.shape[:-1])
+
+
+# An op, because Inductor (torch 2.13) cannot lower torch's own if the number of tokens is a product of unknowns.
+torch.library.define(
+    "jepa_fp8::linear", "(Tensor x, Tensor x_scale, Tensor weight, Tensor scale, Tensor bias) -> Tensor"
+)
+torch.library.impl("jepa_fp8::linear", "default", emulated)
+torch.library.impl("jepa_fp8::linear", "cuda", multiplied)
 
 
 @torch.library.register_fake("jepa_fp8::linear")
