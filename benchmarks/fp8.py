@@ -3,7 +3,7 @@
     python engine/jepa/synthetic.py data/demo --seed 1
     python benchmarks/fp8.py [--config engine/configs/demo.yaml] [--steps 300] [--out benchmarks/results/fp8-demo]
 
-Training amplifies rounding errors, so a seed also runs in bf16 with attention from plain matrix products, which rounds
+Training amplifies rounding errors, so each seed also runs in bf16 with attention from plain matrix products, which rounds
 otherwise and changes nothing else: it shows how far from each other runs end anyway. Of the trained target encoder,
 features in fp8 are compared with bf16's, and bf16's with fp32's. Writes OUT.md, OUT.json and OUT.png, the loss curves.
 Speed is not compared: only a GPU multiplies in fp8. Runs are kept in --runs and continued, not repeated.
@@ -31,17 +31,12 @@ from jepa.fp8 import Encoder
 from jepa.interop import load_encoder
 from jepa.sources import open_images
 
-MATH = "engine.attention=math"
-FP8 = "engine.target_precision=fp8"
-# by folder: targets, seed, overrides
-RUNS = {
-    "bf16-0": ("bf16", 0, ()),
-    "fp8-0": ("fp8", 0, (FP8,)),
-    "math-0": ("bf16, rounded otherwise", 0, (MATH,)),
-    "bf16-1": ("bf16", 1, ()),
-    "fp8-1": ("fp8", 1, (FP8,)),
+ARMS = {
+    "bf16": ("bf16", BLUE, ()),
+    "fp8": ("fp8", ORANGE, ("engine.target_precision=fp8",)),
+    "math": ("bf16, rounded otherwise", GREEN, ("engine.attention=math",)),
 }
-COLORS = {"bf16": BLUE, "fp8": ORANGE, "bf16, rounded otherwise": GREEN}
+RUNS = [(arm, seed) for seed in range(3) for arm in ARMS]
 
 
 def train(config: str, data: Path, steps: int, folder: Path, seed: int, overrides: Sequence[str]) -> list[dict]:
@@ -75,14 +70,15 @@ def compare(checkpoint: Path, data: Path, images: int = 256) -> dict[str, list[f
 
 def draw(runs: dict[str, list[dict]], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 3.2), dpi=160, layout="constrained")
-        both = figure.subplots(1, 2, sharey=True)
-        for folder, (targets, seed, _) in RUNS.items():
-            steps, losses = zip(*((row["step"], row["loss"]) for row in runs[folder]), strict=True)
-            both[seed].plot(steps, losses, color=COLORS[targets], label=targets)
-        for seed, axes in enumerate(both):
+        figure = Figure(figsize=(9.6, 3.2), dpi=160, layout="constrained")
+        every = figure.subplots(1, 3, sharey=True)
+        for arm, seed in RUNS:
+            label, color, _ = ARMS[arm]
+            steps, losses = zip(*((row["step"], row["loss"]) for row in runs[f"{arm}-{seed}"]), strict=True)
+            every[seed].plot(steps, losses, color=color, label=label)
+        for seed, axes in enumerate(every):
             axes.set(title=f"Loss, seed {seed}", xlabel="step", ylim=(0, None))
-        both[0].legend(title="targets")
+        every[0].legend(title="targets")
         figure.savefig(path)
 
 
@@ -97,11 +93,11 @@ def report(result: dict[str, Any], picture: str) -> str:
         "| targets | seed | loss after 50 steps | 70 | 100 | 200 | end | k-NN of the target encoder |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for folder, (targets, seed, _) in RUNS.items():
-        log = result["runs"][folder]
+    for arm, seed in RUNS:
+        log = result["runs"][f"{arm}-{seed}"]
         losses = {row["step"] + 1: row["loss"] for row in log}
         shown = " | ".join(f"{losses[step]:.4f}" for step in (50, 70, 100, 200, result["steps"]))
-        lines.append(f"| {targets} | {seed} | {shown} | {100 * log[-1]['knn']:.1f} % |")
+        lines.append(f"| {ARMS[arm][0]} | {seed} | {shown} | {100 * log[-1]['knn']:.1f} % |")
     lines += ["", "| features of the trained target encoder | smallest cosine | mean | without position means |"]
     lines += ["|---|---|---|---|"]
     for name, values in result["cosines"].items():
@@ -118,10 +114,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/fp8"), help="where to train")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/fp8-demo", help="without a suffix")
     args = parser.parse_args()
-    logs = {
-        folder: train(args.config, args.data, args.steps, args.runs / folder, seed, overrides)
-        for folder, (_, seed, overrides) in RUNS.items()
-    }
+    logs = {}
+    for arm, seed in RUNS:
+        folder = args.runs / f"{arm}-{seed}"
+        logs[folder.name] = train(args.config, args.data, args.steps, folder, seed, ARMS[arm][2])
     cosines = compare(args.runs / "bf16-0/jepa-latest", args.data)
     kept = ("step", "loss", "jepa", "sim", "std", "cov", "knn")
     runs = {folder: [{key: row[key] for key in kept if key in row} for row in log] for folder, log in logs.items()}
