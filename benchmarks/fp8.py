@@ -3,7 +3,7 @@
     python engine/jepa/synthetic.py data/demo --seed 1
     python benchmarks/fp8.py [--config engine/configs/demo.yaml] [--steps 300] [--out benchmarks/results/fp8-demo]
 
-Training amplifies rounding errors, so each seed also runs in bf16 with attention from plain matrix products, which rounds
+Training amplifies rounding errors, so each seed also runs in bf16 with attention by plain matrix products. That rounds
 otherwise and changes nothing else: it shows how far from each other runs end anyway. Of the trained target encoder,
 features in fp8 are compared with bf16's, and bf16's with fp32's. Writes OUT.md, OUT.json and OUT.png, the loss curves.
 Speed is not compared: only a GPU multiplies in fp8. Runs are kept in --runs and continued, not repeated.
