@@ -3,10 +3,10 @@
     python engine/jepa/synthetic.py data/demo --seed 1
     python benchmarks/fp8.py [--config engine/configs/demo.yaml] [--steps 300] [--out benchmarks/results/fp8-demo]
 
-Training amplifies rounding errors, so each seed also runs in bf16 with attention by plain matrix products, which differs
-only in rounding, but is the coarser: its scores are bf16. It shows how far a change of rounding carries a run. Of the
-trained target encoder, features in fp8 are compared with bf16's, and bf16's with fp32's. Writes OUT.md, OUT.json and
-OUT.png, the loss curves.
+Training amplifies rounding errors, so each seed also runs in bf16 with attention by plain matrix products. These differ
+only in rounding, but are the coarser: their scores are bf16. It shows how far a change of rounding carries a run. Of
+the trained target encoder, features in fp8 are compared with bf16's, and bf16's with fp32's. Writes OUT.md, OUT.json
+and OUT.png, the loss curves.
 Speed is not compared: only a GPU multiplies in fp8. Runs are kept in --runs and continued, not repeated.
 """
 
