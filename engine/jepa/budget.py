@@ -121,6 +121,7 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
     During the update a rank holds only its shard of the gradients at stage 1 too, and reads one param group at a time.
     At stage 2 a micro-batch's shard exists alongside the accumulated one. Stage 3 gathers the active layers' weights.
     Every rank holds the whole teacher, twice at stage 3, where its weights cannot be views of the all-gather buffer.
+    fp8 targets take another byte per weight of its blocks' linear layers and 4 per output.
     Activations: what the blocks save for the backward (8 D + 2 F values per token with fused attention, eager GELU and
     layer norms; with checkpointing, a block's input, and everything of one block), and the target encoder's widest
     tensors.
@@ -134,6 +135,8 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
         one = vit.depth * vit.embed_dim + whole if config.engine.activation_checkpointing else vit.depth * whole
         return rows * one * size
 
+    D, F = config.vit.embed_dim, _hidden(config.vit)
+    in_fp8 = config.vit.depth * (4 * D * D + 2 * D * F + 4 * (5 * D + F))
     B, E, M, N = config.data.batch_size, config.mask.num_enc_masks, config.mask.num_pred_masks, config.grid**2
     trained = kept(config.vit, B * E * context) + kept(config.predictor, B * E * M * (context + target))
     sharded = ranks if stage else 1
@@ -146,11 +149,12 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
         master=0 if stage == 0 and size == 4 else 4 * count.total / sharded,
         moments=8 * count.total / sharded,
         ema=4 * count.encoder / sharded,
-        teacher=size * count.encoder * (2 if stage == 3 and ranks > 1 else 1),
+        teacher=size * count.encoder * (2 if stage == 3 and ranks > 1 else 1)
+        + (in_fp8 if config.engine.target_precision == "fp8" else 0),
         buckets=size * min(BUCKET, count.total) if stage == 3 or (stage and ranks > 1) else 0,
         gathered=size * min(count.total, LIVE) if stage == 3 and ranks > 1 else 0,
         gradients=gradients * (2 if stage == 2 and config.batch(ranks).accumulation > 1 else 1),
-        activations=trained + B * N * (2 * config.vit.embed_dim + 2 * _hidden(config.vit)) * size,
+        activations=trained + B * N * (2 * D + 2 * F) * size,
         update=size * count.total / sharded + (0 if stage == 0 and size == 4 else read),
     )
 

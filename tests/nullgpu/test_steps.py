@@ -1,5 +1,5 @@
-"""Real steps of every shipped config and of every option, on the null GPU: no exception, no graph break, no graph compiled
-again, and no wait for the GPU but those in the table of waits (benchmarks/README.md).
+"""Real steps of every shipped config and of every option, on the null GPU: no exception, no graph break, no graph
+compiled again, and no wait for the GPU but those in the table of waits (benchmarks/README.md).
 
 Models are cut to two blocks each, except one; batch, resolution and widths are the config's own.
 """
@@ -53,6 +53,7 @@ OPTIONS = [
     "engine.zero_stage=2 engine.compile=false",
     "engine.zero_stage=1 engine.deterministic=true",
     "engine.zero_stage=1 engine.optimizer=torch",
+    "engine.zero_stage=1 engine.target_precision=fp8",
 ]
 ON_ANY_GPU = [0, 1, 5, 8]  # of OPTIONS: also run at other compute capabilities and versions of torch
 
