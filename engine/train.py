@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from jepa import checkpoint, distributed, fp8, interrupt, zero
-from jepa.budget import report
 from jepa.config import Config
 from jepa.config_file import load_config
 from jepa.data import Batch, Loader
@@ -28,6 +27,7 @@ from jepa.metrics import RunLog, collapse_warning, health
 from jepa.objective import JepaModel, Losses, poison
 from jepa.probe import OnlineProbe
 from jepa.replay import replay, start_of_replay
+from jepa.report import report
 from jepa.restore import CheckpointError, Reader
 from jepa.schedules import Schedules, ScheduleTable
 from jepa.skipped import Diverged, Outcomes

@@ -21,10 +21,10 @@ from torch._dynamo.utils import counters
 
 import train
 from jepa import distributed, fp8, zero
-from jepa.budget import memory_per_rank
 from jepa.config import ConfigError
 from jepa.data import Batch
 from jepa.masks import sample_masks
+from jepa.memory import memory_per_rank
 from jepa.objective import JepaModel
 from jepa.synthetic import draw
 from jepa.tokens import tokens

@@ -34,7 +34,7 @@ GIVEN = ("data.root_path=images", "logging.folder=runs", "engine.device=cuda", "
 
 @dataclass(frozen=True)
 class Step:
-    """`graphs`: compiled in this step. `calls`: counters of the null GPU. Bytes: the allocator's, since the start."""
+    """`graphs`: compiled in this step. `calls`: counters of the null GPU. Bytes: the peaks of torch's allocator."""
 
     step: int
     kept: tuple[int, int]
@@ -62,6 +62,7 @@ def take(config: Config, ranks: distributed.Ranks, steps: Iterable[int]) -> list
     taken = []
     for step in steps:
         before, graphs = nullgpu.counts(), counters["stats"]["unique_graphs"]
+        torch.cuda.reset_peak_memory_stats()
         zero.schedule(engine, numbers)
         done = take_step(config, ranks, engine, teacher, images.batches(step), step)
         new = counters["stats"]["unique_graphs"] - graphs
@@ -78,7 +79,6 @@ def forget() -> None:
     counters.clear()
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
 
 def failures(taken: list[Step], waits: Counter[str] | None = None) -> list[str]:
