@@ -6,7 +6,7 @@ BIN := .venv/bin
 SOURCES := kernels engine benchmarks tests setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test soak lint bench bench-gpu sanitize clean
+.PHONY: setup demo test test-cuda soak lint bench bench-gpu sanitize clean
 
 setup: .venv/installed
 
@@ -28,6 +28,29 @@ demo: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The host's side of CUDA runs, on a GPU that computes nothing (tests/nullgpu/README.md). Makes an environment with a
+# CUDA build of torch (5 GB), kept in CUDA_ENVS. TORCH=2.10.0 or 2.11.0: the part that other versions may break.
+TORCH ?= 2.13.0
+CUDA_ENVS ?= $(HOME)/.cache/jepa-test-cuda
+CUDA_ENV = $(CUDA_ENVS)/$(TORCH)
+NULLGPU = OMP_NUM_THREADS=1 tests/nullgpu/run $(CUDA_ENV)/bin/python
+NULLGPU_TEST = $(NULLGPU) -m pytest tests/nullgpu --confcutdir=tests/nullgpu --numprocesses 2 --dist load
+test-cuda: setup $(CUDA_ENV)/installed
+	$(NULLGPU) tests/nullgpu/check.py
+ifeq ($(TORCH),2.13.0)
+	NULLGPU_CC=90 $(NULLGPU_TEST)
+endif
+	for cc in $(if $(filter 2.13.0,$(TORCH)),80 100,80 90 100); do NULLGPU_CC=$$cc $(NULLGPU_TEST) -m any_gpu || exit; done
+
+# `===`: the build for CUDA, even where a local index offers one for CPUs.
+$(CUDA_ENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CUDA_ENV)
+	$(CUDA_ENV)/bin/pip install --quiet torch===$(TORCH)
+	grep -v -E "^(torch|triton|nvidia)" constraints.txt > $(CUDA_ENV)/constraints.txt
+	$(CUDA_ENV)/bin/pip install --quiet -c $(CUDA_ENV)/constraints.txt deepspeed numpy pydantic PyYAML safetensors \
+		matplotlib tqdm pillow ninja setuptools pytest pytest-xdist
+	touch $@
 
 # Fault injection in real runs, seven to ten minutes: kills, damaged files, moves to other numbers of ranks.
 soak: setup

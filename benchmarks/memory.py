@@ -135,6 +135,7 @@ def rank(me: int, world_size: int, folder: str, cases: list[tuple[int, str, int]
     # Smaller than this model, as the buffers are for the large ones.
     zero.BUCKET = memory.BUCKET = 500_000
     zero.LIVE = memory.LIVE = 1_000_000
+    memory.WORKSPACE = 0
     figures = []
     for case in cases:
         config = small(*case)

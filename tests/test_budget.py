@@ -16,7 +16,7 @@ from jepa.budget import Kept, flops_per_image, longest_tokens, mean_tokens, para
 from jepa.config import Config
 from jepa.config_file import load_config, parse_config
 from jepa.masks import sample_masks
-from jepa.memory import memory_per_rank, saved_values
+from jepa.memory import memory_per_rank, saved
 from jepa.objective import JepaModel
 from jepa.report import report
 from jepa.vit import build_encoder
@@ -146,22 +146,22 @@ def test_mean_target_size_is_that_of_the_published_sampler() -> None:
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_saved_values_are_what_autograd_keeps(skip: bool) -> None:
+def test_saved_bytes_are_those_that_autograd_keeps(skip: bool) -> None:
     given = small(engine={"skip_unread": skip})
     model, inputs, kept = step(given)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     own |= {tensor.untyped_storage().data_ptr() for tensor in [*inputs, *model.buffers()]}
-    saved: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if (place := tensor.untyped_storage().data_ptr()) not in own and tensor.is_floating_point():
-            saved[place] = tensor
+            found[place] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(*inputs).losses.total
-    held = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    assert loss.requires_grad and 4 * sum(saved_values(given, Kept(*kept))) == pytest.approx(held, rel=0.1)
+    held = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+    assert loss.requires_grad and sum(saved(given, Kept(*kept), 4)) == pytest.approx(held, rel=0.1)
 
 
 def test_the_longest_context_of_the_run_is_found_and_costs_more() -> None:

@@ -106,6 +106,9 @@ def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     place = choose(device, int(environment["LOCAL_RANK"]))
     if place.type == "cuda":
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            # Masks of many lengths fragment blocks of fixed sizes. Read when the allocator is first used.
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(place)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"

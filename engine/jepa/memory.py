@@ -10,6 +10,8 @@ from .budget import Kept, hidden, mean_tokens, parameters
 from .config import Config, Size
 from .zero import BUCKET, LIVE
 
+WORKSPACE = 2**26  # bytes: 32 MiB each for cuBLAS and cuBLASLt on Hopper; less elsewhere
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -21,6 +23,7 @@ class Memory:
     ema: float  # of the encoder, fp32
     teacher: float  # the target encoder's weights
     buckets: float  # DeepSpeed's communication buffer
+    workspace: float  # of the matrix products
     gathered: float  # weights that ZeRO-3 has gathered for the active layers
     gradients: float
     activations: float  # at the beginning of the backward
@@ -56,6 +59,7 @@ def memory_per_rank(config: Config, world_size: int, tokens: tuple[float, ...] =
         "teacher": size * count.encoder * (2 if stage == 3 and ranks > 1 else 1)
         + (in_fp8 if config.engine.target_precision == "fp8" else 0),
         "buckets": size * min(BUCKET, count.total) if stage == 3 or (stage and ranks > 1) else 0,
+        "workspace": WORKSPACE,
     }
     gathered = size * min(count.total, LIVE) if stage == 3 and ranks > 1 else 0
     gradients *= 2 if stage == 2 and accumulates else 1
@@ -85,12 +89,13 @@ class _Held:
     features: float
 
 
-def saved_values(config: Config, tokens: Kept) -> tuple[float, float]:
-    """The values that the forward of encoder and of predictor keeps for the backward, compiled or not.
+def saved(config: Config, tokens: Kept, size: int) -> tuple[float, float]:
+    """Bytes that the forward of the encoder, and of what follows it, keeps for the backward, compiled or not; `size` of
+    a value.
 
-    A block keeps 8 D + 2 F values per token: its input, two norms' outputs, q, k, v, attention's output, the first sum,
-    and both sides of the GELU. A last block that outputs few rows keeps 4 D of its input's and 6 D + 2 F of theirs.
-    With checkpointing a block keeps its input, and one block at a time the rest.
+    A block keeps 8 D + 2 F values per token (its input, two norms' outputs, q, k, v, attention's output, the first sum,
+    both sides of the GELU), and 4 + H statistics in fp32. A last block that outputs few rows keeps 4 D of its input's
+    and 6 D + 2 F of theirs. With checkpointing a block keeps its input.
     """
     vit, narrow, again = config.vit, config.predictor, config.engine.activation_checkpointing
     D, Dp, M = vit.embed_dim, narrow.embed_dim, config.mask.num_pred_masks
@@ -99,34 +104,43 @@ def saved_values(config: Config, tokens: Kept) -> tuple[float, float]:
     sequences = M * contexts + targets
 
     def blocks(of: Size, rows: float, number: int) -> float:
-        whole = 8 * of.embed_dim + 2 * hidden(of)
-        return rows * (number * of.embed_dim + whole if again and number else number * whole)
+        return rows * number * (size * of.embed_dim if again else _block(of, size))
 
-    encoder = contexts * (3 * config.mask.patch_size**2 + 2 * D) + blocks(vit, contexts, vit.depth)
+    encoder = size * contexts * (3 * config.mask.patch_size**2 + 2 * D) + blocks(vit, contexts, vit.depth)
     if config.engine.skip_unread:
         last = sequences * Dp + targets * Dp if again else sequences * 4 * Dp + targets * (6 * Dp + 2 * hidden(narrow))
-        predictor = blocks(narrow, sequences, narrow.depth - 1) + last
+        predictor = blocks(narrow, sequences, narrow.depth - 1) + size * last
     else:
         predictor = blocks(narrow, sequences, narrow.depth)
-    return encoder, predictor + targets * (2 * Dp + D)  # the last norm, and the loss's gradient
+    predictor += size * targets * (2 * Dp + D)  # the last norm, and the loss's gradient
+    if config.has_projector:  # a layer's input; in fp32 a batch norm's centred and normed rows, and the last output
+        *between, last_width = config.projector_widths
+        predictor += images * M * (size * (D + 2 * sum(between)) + 4 * (2 * sum(between) + last_width))
+    return encoder, predictor
+
+
+def _block(of: Size, size: int) -> float:
+    """Bytes that a block keeps per token."""
+    return size * (8 * of.embed_dim + 2 * hidden(of)) + 4 * (4 + of.num_heads)
 
 
 def _activations(config: Config, tokens: Kept, size: int, ranks: int) -> _Held:
     """Also: the target features, the images, and the gradients that the first blocks of a backward need beside them."""
     B, M, N = config.data.batch_size, config.mask.num_pred_masks, config.grid**2
     D, F, narrow = config.vit.embed_dim, hidden(config.vit), config.predictor
-    encoder, predictor = saved_values(config, tokens)
-    features = B * D * (tokens.rows if config.engine.skip_unread and not config.needs_all_targets else N)
+    encoder, predictor = saved(config, tokens, size)
+    features = size * B * D * (tokens.rows if config.engine.skip_unread and not config.needs_all_targets else N)
     images = B * 3 * config.data.crop_size**2 * (1 + config.data.prefetch)
-    images_seen = B * config.mask.num_enc_masks
-    gradients = (
-        images_seen * M * tokens.target * (D + narrow.embed_dim + hidden(narrow)),
-        images_seen * tokens.context * (2 * D + F),
-    )
+    seen = B * config.mask.num_enc_masks
+    predictors_first = size * seen * M * tokens.target * (D + narrow.embed_dim + hidden(narrow))
+    encoders_first = size * seen * tokens.context * (2 * D + F)
+    if config.engine.activation_checkpointing:  # the block at hand is computed again
+        predictors_first += seen * M * (tokens.context + tokens.target) * _block(narrow, size)
+        encoders_first += seen * tokens.context * _block(config.vit, size)
     # One rank computes the targets before anything else, several while they hold all that the predictor saved.
-    teacher = B * N * (2 * D + 2 * F) + (encoder + predictor if ranks > 1 else 0)
+    teacher = size * B * N * (2 * D + 2 * F) + (encoder + predictor if ranks > 1 else 0)
     return _Held(
-        peak=size * max(encoder + predictor + features + gradients[0], teacher) + images,
-        encoder=size * (encoder + features + gradients[1]) + images,
-        features=size * features + images,
+        peak=max(encoder + predictor + features + predictors_first, teacher) + images,
+        encoder=encoder + features + encoders_first + images,
+        features=features + images,
     )
