@@ -63,17 +63,18 @@ class Outcome(NamedTuple):
     """The last line that it printed, or why it did not run."""
 
 
-def stages(args: argparse.Namespace) -> list[Stage]:
-    """All of them, in order of worth."""
+def stages(args: argparse.Namespace, build: bool = False) -> list[Stage]:
+    """All of them, in order of worth. `build`: the CPU kernels, which sample the masks, have to be built first."""
     found = []
     if args.wheels.is_dir():
         pip = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade")
         files = map(str, sorted(args.wheels.glob("*.whl")))
         found.append(Stage("packages", f"unpacks {args.wheels}", (*pip, "--target", str(SITE), *files), 10, 5))
-    if not LIBRARY.exists():
+    if build:
         found.append(Stage("build", "compiles csrc", ("setup.py", "-q", "build_ext", "--inplace"), 60, 30))
     workers = ("--numprocesses", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
     tests = tuple(f"tests/test_{name}.py" for name in TESTED)
+    alone = argparse.Namespace(**vars(args) | {"checkout": None})  # the published code has no C-JEPA
     found += [
         Stage("tests", "every numeric test that uses a GPU", ("-m", "pytest", "-m", "gpu", *workers, *tests), 90, 30),
         kernels("vit_huge_14", args, 120),
@@ -82,18 +83,13 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         levers("H/14", "in1k_vith14_ep300_ijepa", args, 200),
         step("B/16", "in1k_vitb16_ep600_ijepa", args, 90),
         step("L/16", "in1k_vitl16_ep600_ijepa", args, 110),
-        step("H/14, C-JEPA", "in1k_vith14_ep300_cjepa", replace_checkout(args), 70),
+        step("H/14, C-JEPA", "in1k_vith14_ep300_cjepa", alone, 70),
         kernels("vit_base_16", args, 100),
         blocks("vit_large_16", args, 45),
         blocks("vit_giant_16", args, 45),
         levers("B/16", "in1k_vitb16_ep600_ijepa", args, 120),
     ]
     return found
-
-
-def replace_checkout(args: argparse.Namespace) -> argparse.Namespace:
-    """The published code has no C-JEPA."""
-    return argparse.Namespace(**vars(args) | {"checkout": None})
 
 
 def kernels(size: str, args: argparse.Namespace, seconds: int) -> Stage:
@@ -136,6 +132,8 @@ def tiny(stage: Stage) -> Stage:
     elif stage.name.startswith("blocks"):
         command += ("--model", "vit_tiny_16", "--batch", "2", "--seconds", "0")
     elif stage.name.startswith(("step", "levers")):
+        few = iter(("kernels", "packed"))
+        command = tuple(next(few) if word == "all" else word for word in command)
         command += ("meta.model_name=vit_tiny", "meta.pred_depth=2", "data.batch_size=2")
         command += ("--steps", "2", "--block", "1", "--warmup", "2")
     return replace(stage, command=command)
@@ -228,6 +226,15 @@ def run(plan: list[Stage], out: Path, budget: float, about: dict[str, Any]) -> i
     return int(any(outcome.outcome == "failed" for outcome in outcomes))
 
 
+def loads(torch: Any) -> bool:
+    """Whether the library of CPU kernels, perhaps built on another machine, loads on this one."""
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError:
+        return False
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=600, help="seconds, for everything (default: %(default)s)")
@@ -243,15 +250,19 @@ def main() -> int:
         args.checkout = args.checkout.expanduser().resolve()
         if not (args.checkout / "src/models").is_dir():
             parser.error(f"--checkout {args.checkout}: not a checkout of facebookresearch/ijepa (no src/models)")
-    plan = [stage for stage in stages(args) if not args.only or any(word in stage.name for word in args.only)]
-    plan = [tiny(stage) for stage in plan] if args.quick else plan
+    build = not LIBRARY.exists()
+    if not args.plan:
+        import torch  # takes seconds, which --plan need not wait for
+
+        build = build or not loads(torch)
+    chosen = (stage for stage in stages(args, build) if not args.only or any(word in stage.name for word in args.only))
+    plan = [tiny(stage) if args.quick else stage for stage in chosen]
     if args.plan:
         for stage in plan:
             print(f"{stage.name}: {stage.what}; about {stage.seconds} s, not begun with less than {stage.least} left")
             print(f"    {relative(stage.command)}")
         print(f"about {sum(stage.seconds for stage in plan)} s in all, budget {args.budget:.0f} s")
         return 0
-    import torch  # takes seconds, which --plan need not wait for
     from machine import provenance
 
     from jepa.device import choose
@@ -261,7 +272,6 @@ def main() -> int:
     except ValueError as error:
         print(f"benchmarks/gpu.py: {error}", file=sys.stderr)
         return 2
-    assert torch.cuda.is_available()
     about = provenance(device) | {"budget": args.budget, "left out": None if args.checkout else PUBLISHED}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage's processes are ended too
     return run(plan, args.out, args.budget, about)

@@ -71,12 +71,13 @@ class Published:
         if config.mask.mode == "packed":
             raise ConfigError(["mask.mode: the published code cuts contexts to one length: use reference or unbiased"])
         self.code, self.config, self.device = checkout(path), config, device
-        encoder, predictor = self.code.helper.init_model(
-            device, config.mask.patch_size, config.meta.model_name, config.data.crop_size, config.meta.pred_depth,
-            config.meta.pred_emb_dim,
-        )  # fmt: skip
-        torch.manual_seed(config.engine.seed)
-        ours = JepaModel(config)
+        with device:
+            encoder, predictor = self.code.helper.init_model(
+                device, config.mask.patch_size, config.meta.model_name, config.data.crop_size, config.meta.pred_depth,
+                config.meta.pred_emb_dim,
+            )  # fmt: skip
+            torch.manual_seed(config.engine.seed)
+            ours = JepaModel(config)
         encoder.load_state_dict(ours.encoder.state_dict())
         predictor.load_state_dict(ours.predictor.state_dict())
         target = copy.deepcopy(encoder)

@@ -21,10 +21,12 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
+import train
 from jepa import distributed, zero
 from jepa.budget import Kept
 from jepa.config import Config
 from jepa.data import Batch
+from jepa.objective import JepaModel
 from jepa.synthetic import noise
 from jepa.tokens import masks_of, target_rows
 from train import start_model, take_step
@@ -81,6 +83,21 @@ def graph_count() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@contextlib.contextmanager
+def drawn_on(device: torch.device) -> Iterator[None]:
+    """While open, models draw their initial weights on the device: a CPU takes ten seconds for a ViT-H/14's."""
+
+    def model(config: Config) -> JepaModel:
+        with device:
+            return JepaModel(config)
+
+    train.JepaModel = model  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        train.JepaModel = JepaModel  # type: ignore[misc]
+
+
 class Engine:
     """A contender: the engine as engine/train.py runs it, with some levers switched."""
 
@@ -88,7 +105,8 @@ class Engine:
         self.name, self.ranks, self.clock, self.times = name, ranks, Clock(ranks.device), Times()
         self.config = changed(config, levers)
         self.contexts = [lever.context for lever in levers if lever.context]
-        self.engine, self.teacher = start_model(self.config, ranks.device)
+        with drawn_on(ranks.device):
+            self.engine, self.teacher = start_model(self.config, ranks.device)
         self.numbers = torch.tensor(NUMBERS, dtype=torch.float64, device=zero.schedule_device(self.engine))
 
     def run(self, step: int, batches: Batches) -> tuple[Any, Any, Any]:
