@@ -285,7 +285,11 @@ def optimizers(size: Size, device: str, low: torch.dtype) -> Case:
         if on_gpu and free_bytes() < needed:
             print(f"{name}: skipped, another {needed / 1e9:.0f} GB do not fit", flush=True)
             continue
-        call = contender(name, optimizer)
+        try:
+            call = contender(name, optimizer)
+        except (RuntimeError, ImportError) as error:  # DeepSpeed and apex compile theirs here, if they can
+            print(f"{name}: skipped, {str(error).splitlines()[0][:100]}", flush=True)
+            continue
         calls[name] = torch.compile(call) if name == "compiled" else call
     if on_gpu:
         apex_too = find_spec("apex") and find_spec("apex.contrib.openfold_triton")
