@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jepa import masks
+from jepa import fp8, masks
 from jepa.attention import require
 from jepa.config import Config, ConfigError
 from jepa.config_file import parse_config
@@ -109,6 +109,7 @@ EXTRAS = {
         ("mask.mode=packed", "mask.token_budget=0.5"),
         same=False,
     ),
+    "fp8_target": Lever("target encoder's forward in fp8", ("engine.target_precision=fp8",), same=False),
     "flash_attn": Lever("FlashAttention 4, 3 or 2", ("engine.attention=flash_attn",)),
     "xformers": Lever("xformers' attention", ("engine.attention=xformers",)),
     "deepspeed_adam": Lever("DeepSpeed's FusedAdam, then the EMA", ("engine.optimizer=deepspeed",)),
@@ -130,6 +131,7 @@ def addable(config: Config, ranks: Ranks) -> dict[str, Lever]:
     """The extras that are off in this config, have an effect here, and whose packages are installed."""
     idle = {"overlap_comm"} if ranks.world_size == 1 or config.engine.zero_stage not in (1, 2) else set()
     idle |= {"global_cut"} if ranks.world_size == 1 or config.cut == "global" else set()
+    idle |= {"fp8_target"} if ranks.device.type == "cpu" else set()  # emulated there: no speed
     idle |= {"deterministic"} if ranks.device.type == "cuda" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ else set()
     return {name: lever for name, lever in EXTRAS.items() if name not in idle and _is_new_here(config, lever, ranks)}
 
@@ -138,6 +140,8 @@ def _is_new_here(config: Config, lever: Lever, ranks: Ranks) -> bool:
     try:
         moved = changed(config, [lever])
         require(moved.engine.attention)
+        if moved.engine.target_precision == "fp8":
+            fp8.require(ranks.device)
         if moved.engine.optimizer in ("deepspeed", "apex"):
             foreign(moved.engine.optimizer, ranks.device)
     except ConfigError:

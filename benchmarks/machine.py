@@ -117,11 +117,13 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0)
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
-    """What `work` returns, and its peak tensor memory above what was allocated before.
+    """What `work` returns, and the peak of the tensor memory that it adds, including what it leaves alive.
 
-    On a GPU this is the allocator's peak counter, on a CPU the profiler's record of each allocation. (The process's
-    resident memory includes what malloc retains, and cannot be reset.) On a CPU, freeing tensors that existed before is
-    not seen.
+    On a GPU this is the allocator's peak counter above its value before. On a CPU it is counted from the profiler's
+    record of each allocation, in this thread and in those that work for it (autograd's, gloo's). (The process's
+    resident memory includes what malloc retains, and cannot be reset.) Not counted on a CPU: threads that `work` starts
+    itself, memory that is not from torch's allocator, and frees of tensors that existed before: `work` gets no credit
+    for them.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -135,11 +137,17 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> tuple[Any, int]
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiler.export_chrome_trace(file.name)
         events = json.loads(Path(file.name).read_text())["traceEvents"]
-    memory = [event["args"] for event in events if event.get("name") == "[memory]"]
-    if not memory:
-        return result, 0
-    before = memory[0]["Total Allocated"] - memory[0]["Bytes"]
-    return result, max(m["Total Allocated"] for m in memory) - before
+    memory = [event for event in events if event.get("name") == "[memory]"]
+    alive: dict[int, int] = {}  # bytes by address
+    total = most = 0
+    for event in sorted(memory, key=lambda event: event["ts"]):  # the trace lists one thread after the other
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        total -= alive.pop(address, 0)  # also when it is allocated again: the free was in a thread that is not recorded
+        if size > 0:
+            alive[address] = size
+            total += size
+        most = max(most, total)
+    return result, most
 
 
 def milliseconds(

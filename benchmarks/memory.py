@@ -1,4 +1,4 @@
-"""Memory of one rank at each ZeRO stage: the formula of engine/jepa/budget.py and the tensors of real ranks.
+"""Memory of one rank at each ZeRO stage: the formula of engine/jepa/memory.py and the tensors of real ranks.
 
     python benchmarks/memory.py               computed: ViT-H/14 and ViT-g/16 on 8, 16 and 64 GPUs
     python benchmarks/memory.py --measure     measured: a small model on 1, 2 and 4 CPU ranks, against the formula
@@ -28,7 +28,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from jepa import budget, zero
+from jepa import memory, zero
+from jepa.budget import longest_tokens
 from jepa.config import Config
 from jepa.config_file import load_config, parse_config
 from jepa.masks import sample_masks
@@ -37,20 +38,19 @@ from train import start_model
 LARGE = {"ViT-H/14": "in1k_vith14_ep300_ijepa", "ViT-g/16": "in22k_vitg16_ep44_ijepa"}
 CASES = [*itertools.product(range(4), ("fp32", "bf16"), (1, 2))]  # stage, precision, micro-batches accumulated
 QUICK = [case for case in CASES if case[1:] == ("bf16", 2)]
-TOKENS = 8, 3  # approximate patches in a context and in a target of the small model
+TOKENS = 8, 3, 8  # approximate patches in a context, a target and all targets of the small model
 TOLERANCE = 0.05
 
 
 def computed() -> str:
     """The README's table. Raises ConfigError."""
-    lines = ["GiB per rank, computed     | ZeRO | 8 GPUs | 16 GPUs | 64 GPUs | of which activations"]
+    lines = ["GiB at the longest context | ZeRO | 8 GPUs | 16 GPUs | 64 GPUs | of which activations"]
     for (name, file), stage in itertools.product(LARGE.items(), (1, 2, 3)):
         path, change = ROOT / f"engine/configs/{file}.yaml", f"engine.zero_stage={stage}"
         config = load_config(path, [change, "engine.global_batch_size=null"])
-        found = [budget.memory_per_rank(config, ranks) for ranks in (8, 16, 64)]
-        totals = " | ".join(
-            f"{memory.total / 2**30:{width}.1f}" for memory, width in zip(found, (6, 7, 7), strict=True)
-        )
+        tokens = longest_tokens(config)
+        found = [memory.memory_per_rank(config, ranks, tokens) for ranks in (8, 16, 64)]
+        totals = " | ".join(f"{one.total / 2**30:{width}.1f}" for one, width in zip(found, (6, 7, 7), strict=True))
         what = f"{name}, {config.data.batch_size} images/GPU"
         lines.append(f"{what:<26} | {stage:>4} | {totals} | {found[0].activations / 2**30:.1f}")
     return "\n".join(lines)
@@ -133,14 +133,14 @@ def rank(me: int, world_size: int, folder: str, cases: list[tuple[int, str, int]
     dist.init_process_group("gloo", store=store, rank=me, world_size=world_size)
     torch.set_num_threads(1)
     # Smaller than this model, as the buffers are for the large ones.
-    zero.BUCKET = budget.BUCKET = 500_000
-    zero.LIVE = budget.LIVE = 1_000_000
+    zero.BUCKET = memory.BUCKET = 500_000
+    zero.LIVE = memory.LIVE = 1_000_000
     figures = []
     for case in cases:
         config = small(*case)
         found = torch.tensor(float(peak(config)))
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        figures.append((float(found), budget.memory_per_rank(config, world_size, TOKENS).total))
+        figures.append((float(found), memory.memory_per_rank(config, world_size, TOKENS).total))
     if me == 0:
         torch.save(figures, f"{folder}/figures")
     time.sleep(0.5)  # for gloo's threads again, which need the interpreter to do so

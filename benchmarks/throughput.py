@@ -85,6 +85,7 @@ def fp32(config: Config, images: int, accumulation: int) -> Config:
     """The same config in fp32, with `images` per micro-batch."""
     attention = "sdpa" if config.engine.attention == "flash_attn" else config.engine.attention  # no fp32 kernels
     changes = ["meta.use_bfloat16=false", "engine.precision=null", f"engine.attention={attention}"]
+    changes += ["engine.target_precision=bf16"]
     changes += [f"data.batch_size={images}", "engine.global_batch_size=null"]
     changes += [f"engine.gradient_accumulation_steps={accumulation}"]
     return parse_config(config.model_dump(), changes)

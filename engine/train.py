@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jepa import checkpoint, distributed, interrupt, zero
-from jepa.budget import report
+from jepa import checkpoint, distributed, fp8, interrupt, zero
 from jepa.config import Config
 from jepa.config_file import load_config
 from jepa.data import Batch, Loader
@@ -28,6 +27,7 @@ from jepa.metrics import RunLog, collapse_warning, health
 from jepa.objective import JepaModel, Losses, poison
 from jepa.probe import OnlineProbe
 from jepa.replay import replay, start_of_replay
+from jepa.report import report
 from jepa.restore import CheckpointError, Reader
 from jepa.schedules import Schedules, ScheduleTable
 from jepa.skipped import Diverged, Outcomes
@@ -199,12 +199,12 @@ def start_model(config: Config, device: torch.device) -> tuple[Any, Teacher]:
     """The DeepSpeed engine around a freshly initialised model, and the teacher."""
     torch.manual_seed(config.engine.seed)
     model = JepaModel(config).to(device)
-    target_encoder = copy.deepcopy(model.encoder)
+    target_encoder, compiled = copy.deepcopy(model.encoder).to(config.dtype), config.compiles(device.type)
+    in_fp8 = fp8.Encoder(target_encoder, compiled) if config.engine.target_precision == "fp8" else None
     engine = zero.start(model, config)
-    teacher = Teacher(target_encoder.to(config.dtype), engine)
-    if config.compiles(device.type):
+    if compiled:
         compile_blocks(engine.module, target_encoder)
-    return engine, teacher
+    return engine, Teacher(target_encoder, engine, in_fp8)
 
 
 class Step(NamedTuple):

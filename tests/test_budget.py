@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from jepa.budget import flops_per_image, mean_tokens, memory_per_rank, parameters, report
+from jepa.budget import Kept, flops_per_image, longest_tokens, mean_tokens, parameters
 from jepa.config import Config
 from jepa.config_file import load_config, parse_config
+from jepa.masks import sample_masks
+from jepa.memory import memory_per_rank, saved_values
 from jepa.objective import JepaModel
+from jepa.report import report
 from jepa.vit import build_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -142,29 +145,31 @@ def test_mean_target_size_is_that_of_the_published_sampler() -> None:
     assert mean_tokens(config("vit_huge", 14))[1] == pytest.approx(sum(areas) / len(areas), rel=0.02)
 
 
-def test_activations_are_what_autograd_keeps() -> None:
-    given = small(engine={"skip_unread": False})
+@pytest.mark.parametrize("skip", [True, False])
+def test_saved_values_are_what_autograd_keeps(skip: bool) -> None:
+    given = small(engine={"skip_unread": skip})
     model, inputs, kept = step(given)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     own |= {tensor.untyped_storage().data_ptr() for tensor in [*inputs, *model.buffers()]}
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in own:
+        if (place := tensor.untyped_storage().data_ptr()) not in own and tensor.is_floating_point():
             saved[place] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(*inputs).losses.total
     held = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    teacher = (
-        given.data.batch_size
-        * given.grid**2
-        * 4
-        * (2 * given.vit.embed_dim + 2 * int(given.vit.embed_dim * given.vit.mlp_ratio))
-    )
-    estimate = memory_per_rank(given, 1, kept).activations - teacher
-    assert loss.requires_grad and estimate == pytest.approx(held, rel=0.25)
+    assert loss.requires_grad and 4 * sum(saved_values(given, Kept(*kept))) == pytest.approx(held, rel=0.1)
+
+
+def test_the_longest_context_of_the_run_is_found_and_costs_more() -> None:
+    given = config("vit_base")
+    lengths = [sample_masks(given.mask_spec, seed=0, step=s, first=0, batch=128).context.shape[-1] for s in range(1024)]
+    longest, mean = longest_tokens(given), mean_tokens(given)
+    assert longest.context == max(lengths) and mean.context == pytest.approx(sum(lengths) / 1024)
+    assert memory_per_rank(given, 1, longest).total > memory_per_rank(given, 1, mean).total
 
 
 def test_memory_is_what_the_tensors_of_real_ranks_hold() -> None:

@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jepa_kernels
 from jepa import distributed, masks, zero
-from jepa.budget import memory_per_rank
 from jepa.config import ConfigError
 from jepa.config_file import parse_config
+from jepa.memory import memory_per_rank
 from processes import write_config, write_images
 from small import run_ranks, small_config
 
@@ -191,7 +192,7 @@ def test_a_lever_that_would_not_show_is_refused() -> None:
 
 def counted_flops(given: dict[str, Any]) -> float:
     """Per image, as torch counts them in the timed steps."""
-    config = parse_config(given, ["engine.attention=math"])  # it counts matrix products, not the op jepa::attention
+    config = parse_config(given, ["engine.attention=math"])  # whose products torch sees
     ranks = distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), dist.group.WORLD)
     images = throughput.Synthetic(config, ranks.device, 1)
     engine, teacher = runners.start_model(config, ranks.device)
@@ -254,6 +255,71 @@ def test_peak_counts_what_lies_there_at_once() -> None:
     result, peak = machine.peak_bytes(work, before.device)
     assert len(result) == a + c
     most = 4 * max(a + b, a + c + (a + c))  # before b is freed; and during the concatenation
+    assert most <= peak <= most + 4096
+
+
+@pytest.mark.parametrize("frees", [0, 4, 12])
+def test_peak_is_that_of_a_count_kept_beside(frees: int) -> None:
+    """Allocations, frees, views and in-place ops in random order, and frees of older tensors, which do not count."""
+    older = [torch.empty(80_000) for _ in range(3)]
+    older += machine.peak_bytes(lambda: [torch.empty(90_000) for _ in range(3)], torch.device("cpu"))[0]
+    actions = ["allocate"] * 12 + ["free"] * frees + ["view", "in place", "free older"] * 4
+    order = [actions[i] for i in torch.randperm(len(actions))]
+    counted = []
+
+    def work() -> list[torch.Tensor]:
+        held: list[torch.Tensor] = []
+        for action in order:
+            if action == "allocate":
+                held.append(torch.empty(int(torch.randint(10_000, 100_000, ()))))
+            elif action == "free older":
+                older.pop()
+            elif held:
+                tensor = held.pop(int(torch.randint(len(held), ())))
+                if action == "view":
+                    held.append(tensor[5_000:].view(-1))  # keeps all of the storage
+                elif action == "in place":
+                    held.append(tensor.zero_())
+                del tensor
+            counted.append(sum(tensor.untyped_storage().nbytes() for tensor in held))
+        return held
+
+    _, peak = machine.peak_bytes(work, torch.device("cpu"))
+    assert max(counted) <= peak <= max(counted) + 4096
+
+
+def test_peak_counts_autograds_threads_in_order_of_time() -> None:
+    """Backwards nested deeply run on threads of autograd's own. What they allocate lies on top of what this thread has
+    allocated before and keeps, and below what it allocates afterwards."""
+    a, b, c, d = (int(n) for n in torch.randint(10_000, 100_000, (4,)))
+    kept, threads = [], set()
+
+    class Nested(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, depth: int) -> torch.Tensor:
+            ctx.depth = depth
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+            if ctx.depth:
+                with torch.enable_grad():
+                    inner = Nested.apply(torch.zeros(1, requires_grad=True), ctx.depth - 1)
+                inner.backward()
+            else:
+                threads.add(threading.get_native_id())
+                kept.append(torch.empty(b))
+                torch.empty(c)
+            return grad, None
+
+    def work() -> list[torch.Tensor]:
+        first = torch.empty(a)
+        Nested.apply(torch.zeros(1, requires_grad=True), 100).backward()
+        return [first, torch.empty(d)]
+
+    _, peak = machine.peak_bytes(work, torch.device("cpu"))
+    assert threads and threading.get_native_id() not in threads
+    most = 4 * (a + b + max(c, d))
     assert most <= peak <= most + 4096
 
 

@@ -208,6 +208,8 @@ class Engine(_Section):
     deterministic: bool = False  # bitwise reproducible, at some cost in speed; runs on CPUs always are
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "fp32"] | None = None  # null: set by meta.use_bfloat16
+    target_precision: Literal["bf16", "fp8"] = "bf16"  # of the target encoder's matrix products in training; bf16: as
+    # precision says; fp8 (jepa.fp8): on Hopper or newer, emulated on a CPU; not yet measured on a GPU
     zero_stage: Annotated[Count, Field(le=3)] = 1
     optimizer: Literal["adamw_ema", "torch", "deepspeed", "apex"] = "adamw_ema"  # jepa.optimizer
     global_batch_size: Natural | None = None  # data.batch_size x accumulation x ranks; null: whatever that gives
@@ -387,7 +389,8 @@ class Config(_Section):
             "loss": self.loss.model_dump(),
         }
         recipe = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-        return {"encoder": self.vit, "predictor": self.predictor, "engine.precision": self.precision, **recipe}
+        recipe |= {"engine.precision": self.precision, "engine.target_precision": self.engine.target_precision}
+        return {"encoder": self.vit, "predictor": self.predictor, **recipe}
 
     def _batch_problem(self, wanted: int, world_size: int) -> str:
         micro, steps = self.data.batch_size, self.engine.gradient_accumulation_steps

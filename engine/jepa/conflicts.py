@@ -54,6 +54,12 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
             "engine.precision",
             f"contradicts meta.use_bfloat16: give meta.use_bfloat16={other}, or engine.precision=null",
         )
+    if c.engine.target_precision == "fp8":
+        if c.precision == "fp32":
+            yield "engine.target_precision", "needs bf16 training: give meta.use_bfloat16=true, or bf16 here"
+        for name, wide in (("width", c.vit.embed_dim), ("MLP width", int(c.vit.embed_dim * c.vit.mlp_ratio))):
+            if wide % 16:
+                yield "engine.target_precision", f"needs an encoder {name} divisible by 16, not {wide}; or give bf16"
     unit = c.data.batch_size * (c.engine.gradient_accumulation_steps or 1)
     if (c.engine.global_batch_size or 0) % unit:
         yield "engine.global_batch_size", f"must be a multiple of data.batch_size x accumulation = {unit}"

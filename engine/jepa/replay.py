@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import Config
 from .data import Loader
 from .distributed import Ranks
+from .fp8 import Encoder
 from .objective import JepaModel, Losses, poison
 from .restore import CheckpointError, candidates, find_whole, on_first, refuse_change, shapes_of
 from .tokens import masks_of, tokens
@@ -65,6 +66,10 @@ def replay(
     for weight in model.parameters():  # like DeepSpeed, which does not cast buffers
         weight.data = weight.data.to(config.dtype)
     teacher.to(ranks.device, config.dtype)
+    targets: Any = teacher
+    if config.engine.target_precision == "fp8":
+        targets = Encoder(teacher)
+        targets.refresh()
 
     found: dict[str, list[str]] = {"losses": [], "target features of": [], "predictions for": [], "gradients of": []}
     losses = []
@@ -73,14 +78,14 @@ def replay(
         masks = masks_of(config, ranks, step, micro)
         rows = tokens(masks, config, ranks.device)
         with torch.no_grad():
-            features = teacher(images, rows=rows.teacher)
+            features = targets(images, rows=rows.teacher)
         output = model(images, rows.context, rows.target_MBK, features, rows.places_MBK)
         poison(output.losses.total / loader.accumulation).backward()
         losses.append(torch.stack(output.losses).detach().double())
         predicted = output.predicted_RD.view(-1, len(files), output.predicted_RD.shape[-1]).transpose(0, 1)
         if not features.isfinite().all():  # of whole images, one per file, whichever rows the step uses
             with torch.no_grad():
-                found["target features of"] += _not_finite(files, teacher(images))
+                found["target features of"] += _not_finite(files, targets(images))
         found["predictions for"] += _not_finite(files, predicted)
     terms = dict(zip(Losses._fields, torch.stack(losses).mean(0).tolist(), strict=True))
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -4,7 +4,7 @@ The fp32 average is optimizer state, so under ZeRO each rank holds a part of it.
 to the training precision, in the same pass that updates it; one asynchronous all-gather for each of the encoder's two
 param groups (with and without weight decay) then assembles the parts before the teacher is next used. If a parameter's
 parts are contiguous in the gathered buffer (stages 1 and 2, or one rank), the target encoder's weight is a view of it
-and nothing is copied.
+and nothing is copied. With `engine.target_precision: fp8` the targets are made with e4m3 copies of these weights.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .fp8 import Encoder
 from .vit import VisionTransformer
 from .zero import Flat, flats
 
@@ -21,9 +22,11 @@ PREFIX = "encoder."
 
 
 class Teacher:
-    """`encoder`: a copy of the encoder made before DeepSpeed wrapped the model; it becomes the target encoder."""
+    """`encoder`: a copy of the encoder made before DeepSpeed wrapped the model; it becomes the target encoder.
+    `in_fp8`: its forward in fp8, if that is to make the targets."""
 
-    def __init__(self, encoder: VisionTransformer, engine: Any) -> None:
+    def __init__(self, encoder: VisionTransformer, engine: Any, in_fp8: Encoder | None = None) -> None:
+        self.in_fp8, self.written = in_fp8, True
         self._encoder = encoder.requires_grad_(False).eval()
         self.optimizer = engine.basic_optimizer
         self.averaged = [flat for flat in flats(engine) if flat.group["ema"] and flat.weight.numel()]
@@ -59,13 +62,20 @@ class Teacher:
     def __call__(self, images: Tensor, rows: Sequence[Tensor] = ()) -> Tensor:
         """uint8 images -> target features [B, N, D], or those of the given rows, in the training precision, not yet
         layer-normalized."""
-        return self.encoder(images, rows=rows)
+        encoder = self.encoder
+        if self.in_fp8 is None:
+            return encoder(images, rows=rows)
+        if self.written:  # once per step, not in every micro-batch
+            self.in_fp8.refresh()
+            self.written = False
+        return self.in_fp8(images, rows)
 
     @torch.no_grad()
     def follow(self) -> None:
         """Updates the teacher with what the optimizer has written. Every rank calls it after every step; a skipped step
         wrote nothing, so the weights stay the same. The next step begins with the teacher's features, so the
         all-gathers started here finish before the optimizer writes again."""
+        self.written = True
         for flat, part in self.unwritten:
             if flat.weight in self.optimizer.state:  # it is not if the first step was skipped
                 part.copy_(self.average(flat))

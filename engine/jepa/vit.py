@@ -319,7 +319,9 @@ def compile_blocks(*models: nn.Module, backend: str = "inductor") -> None:
     else:  # torch 2.10
         torch._inductor.config.triton.mix_order_reduction = False
     for block in (module for model in models for module in model.modules() if isinstance(module, Block)):
-        block.compile(dynamic=True, backend=backend)
+        # Its patterns would turn materialised scores into scaled_dot_product_attention.
+        options = {"pattern_matcher": False} if block.attn.backend == "math" else None
+        block.compile(dynamic=True, backend=backend, options=options)
 
 
 def init_weights(module: nn.Module) -> None:

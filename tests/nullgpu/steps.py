@@ -14,12 +14,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / folder) for folder in ("tests/nullgpu", "kernels", "engine", "benchmarks")]
-
 import nullgpu
 import torch
 import torch._dynamo
+import torch._inductor.config
 from runners import NUMBERS, Synthetic
 from torch._dynamo.utils import counters
 
@@ -28,6 +26,7 @@ from jepa.config import Config
 from jepa.config_file import load_config
 from train import start_model, take_step
 
+CONFIGS = Path(__file__).resolve().parents[2] / "engine/configs"
 WAITS = ("stream_sync", "device_sync", "event_sync", "memcpy_sync", "pageable")
 SETTLED = 2  # steps: everything is compiled in the first, and allocated by the second
 GIVEN = ("data.root_path=images", "logging.folder=runs", "engine.device=cuda", "engine.global_batch_size=null")
@@ -35,7 +34,7 @@ GIVEN = ("data.root_path=images", "logging.folder=runs", "engine.device=cuda", "
 
 @dataclass(frozen=True)
 class Step:
-    """`graphs`: compiled in this step. `calls`: counters of the null GPU. Bytes: the allocator's, since the start."""
+    """`graphs`: compiled in this step. `calls`: counters of the null GPU. Bytes: the peaks of torch's allocator."""
 
     step: int
     kept: tuple[int, int]
@@ -51,7 +50,7 @@ class Step:
 
 
 def load(name: str, *overrides: str) -> Config:
-    return load_config(ROOT / "engine/configs" / name, [*GIVEN, *overrides])
+    return load_config(CONFIGS / name, [*GIVEN, *overrides])
 
 
 def take(config: Config, ranks: distributed.Ranks, steps: Iterable[int]) -> list[Step]:
@@ -63,6 +62,7 @@ def take(config: Config, ranks: distributed.Ranks, steps: Iterable[int]) -> list
     taken = []
     for step in steps:
         before, graphs = nullgpu.counts(), counters["stats"]["unique_graphs"]
+        torch.cuda.reset_peak_memory_stats()
         zero.schedule(engine, numbers)
         done = take_step(config, ranks, engine, teacher, images.batches(step), step)
         new = counters["stats"]["unique_graphs"] - graphs
@@ -75,10 +75,10 @@ def take(config: Config, ranks: distributed.Ranks, steps: Iterable[int]) -> list
 def forget() -> None:
     """Frees and resets what an earlier run in this process left behind."""
     torch._dynamo.reset()
+    torch._inductor.config.triton.autotune_pointwise = False  # one kernel to compile in place of many to time
     counters.clear()
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
 
 def failures(taken: list[Step], waits: Counter[str] | None = None) -> list[str]:

@@ -1,0 +1,24 @@
+"""Pytest on the null GPU: tests/nullgpu/run PYTHON -m pytest tests/nullgpu --confcutdir=tests/nullgpu"""
+
+import os
+
+import pytest
+import torch
+
+from jepa import distributed
+
+
+@pytest.fixture(scope="session")
+def ranks() -> distributed.Ranks:
+    """The one rank of this process."""
+    os.environ.pop("RANK", None)
+    return distributed.start("cuda")
+
+
+@pytest.fixture(autouse=True)
+def as_users_start_it():
+    """What a test switches for the whole process is switched back."""
+    state = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(state[0])
+    torch.utils.deterministic.fill_uninitialized_memory = state[1]
