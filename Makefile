@@ -6,7 +6,7 @@ BIN := .venv/bin
 SOURCES := kernels engine benchmarks tests setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-cuda soak lint bench bench-gpu sanitize clean
+.PHONY: setup demo test test-cuda soak lint bench bench-gpu bench-wheels sanitize clean
 
 setup: .venv/installed
 
@@ -70,14 +70,21 @@ bench: setup
 	$(BIN)/python benchmarks/kernels.py --device cpu
 	$(BIN)/python benchmarks/masks.py
 
-# Needs a GPU; fills benchmarks/results.
-bench-gpu: setup
-	@test -d "$(CHECKOUT)/src/models" || { echo "set CHECKOUT=PATH, a checkout of facebookresearch/ijepa"; exit 2; }
-	$(BIN)/python benchmarks/kernels.py --device cuda
-	for model in vit_huge_14 vit_large_16 vit_giant_16; do $(BIN)/python benchmarks/blocks.py --device cuda --model $$model || exit; done
-	$(BIN)/python benchmarks/throughput.py --config engine/configs/in1k_vith14_ep300_ijepa.yaml --device cuda \
-		--without all --with all --against reference=$(CHECKOUT) --reference-sdpa --reference-compile \
-		engine.global_batch_size=null data.root_path=images
+# Needs a GPU, for BUDGET_S seconds; fills benchmarks/results. A Python named on the command line (PYTHON=python3) is used
+# as it is, without .venv.
+BUDGET_S ?= 600
+GIVEN := $(filter command,$(origin PYTHON))
+bench-gpu: $(if $(GIVEN),,setup)
+	$(if $(GIVEN),$(PYTHON),$(BIN)/python) benchmarks/gpu.py --budget $(BUDGET_S) $(if $(CHECKOUT),--checkout $(CHECKOUT))
+
+# What bench-gpu needs and a machine with torch may lack, for one without network: 6 MB of wheels for its Python.
+WHEELS_FOR ?= 3.12
+LINUX := $(foreach glibc,17 24 27 28,--platform manylinux_2_$(glibc)_x86_64) --platform manylinux2014_x86_64
+bench-wheels: setup
+	rm -rf wheels
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -c constraints.txt -w wheels deepspeed
+	$(BIN)/pip download --quiet --only-binary=:all: --python-version $(WHEELS_FOR) $(LINUX) -c constraints.txt -d wheels \
+		einops hjson msgpack ninja packaging psutil py-cpuinfo pydantic tqdm
 
 clean:
 	rm -rf .venv build runs/demo data/demo

@@ -7,13 +7,15 @@ and predictor, for each backend that runs here: `engine.attention` is sdpa, flas
 show whether sdpa picks the best one. The predictor's weight gradients, small outputs summed over many rows, as one
 matrix product and split along the rows. Residual + layer norm, and bias + GELU, eager and fused by Inductor, against
 the bytes they must move. Each result is first compared with float64: at most twice the error of the plain formula in
-the same dtype. TFLOP/s and GB/s count the necessary work; the limits are measured in the same run.
+the same dtype; one that is worse is not timed, and the exit code is 1. TFLOP/s and GB/s count the necessary work; the
+limits are measured in the same run. The files are written after each row of the tables.
 """
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ SPLITS = (4, 16)
 CHECKED = 2  # sequences compared with float64
 NARROW = {"qkv": (3, 1), "proj": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}  # (outputs, inputs) of a layer, in widths
 Contender = Callable[..., Tensor]
+Rows = Iterator[dict[str, Any]]
 
 
 class Wrong(RuntimeError):
@@ -125,8 +128,9 @@ def race(
             check(name, function, plain, *few)
             with torch.no_grad():
                 function(*inputs)
-        except (RuntimeError, NotImplementedError, ValueError) as error:  # no kernel for this shape, or Wrong
-            found[name] = {"why": str(error).strip().splitlines()[0][:100]}
+        except (RuntimeError, NotImplementedError, ValueError) as error:  # Wrong, or no kernel for this shape
+            why = str(error).strip().splitlines()[0][:100]
+            found[name] = {"why": f"wrong: {why}" if isinstance(error, Wrong) else why}
             continue
         forward[name] = partial(_without_graph, function, inputs)
         both[name] = partial(with_gradients, function, inputs, dy)
@@ -139,33 +143,35 @@ def _without_graph(function: Contender, inputs: list[Tensor]) -> Tensor:
     return function(*inputs)
 
 
-def attention(size: Size, heads: int, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def attention(size: Size, heads: int, dtype: torch.dtype, args: argparse.Namespace) -> Rows:
     for shape in shapes(size, heads):
         q, dy = (torch.randn(shape.batch, shape.Kq, shape.H, shape.C, device=args.device).to(dtype) for _ in range(2))
         k, v = torch.randn(shape.batch, shape.K, 2, shape.H, shape.C, device=args.device).to(dtype).unbind(2)
         few = [x[:CHECKED] for x in (q, k, v)], dy[:CHECKED]
         times = race(backends(), partial(attend, backend="math"), [q, k, v], dy, args, few)
-        rows.append({"shape": vars(shape), "flops": shape.flops, "times": times})
-    return rows
+        yield {"shape": vars(shape), "flops": shape.flops, "times": times}
 
 
-def weight_gradients(size: Size, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, Any]]:
+def weight_gradients(size: Size, dtype: torch.dtype, args: argparse.Namespace) -> Rows:
     rows_all = M * size.B * (size.Kc + size.Kt) // max(SPLITS) * max(SPLITS)
-    found = []
     for name, (out, inner) in NARROW.items():
         dy, x = (torch.randn(rows_all, w * size.Dp, device=args.device).to(dtype) for w in (out, inner))
         functions: dict[str, Contender] = {"one product": lambda dy, x: dy.T @ x}
         functions |= {f"split in {n}": partial(_split, n) for n in SPLITS}
-        exact = dy.double().T @ x.double()
-        wrong = {n: float((f(dy, x).double() - exact).norm() / exact.norm()) for n, f in functions.items()}
-        if bad := {n: e for n, e in wrong.items() if not e <= 2 * wrong["one product"] + 1e-6}:
-            raise Wrong(f"weight gradient of {name}: {bad}, one product {wrong['one product']:.1e}")
+        check_products(f"weight gradient of {name}", functions, dy, x)
         calls = {n: partial(f, dy, x) for n, f in functions.items()}
         shape = f"{name} [{out * size.Dp}, {inner * size.Dp}] over {rows_all} rows"
         flops = 2 * rows_all * out * inner * size.Dp**2
-        found.append({"shape": shape, "flops": flops, "times": milliseconds(calls, args.device, args.seconds)})
-    return found
+        yield {"shape": shape, "flops": flops, "times": milliseconds(calls, args.device, args.seconds)}
+
+
+def check_products(name: str, functions: dict[str, Contender], dy: Tensor, x: Tensor) -> None:
+    """Raises Wrong if an error against float64 exceeds twice that of the first function, plus 1e-6."""
+    exact = dy.double().T @ x.double()
+    errors = {n: float((f(dy, x).double() - exact).norm() / exact.norm()) for n, f in functions.items()}
+    allowed = 2 * next(iter(errors.values())) + 1e-6
+    if bad := {n: e for n, e in errors.items() if not e <= allowed}:
+        raise Wrong(f"{name}: {bad}, allowed {allowed:.1e}")
 
 
 def _split(parts: int, dy: Tensor, x: Tensor) -> Tensor:
@@ -183,9 +189,9 @@ def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias)
 
 
-def between(size: Size, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, Any]]:
+def between(size: Size, dtype: torch.dtype, args: argparse.Namespace) -> Rows:
     """The residual sum and its norm are both written (added here, so that a contender has one output)."""
-    rows, found = size.B * size.N, []
+    rows = size.B * size.N
     for plain, width, passes in ((_residual_norm, size.D, (3, 7)), (_bias_gelu, 4 * size.D, (2, 5))):
         x, dy = (torch.randn(rows, width, device=args.device).to(dtype) for _ in range(2))
         vectors = [torch.randn(width, device=args.device).to(dtype) for _ in range(2 if plain is _residual_norm else 1)]
@@ -194,8 +200,7 @@ def between(size: Size, dtype: torch.dtype, args: argparse.Namespace) -> list[di
         times = race({"eager": plain, "compiled": torch.compile(plain, dynamic=False)}, plain, inputs, dy, args, few)
         name = plain.__name__.strip("_").replace("_", " + ")
         bytes_ = {what: n * x.numel() * x.element_size() for what, n in zip(("forward", "both"), passes, strict=True)}
-        found.append({"shape": f"{name} [{rows}, {width}]", "bytes": bytes_, "times": times})
-    return found
+        yield {"shape": f"{name} [{rows}, {width}]", "bytes": bytes_, "times": times}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -230,6 +235,9 @@ def table(result: dict[str, Any]) -> str:
     lines += ["|---|---|---|---|---|---|"]
     for row in result["between"]:
         for by, t in row["times"].items():
+            if "why" in t:
+                lines.append(f"| {row['shape']} | {by} | not timed: {t['why']} | | | |")
+                continue
             shares = [row["bytes"][what] / t[what] * 1e3 / result["memory"] for what in ("forward", "both")]
             cells = [f"{t['forward']:.3f}", f"{shares[0]:.0%}", f"{t['both']:.3f}", f"{shares[1]:.0%}"]
             lines.append("| " + " | ".join([row["shape"], by, *cells]) + " |")
@@ -237,7 +245,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _best(times: dict[str, dict[str, Any]]) -> str:
-    return min((name for name, t in times.items() if "both" in t), key=lambda name: times[name]["both"])
+    return min(times, key=lambda name: times[name].get("both", math.inf))
 
 
 def main() -> int:
@@ -261,21 +269,35 @@ def main() -> int:
     device = torch.device(args.device)
     result = provenance(device) | {"model": model, "batch": size.B, "dtype": str(dtype)}
     result |= {"memory": ceilings(args.device, 2 * args.seconds)[0], "matmul": matmul_flops(device, dtype)}
+    result |= {"attention": [], "weight_gradients": [], "between": []}
+    out = args.out / f"blocks-{args.device}-{model}"
+    args.out.mkdir(parents=True, exist_ok=True)
     try:
-        result["attention"] = attention(size, heads, dtype, args)
-        result["weight_gradients"] = weight_gradients(size, dtype, args)
-        result["between"] = between(size, dtype, args)
+        for part, rows in (
+            ("attention", attention(size, heads, dtype, args)),
+            ("weight_gradients", weight_gradients(size, dtype, args)),
+            ("between", between(size, dtype, args)),
+        ):
+            for row in rows:
+                result[part].append(row)
+                write(result, out)
         result["matmul"] = max(result["matmul"], matmul_flops(device, dtype))  # the limit is the best rate seen
     except Wrong as error:
         print(f"benchmarks/blocks.py: {error}: not timed", file=sys.stderr)
         return 1
-    text, out = table(result), args.out / f"blocks-{args.device}-{model}"
-    print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
-    Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n")
-    Path(f"{out}.md").write_text(text + "\n")
+    write(result, out)
+    print(table(result))
     print(f"written: {out}.json, .md")
-    return 0
+    times = [(by, t) for row in result["attention"] + result["between"] for by, t in row["times"].items()]
+    wrong = [f"{by}: {t['why']}" for by, t in times if t.get("why", "").startswith("wrong")]
+    print("\n".join(wrong), file=sys.stderr)
+    return int(bool(wrong))
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    """Writes the results so far."""
+    Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n")
+    Path(f"{out}.md").write_text(table(result) + "\n")
 
 
 if __name__ == "__main__":

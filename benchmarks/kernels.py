@@ -11,7 +11,7 @@ as in training. GB/s and TFLOP/s count the work the op needs, not what a contend
 (the faster of a copy and an in-place scaling, larger than the caches: data that fits into them may exceed it) or of a
 matrix product, measured in the same run. MB is the peak memory that a call adds: the allocator's count on a GPU, the
 profiler's on a CPU. `host ms`, for ops over many tensors, is the host time of a call, measured on as many tensors of a
-few elements. In the roofline a copied element counts as one operation.
+few elements. In the roofline a copied element counts as one operation. The files are written after each op.
 """
 
 import argparse
@@ -70,7 +70,16 @@ def main() -> None:
         f"{'host ms':>9}",
     ]
     print("\n".join(table), flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    report = {
+        **provenance(device),
+        "CPU kernels": in_cpp,
+        "size": {"name": size_name, "dtype": str(dtype), **asdict(size)},
+        "ceilings": {"memory GB/s": memory / 1e9, "float32 matmul TFLOP/s": matmul / 1e12},
+        "rows": rows,
+    }
+    where = re.sub("[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()) if gpu else "cpu"
+    file = args.out / f"kernels-{where}-{size_name}"
     for op in args.op:
         case = OPS[op](size, args.device, dtype)
         case.check()
@@ -86,21 +95,17 @@ def main() -> None:
                 table.append(line(row))
                 print(table[-1], flush=True)
         del case, calls
-    report = {
-        **provenance(device),
-        "CPU kernels": in_cpp,
-        "size": {"name": size_name, "dtype": str(dtype), **asdict(size)},
-        "ceilings": {"memory GB/s": memory / 1e9, "float32 matmul TFLOP/s": matmul / 1e12},
-        "rows": rows,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub("[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()) if gpu else "cpu"
-    file = args.out / f"kernels-{name}-{size_name}"
+        write(report, table, file)
+    print(f"written: {file}.json, .md and .png")
+
+
+def write(report: dict[str, Any], table: list[str], file: Path) -> None:
+    """Writes the results so far, as JSON, table and picture."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     about = [f"commit {report['commit']}, {report['versions']}", f"    {report['command']}", "", *table]
     file.with_suffix(".md").write_text("\n".join(["```", *(row.rstrip() for row in about), "```", ""]))
     roofline(report, file.with_suffix(".png"))
-    print(f"written: {file}.json, .md and .png")
 
 
 def figures(
@@ -149,6 +154,7 @@ def roofline(report: dict[str, Any], file: Path) -> None:
     axes.legend(handles.values(), handles.keys())
     axes.set(xlabel="operations per byte that must be moved", ylabel="operations/s", title=report["hardware"])
     figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -46,16 +46,29 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """What a figure needs to be credible and reproducible."""
     versions = {str(package.name): package.version for package in distributions()}
     dali = [name for name in versions if name.startswith("nvidia-dali-")]  # one per CUDA version
-    commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    described = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
         "hardware": hardware(device),
         "driver": _first_line(driver) if device.type == "cuda" else None,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
         | {name: versions.get(name) for name in ("torch", "triton", "deepspeed", *dali)},
-        "commit": _first_line(commit),
-        "command": " ".join(["python", *sys.argv]),
+        "commit": _first_line(described),
+        "command": command(),
     }
+
+
+def command() -> str:
+    """This program's command line, without what holds on this machine only: where it writes, where a checkout lies."""
+    words, kept = iter(sys.argv), ["python"]
+    for word in words:
+        if word == "--out":
+            next(words)
+        elif word == "--checkout":
+            kept += [word, next(words) and "CHECKOUT"]
+        else:
+            kept.append("reference=CHECKOUT" if word.startswith("reference=") else word)
+    return " ".join(kept)
 
 
 def _first_line(command: list[str]) -> str | None:
@@ -144,6 +157,8 @@ def milliseconds(
 
     copies: makes calls of a contender, each on its own buffers, for those too short to be timed one by one.
     """
+    if not calls:
+        return {}
     once = on_gpu() if device == "cuda" else on_cpu
     for call in calls.values():
         call(), call()

@@ -3,8 +3,9 @@
 Its training loop is one function that cannot be called in parts, so the step here calls its pieces in its order, with
 everything it does per step: schedules, autocast, gradient norms per layer, reading the loss back, the EMA as a loop
 over parameters. Its data workers make masks and float images in advance; here both are made before the clock starts.
-`sdpa` and `compiled` are what a user could add: SDPA in place of materialised attention, and torch.compile. SDPA goes
-without cuDNN here too: `jepa.attention.require` switches it off for the process.
+`sdpa` and `compiled` are what a user could add: SDPA in place of materialised attention, and torch.compile of each
+block. SDPA is the engine's, which no length of the masks makes recompile and which goes without cuDNN
+(`jepa/attention.py`).
 """
 
 import copy
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from machine import Clock
 from torch import Tensor, nn
 
+from jepa.attention import attend, require
 from jepa.config import SIZES, Config, ConfigError
 from jepa.objective import JepaModel
 
@@ -54,8 +56,8 @@ def as_floats(images: Tensor, config: Config) -> Tensor:
 
 def sdpa_forward(attention: Any, x: Tensor) -> tuple[Tensor, None]:
     B, N, C = x.shape
-    q, k, v = attention.qkv(x).view(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    return attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C)), None
+    q, k, v = attention.qkv(x).view(B, N, 3, attention.num_heads, -1).unbind(2)
+    return attention.proj(attend(q, k, v).reshape(B, N, C)), None
 
 
 class Published:
@@ -69,18 +71,24 @@ class Published:
         if config.mask.mode == "packed":
             raise ConfigError(["mask.mode: the published code cuts contexts to one length: use reference or unbiased"])
         self.code, self.config, self.device = checkout(path), config, device
-        encoder, predictor = self.code.helper.init_model(
-            device, config.mask.patch_size, config.meta.model_name, config.data.crop_size, config.meta.pred_depth,
-            config.meta.pred_emb_dim,
-        )  # fmt: skip
-        torch.manual_seed(config.engine.seed)
-        ours = JepaModel(config)
+        with device:
+            encoder, predictor = self.code.helper.init_model(
+                device, config.mask.patch_size, config.meta.model_name, config.data.crop_size, config.meta.pred_depth,
+                config.meta.pred_emb_dim,
+            )  # fmt: skip
+            torch.manual_seed(config.engine.seed)
+            ours = JepaModel(config)
         encoder.load_state_dict(ours.encoder.state_dict())
         predictor.load_state_dict(ours.predictor.state_dict())
         target = copy.deepcopy(encoder)
-        for module in (encoder, predictor, target) if sdpa else ():
-            for attention in (m for m in module.modules() if type(m) is self.code.models.Attention):
-                attention.forward = types.MethodType(sdpa_forward, attention)
+        if sdpa:
+            require("sdpa")
+        parts = [part for module in (encoder, predictor, target) for part in module.modules()]
+        with_sdpa = type("Attention", (self.code.models.Attention,), {"forward": sdpa_forward})  # one graph for all
+        for attention in (part for part in parts if sdpa and type(part) is self.code.models.Attention):
+            attention.__class__ = with_sdpa
+        for block in (part for part in parts if compiled and type(part) is self.code.models.Block):
+            block.compile(dynamic=True)
         bf16 = config.precision == "bf16"
         self.autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
         self.optimizer, self.scaler, *schedules = self.code.helper.init_opt(
@@ -88,16 +96,16 @@ class Published:
         )
         self.schedules = schedules
         self.trained: tuple[nn.Module, ...] = (encoder, predictor)
-        self.encoder, self.predictor, self.target = (self._wrapped(m, compiled) for m in (encoder, predictor, target))
+        self.encoder, self.predictor, self.target = map(self._wrapped, (encoder, predictor, target))
         self.averages = [*zip(encoder.parameters(), target.parameters(), strict=True)]
         for p in target.parameters():
             p.requires_grad = False
 
-    def _wrapped(self, module: nn.Module, compiled: bool) -> nn.Module:
+    def _wrapped(self, module: nn.Module) -> nn.Module:
         if dist.get_world_size() > 1:
             places = [self.device.index] if self.device.type == "cuda" else None
             module = nn.parallel.DistributedDataParallel(module, device_ids=places, static_graph=True)
-        return torch.compile(module, dynamic=True) if compiled else module  # type: ignore[return-value]
+        return module
 
     def step(
         self,

@@ -5,12 +5,13 @@ and how they are timed in turns and their memory measured.
 """
 
 import contextlib
+import itertools
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from levers import Lever, changed
@@ -20,10 +21,12 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
+import train
 from jepa import distributed, zero
 from jepa.budget import Kept
 from jepa.config import Config
 from jepa.data import Batch
+from jepa.objective import JepaModel
 from jepa.synthetic import noise
 from jepa.tokens import masks_of, target_rows
 from train import start_model, take_step
@@ -56,18 +59,43 @@ class Synthetic:
             yield step, micro, Batch(self.images(step, micro), [])
 
 
+class Step(NamedTuple):
+    """A timed step: its seconds, the tokens that its masks kept, and the graphs that were compiled in it."""
+
+    seconds: float
+    kept: Kept
+    graphs: int
+
+
 @dataclass
 class Times:
-    """One contender's timed steps: seconds, tokens kept, seconds by part; its memory between steps and at the peak;
-    graphs compiled after the warm-up."""
+    """One contender's timed steps, and seconds by part; its memory between steps and at the peak."""
 
     resident: int = 0
     peak: int = 0
-    recompiled: int = 0
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[Kept] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=dict)
     waited: float = 0.0
+
+
+def graph_count() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return counters["stats"]["unique_graphs"]
+
+
+@contextlib.contextmanager
+def drawn_on(device: torch.device) -> Iterator[None]:
+    """While open, models draw their initial weights on the device: a CPU takes ten seconds for a ViT-H/14's."""
+
+    def model(config: Config) -> JepaModel:
+        with device:
+            return JepaModel(config)
+
+    train.JepaModel = model  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        train.JepaModel = JepaModel  # type: ignore[misc]
 
 
 class Engine:
@@ -77,7 +105,8 @@ class Engine:
         self.name, self.ranks, self.clock, self.times = name, ranks, Clock(ranks.device), Times()
         self.config = changed(config, levers)
         self.contexts = [lever.context for lever in levers if lever.context]
-        self.engine, self.teacher = start_model(self.config, ranks.device)
+        with drawn_on(ranks.device):
+            self.engine, self.teacher = start_model(self.config, ranks.device)
         self.numbers = torch.tensor(NUMBERS, dtype=torch.float64, device=zero.schedule_device(self.engine))
 
     def run(self, step: int, batches: Batches) -> tuple[Any, Any, Any]:
@@ -112,7 +141,7 @@ class Engine:
 
         for owner, name, part in wrapped:
             setattr(owner, name, timed(getattr(owner, name), marks[part]))
-        before = len(self.times.seconds)
+        before = len(self.times.steps)
         yield
         for owner, name, _ in wrapped:
             delattr(owner, name)
@@ -123,7 +152,7 @@ class Engine:
         end = sum(self.clock.seconds(a[1], b[1]) for a, b in zip(backwards, marks["teacher"], strict=True))
         self.times.parts["optimizer and average"] = optimizer / max(1, steps)
         self.times.parts["whole end of step"] = end / max(1, steps)
-        del self.times.seconds[before:], self.times.tokens[before:]
+        del self.times.steps[before:]
 
     def close(self) -> None:
         self.engine.destroy()
@@ -154,11 +183,11 @@ class Reference:
 
     @contextlib.contextmanager
     def timing_parts(self) -> Iterator[None]:
-        steps, self.ends = len(self.times.seconds), []
+        before, self.ends = len(self.times.steps), []
         yield
         ends = [self.clock.seconds(*span) for span in self.ends]
         self.times.parts["whole end of step"] = sum(ends) / max(1, len(ends))
-        del self.times.seconds[steps:], self.times.tokens[steps:]
+        del self.times.steps[before:]
 
     def close(self) -> None:
         del self.code
@@ -190,15 +219,14 @@ def start(make: Callable[[], Contender], images: Synthetic, warmup: int, device:
 
 @contextlib.contextmanager
 def counting(contender: Contender) -> Iterator[None]:
-    """While open, records recompilations and, on a GPU, the contender's own peak memory in its times."""
-    on_gpu, compiled, before = contender.ranks.device.type == "cuda", counters["stats"]["unique_graphs"], 0
+    """While open, records the contender's own peak memory on a GPU in its times."""
+    on_gpu, before = contender.ranks.device.type == "cuda", 0
     contender.clock.drain()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() - contender.times.resident
     yield
     contender.clock.drain()
-    contender.times.recompiled += counters["stats"]["unique_graphs"] - compiled
     if on_gpu:
         contender.times.peak = max(contender.times.peak, torch.cuda.max_memory_allocated() - before)
 
@@ -209,13 +237,20 @@ def measure(contenders: list[Contender], images: Synthetic, first: int, steps: i
         turn = contenders if round_ // block % 2 == 0 else contenders[::-1]
         steps_now = range(first + round_, first + min(steps, round_ + block))
         for contender in turn:
-            marks = []
+            spans, graphs = [], [graph_count()]
             with counting(contender):
                 for step in steps_now:
-                    marks.append(contender.run(step, images.batches(step))[:2])
+                    spans.append(contender.run(step, images.batches(step))[:2])
+                    graphs.append(graph_count())
                     bar.update()
-            contender.times.seconds += [contender.clock.seconds(*span) for span in marks]
-            contender.times.tokens += [kept(contender.config, contender.ranks, step) for step in steps_now]
+            record(contender, steps_now, spans, graphs)
+
+
+def record(contender: Contender, steps: range, spans: Iterable[tuple[Any, Any]], graphs: list[int]) -> None:
+    """Adds steps to a contender's times, from marks before and after each, and how many graphs there were by then."""
+    for step, span, (before, after) in zip(steps, spans, itertools.pairwise(graphs), strict=True):
+        tokens = kept(contender.config, contender.ranks, step)
+        contender.times.steps.append(Step(contender.clock.seconds(*span), tokens, after - before))
 
 
 def kept(config: Config, ranks: distributed.Ranks, step: int) -> Kept:

@@ -12,8 +12,10 @@ with at most 32 images, as fp32 needs more memory). In bf16 the engine's error m
 `--without` turns a lever off, `--with` turns one on. Each other contender then alternates with the engine on the same
 images and masks and is freed before the next one is created, so that at most two are in memory.
 
-A recompilation after the warm-up fails the run. Peak memory is that of the contender alone: over all timed steps on a
-GPU, over its creation and first two steps on a CPU.
+A step in which a graph was compiled enters no figure: it is counted as `recompiled`. If the engine has one after the
+warm-up, the run fails. Images/s is that of the median step (p50); its mean stands beside it. Peak memory is that of the
+contender alone: over all timed steps on a GPU, over its creation and first two steps on a CPU. The files are written
+after each contender: a run that is stopped leaves those it finished.
 """
 
 import argparse
@@ -39,7 +41,20 @@ import torch._dynamo
 import torch.distributed as dist
 from levers import EXTRAS, LEVERS, Lever, addable, switchable
 from machine import ROOT, datasheet_flops, matmul_flops, provenance
-from runners import Batches, Contender, Engine, Reference, Synthetic, counting, host_waits, kept, measure, start
+from runners import (
+    Batches,
+    Contender,
+    Engine,
+    Reference,
+    Step,
+    Synthetic,
+    counting,
+    graph_count,
+    host_waits,
+    measure,
+    record,
+    start,
+)
 from tqdm import tqdm
 
 from jepa import distributed
@@ -164,39 +179,47 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def figures(contender: Contender, rates: dict[str, float | None]) -> dict[str, Any]:
-    """One row of the table. Images/s is from the mean step time; MFU is from total FLOPs over total time."""
+def figures(contender: Contender, steps: list[Step], rates: dict[str, float | None]) -> dict[str, Any]:
+    """One row of the table, from the steps in which nothing was compiled. Images/s is that of the median step; FLOP/s
+    is the median of the steps' own, since masks differ. Raises BenchmarkError if every step compiled something."""
     config, times, ranks = contender.config, contender.times, contender.ranks
     micro, accumulation, _ = config.batch(ranks.world_size)
     images = micro * accumulation
     needed = parse_config(config.model_dump(), ["engine.skip_unread=true"])  # work that no loss reads is not counted
-    work = [images * flops_per_image(needed, tokens).total for tokens in times.tokens]
-    seconds = statistics.mean(times.seconds)
+    clean = [step for step in steps if not step.graphs]
+    if not clean:
+        raise BenchmarkError(f"{contender.name}: compiled a graph in each of {len(steps)} timed steps: raise --warmup")
+    seconds = [step.seconds for step in clean]
+    work = [images * flops_per_image(needed, step.kept).total for step in clean]
+    p50 = statistics.median(seconds)
     row = {
         "contender": contender.name,
-        "images_per_second": images / seconds,
-        "step_ms": 1e3 * seconds,
-        "p50_ms": 1e3 * statistics.median(times.seconds),
-        "p95_ms": 1e3 * float(np.quantile(times.seconds, 0.95)),
+        "images_per_second": images / p50,
+        "p50_ms": 1e3 * p50,
+        "mean_ms": 1e3 * statistics.mean(seconds),
+        "p95_ms": 1e3 * float(np.quantile(seconds, 0.95)),
         "gflop_per_image": statistics.mean(work) / images / 1e9,
-        "flops": sum(work) / sum(times.seconds),
-        "context_tokens": statistics.mean(tokens.context for tokens in times.tokens),
-        "target_tokens": statistics.mean(tokens.target for tokens in times.tokens),
+        "flops": statistics.median(done / taken for done, taken in zip(work, seconds, strict=True)),
+        "context_tokens": statistics.mean(step.kept.context for step in clean),
+        "target_tokens": statistics.mean(step.kept.target for step in clean),
         "peak_bytes": times.peak,
-        "recompiled": times.recompiled,
-        "data_wait_ms": 1e3 * times.waited / len(times.seconds),
+        "recompiled": len(steps) - len(clean),
+        "data_wait_ms": 1e3 * times.waited / len(steps),
         "parts_ms": {name: 1e3 * value for name, value in times.parts.items()},
-        "seconds": times.seconds,
+        "seconds": [step.seconds for step in steps],
+        "graphs": [step.graphs for step in steps],
     }
     for name, rate in rates.items():
         row[name] = None if rate is None else row["flops"] / rate
     return row
 
 
-def paired(contender: Contender, base: Contender) -> float:
-    """Step time relative to base's: the median over the steps that they took in turns."""
-    seconds = contender.times.seconds
-    return statistics.median(a / b for a, b in zip(seconds, base.times.seconds[-len(seconds) :], strict=True))
+def paired(name: str, steps: list[Step], base: list[Step]) -> float:
+    """Step time relative to base's: the median over the pairs of steps in which nothing was compiled."""
+    ratios = [a.seconds / b.seconds for a, b in zip(steps, base, strict=True) if not (a.graphs or b.graphs)]
+    if not ratios:
+        raise BenchmarkError(f"{name}: no pair of steps without a recompilation: raise --warmup or --steps")
+    return statistics.median(ratios)
 
 
 def data_rate(config: Config, ranks: distributed.Ranks, steps: int) -> float:
@@ -226,12 +249,12 @@ def train_steps(contender: Engine, steps: int, warmup: int, ahead: bool, bar: tq
     for step in range(warmup):
         contender.run(step, batches)
     with counting(contender):
-        waited, marks = loader.wait_seconds, [contender.clock.mark()]
+        waited, marks, graphs = loader.wait_seconds, [contender.clock.mark()], [graph_count()]
         for step in range(warmup, warmup + steps):
             marks.append(contender.run(step, batches)[1])
+            graphs.append(graph_count())
             bar.update()
-    contender.times.seconds = [contender.clock.seconds(a, b) for a, b in itertools.pairwise(marks)]
-    contender.times.tokens = [kept(contender.config, contender.ranks, s) for s in range(warmup, warmup + steps)]
+    record(contender, range(warmup, warmup + steps), itertools.pairwise(marks), graphs)
     contender.times.waited = loader.wait_seconds - waited
 
 
@@ -255,7 +278,14 @@ def chosen(given: list[str], here: dict[str, Lever], known: dict[str, Lever], mo
     return {name: here[name] for name in given if name in here}
 
 
-def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks, say: Callable[[str], None]) -> dict:
+def run_model(
+    args: argparse.Namespace,
+    config: Config,
+    ranks: distributed.Ranks,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """The results of mode `model`; `keep` is given those so far after each contender."""
     device, dtype = ranks.device, config.dtype
     if args.references and config.batch(ranks.world_size).accumulation > 1:
         raise ConfigError(["engine.gradient_accumulation_steps: the published code has no accumulation: set it to 1"])
@@ -282,7 +312,8 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise it silently falls back to eager
     rate = [matmul_flops(device, dtype)]
     base = start(partial(ours("engine", []), config), images, args.warmup, device)
-    rows, longer = [], {}
+    rows: list[dict[str, Any]] = []
+    longer: dict[str, float] = {}
     others = len(timed)
     steps = args.steps * max(1, 2 * others) + min(args.steps, 5) * (1 + others)
     with tqdm(total=steps, unit="step", disable=args.quiet) as bar:
@@ -293,16 +324,32 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
         with base.timing_parts():
             measure([base], images, args.warmup, min(args.steps, 5), args.block, bar)
         waits = host_waits(base, images, args.warmup)
+        sampler = sampler_ms(config)
+
+        def so_far() -> dict[str, Any]:
+            """The engine's row is from its turns with the first other contender."""
+            engine = figures(base, base.times.steps[: args.steps], rates)
+            limit = rates["of_measured"] / (engine["gflop_per_image"] * 1e9)
+            return {
+                "loss_errors": errors, "matmul_flops": rates["of_measured"], "matmul_samples": rate,
+                "dtype": str(dtype), "datasheet_flops": rates["of_datasheet"], "limit_images_per_second": limit,
+                "rows": [engine, *rows, *({"contender": name, "failed": why} for name, why in failed.items())],
+                "times_longer": longer, "levers": {n: x.what for n, x in (less | more).items()},
+                "recompilations": engine["recompiled"], "host_waits": waits, "parts_ms": {"mask sampler": sampler},
+            }  # fmt: skip
+
         for name, make in timed.items():
             other: Contender | None = None
-            before = len(base.times.seconds)
+            before = len(base.times.steps)
             try:
                 other = start(partial(make, config), images, args.warmup, device)
                 measure([base, other], images, args.warmup, args.steps, args.block, bar)
-                longer[name] = paired(other, base)
+                steps, beside = other.times.steps[:], base.times.steps[before:]
+                ratio = paired(name, steps, beside)
                 with other.timing_parts():
                     measure([other], images, args.warmup, min(args.steps, 5), args.block, bar)
-                rows.append(figures(other, rates) | {"beside": base.times.seconds[before:]})
+                rows.append(figures(other, steps, rates) | {"beside": [step.seconds for step in beside]})
+                longer[name] = ratio
             except Exception as error:
                 # The other contenders' results are kept; the exit code reports the failure.
                 rows.append({"contender": name, "failed": reason(error)})
@@ -311,22 +358,16 @@ def run_model(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
                     other.close()
                 other = None
                 free()
-        if not base.times.seconds:  # every other contender failed before its first turn
+            if base.times.steps:
+                keep(so_far())
+        if not base.times.steps:  # every other contender failed before its first turn
             measure([base], images, args.warmup, args.steps, args.block, bar)
-    rows += [{"contender": name, "failed": why} for name, why in failed.items()]
-    base.times.seconds, base.times.tokens = base.times.seconds[: args.steps], base.times.tokens[: args.steps]
-    rows.insert(0, figures(base, rates))  # from its turns with the first other contender
+    result = so_far()
     base.close()
-    limit = rates["of_measured"] / (rows[0]["gflop_per_image"] * 1e9)
-    return {
-        "loss_errors": errors, "matmul_flops": rates["of_measured"], "matmul_samples": rate, "dtype": str(dtype),
-        "datasheet_flops": rates["of_datasheet"], "limit_images_per_second": limit, "rows": rows,
-        "times_longer": longer, "levers": {n: x.what for n, x in (less | more).items()},
-        "recompilations": rows[0]["recompiled"], "host_waits": waits, "parts_ms": {"mask sampler": sampler_ms(config)},
-    }  # fmt: skip
+    return result
 
 
-def run_train(args: argparse.Namespace, config: Config, ranks: distributed.Ranks) -> dict:
+def run_train(args: argparse.Namespace, config: Config, ranks: distributed.Ranks) -> dict[str, Any]:
     device, dtype = ranks.device, config.dtype
     rates = {"of_measured": matmul_flops(device, dtype), "of_datasheet": datasheet_flops(device, dtype)}
     rows = []
@@ -334,7 +375,8 @@ def run_train(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
         for name in ["train", *("prefetch" for w in args.without if w in ("all", "prefetch"))]:
             contender = Engine(name, config, ranks, [])
             train_steps(contender, args.steps, args.warmup, name == "train", bar)
-            rows.append(figures(contender, rates) | {"contender": "train" if name == "train" else "without prefetch"})
+            row = figures(contender, contender.times.steps, rates)
+            rows.append(row | {"contender": "train" if name == "train" else "without prefetch"})
             contender.close()
             del contender
             free()
@@ -352,7 +394,7 @@ def report(result: dict[str, Any]) -> str:
             continue
         part = result[mode]
         pairs = part.get("times_longer", {})
-        head = ["", "images/s", "step ms", "p50", "p95", "of matmul", "of data sheet", "peak MB"]
+        head = ["", "images/s", "p50 ms", "mean", "p95", "of matmul", "of data sheet", "peak MB"]
         head += ["step time / engine's, paired", "recompiled"] if mode == "model" else ["data wait ms", "recompiled"]
         lines += ["", f"**{mode}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row in part["rows"]:
@@ -360,7 +402,7 @@ def report(result: dict[str, Any]) -> str:
                 lines.append(f"| {row['contender']} | {row['failed']} " + "| " * (len(head) - 2) + "|")
                 continue
             shares = ["" if row[k] is None else f"{row[k]:.1%}" for k in ("of_measured", "of_datasheet")]
-            cells = [f"{row['images_per_second']:.2f}", *(f"{row[k]:.1f}" for k in ("step_ms", "p50_ms", "p95_ms"))]
+            cells = [f"{row['images_per_second']:.2f}", *(f"{row[k]:.1f}" for k in ("p50_ms", "mean_ms", "p95_ms"))]
             cells += [
                 *shares,
                 f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else "",
@@ -377,13 +419,15 @@ def report(result: dict[str, Any]) -> str:
             f"{part['limit_images_per_second']:.2f} images/s at {row['gflop_per_image']:.2f} GFLOP per image "
             f"({row['context_tokens']:.1f} context tokens, {row['target_tokens']:.1f} per target).",
             FORMULA,
+            "Images/s is that of the median step. Steps in which a graph was compiled are counted as recompiled, and "
+            "enter no other figure.",
             "Each contender was timed in turns with the engine; the engine's row is from its turns with the first one: "
             "compare contenders by the paired ratios.",
             "",
             "largest relative difference of 3 steps' losses from the engine's in fp32: "
             + ", ".join(f"{name} {error:.1e}" for name, error in part["loss_errors"].items()),
             "",
-            f"recompilations of the engine after the warm-up: {part['recompilations']}; host waits per step: "
+            f"recompiled steps of the engine after the warm-up: {part['recompilations']}; host waits per step: "
             + ("not applicable on a CPU" if waits is None else _waits(**waits)),
             "",
             *(f"mask sampler: {ms:.3f} ms per batch" for ms in part["parts_ms"].values()),
@@ -498,29 +542,38 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     say(f"{provenance(ranks.device)['hardware']}, {ranks.world_size} rank(s), {config.precision}")
     result = provenance(ranks.device) | {"ranks": ranks.world_size, "batch": config.data.batch_size}
-    if args.against:  # do not publish a local path
-        result["command"] = result["command"].replace(args.against, "reference=CHECKOUT")
     result["config"] = config.model_dump(mode="json")
     if "model" not in args.mode and (args.against or args.more or {*args.without} - {"all", "prefetch"}):
         raise ConfigError(["--against, --with and --without (except prefetch) need --mode model"])
+    name = re.sub("[^a-z0-9]+", "-", f"throughput-{ranks.device.type}-{Path(args.config).stem}".lower())
+    out = args.out or ROOT / "benchmarks/results" / name
+    title = f"{Path(args.config).stem}, {result['hardware']}"[:70]
+
+    def keep(part: dict[str, Any]) -> None:
+        result["model"] = part
+        if ranks.is_first:
+            write(result, out, title)
+
     if "model" in args.mode:
-        result["model"] = run_model(args, config, ranks, say)
+        keep(run_model(args, config, ranks, say, keep))
     if "data" in args.mode:
         result["data"] = {"images_per_second": data_rate(config, ranks, args.steps)}
     if "train" in args.mode:
         result["train"] = run_train(args, config, ranks)
     if ranks.is_first:
-        name = re.sub("[^a-z0-9]+", "-", f"throughput-{ranks.device.type}-{Path(args.config).stem}".lower())
-        out = args.out or ROOT / "benchmarks/results" / name
-        out.parent.mkdir(parents=True, exist_ok=True)
-        text = report(result)
-        print(text)
-        Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n")
-        Path(f"{out}.md").write_text(text + "\n")
-        if "model" in result:
-            picture(result["model"], f"{Path(args.config).stem}, {result['hardware']}"[:70], Path(f"{out}.png"))
+        write(result, out, title)
+        print(report(result))
         print(f"written: {out}.json, .md" + (", .png" if "model" in result else ""))
     return result
+
+
+def write(result: dict[str, Any], out: Path, title: str) -> None:
+    """Writes the results so far, as JSON, table and picture."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n")
+    Path(f"{out}.md").write_text(report(result) + "\n")
+    if "model" in result:
+        picture(result["model"], title, Path(f"{out}.png"))
 
 
 def main() -> int:
@@ -537,7 +590,7 @@ def main() -> int:
     if failed := [row["contender"] for row in rows if "failed" in row]:
         print(f"failed (see the table): {', '.join(failed)}", file=sys.stderr)
         return 1
-    if any(row["recompiled"] for row in rows):
+    if any(row["recompiled"] for row in rows if not row["contender"].startswith("published")):
         print("recompiled after the warm-up: raise --warmup, or mark the varying sizes as dynamic", file=sys.stderr)
         return 1
     return 0

@@ -1,12 +1,47 @@
-"""Shared by the kernel tests: error measures, memory layouts, and where Triton's interpreter differs from a GPU."""
+"""Shared by the numeric tests: the devices they run on, error measures, memory layouts, and where Triton's interpreter
+differs from a GPU.
 
+`pytest -m gpu` selects the tests that use a GPU; without one they are skipped. Triton's kernels are compiled where
+there is a GPU, and interpreted where there is none (conftest.py).
+"""
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from triton.runtime import interpreter
+
+CUDA = torch.cuda.is_available()
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a GPU")]
+INTERPRETED = [pytest.mark.skipif(CUDA, reason="where there is a GPU, Triton compiles for it")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+KERNELS_RUN = [
+    "cpu", "reference", pytest.param("triton", marks=INTERPRETED), pytest.param("cuda", marks=GPU)
+]  # fmt: skip
+
+
+def needs_gpu(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a test that can only run on a GPU."""
+    for mark in GPU:
+        test = mark(test)
+    return test
+
+
+needs_interpreter = INTERPRETED[0]
+
+
+def implementations(in_cpp: Any, reference: Any, triton: Any) -> list[Any]:
+    """(function, device) for each implementation of an op: Triton's interpreted on the CPU, or compiled on a GPU."""
+    return [
+        pytest.param(in_cpp, "cpu", id="cpu"),
+        pytest.param(reference, "cpu", id="reference"),
+        pytest.param(triton, "cpu", id="triton", marks=INTERPRETED),
+        pytest.param(triton, "cuda", id="cuda", marks=GPU),
+    ]
 
 
 def rms(x: Tensor) -> float:

@@ -21,28 +21,21 @@ from jepa_kernels.adamw_ema import (
     adamw_ema_triton,
 )
 from jepa_kernels.tables import is_capturing
-from numerics import cut_off, rms
+from numerics import DEVICES, GPU, INTERPRETED, cut_off, implementations, needs_gpu, needs_interpreter, rms
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernel; on a CPU it runs in the interpreter
 OP, COEFFICIENTS = torch.ops.jepa_kernels.adamw_ema_, torch.ops.jepa_kernels.adamw_ema_coefficients_
 HALVES = [torch.bfloat16, torch.float16]
 SHAPES = [(3, 5), (0,), (1,), (1023,), (1024,), (1025,), (4, 3, 7, 7), (64, 67)]
-implementations = pytest.mark.parametrize(
-    ("step", "device"),
-    [(OP, "cpu"), (adamw_ema_ref, "cpu"), (adamw_ema_triton, DEVICE)],
-    ids=["cpu", "reference", "triton"],
-)
+steps = pytest.mark.parametrize(("step", "device"), implementations(OP, adamw_ema_ref, adamw_ema_triton))
 
 
-@pytest.fixture(params=["dispatched", "triton"])
+@pytest.fixture(params=["cpu", pytest.param("triton", marks=INTERPRETED), pytest.param("cuda", marks=GPU)])
 def device(request, monkeypatch) -> str:
-    """Runs the optimizer with the op dispatched for the CPU, then with the Triton kernel."""
-    if request.param == "dispatched":
-        return "cpu"
-    if DEVICE == "cpu":
+    """Runs the optimizer with the op dispatched for the CPU, with the Triton kernel interpreted, and on a GPU."""
+    if request.param == "triton":
         monkeypatch.setattr(torch.ops.jepa_kernels, "adamw_ema_", adamw_ema_triton)
         monkeypatch.setattr(torch.ops.jepa_kernels, "adamw_ema_coefficients_", adamw_ema_coefficients_triton)
-    return DEVICE
+    return "cuda" if request.param == "cuda" else "cpu"
 
 
 def parameters(device: str = "cpu", shapes: list[tuple[int, ...]] = SHAPES) -> list[Parameter]:
@@ -89,7 +82,7 @@ def exact_adamw(p, g, m, v, t, lr, betas, eps, weight_decay):
     p.sub_(lr * (m_hat / (v_hat.sqrt() + eps) + weight_decay * p))
 
 
-@implementations
+@steps
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_one_step_against_float64(step, device, dtype):
     """At most 1.25 times the error of rounding the exact answer, in every output."""
@@ -112,12 +105,12 @@ def test_one_step_against_float64(step, device, dtype):
         answer, result = (torch.cat([x.flatten() for x in xs]) for xs in (answers, results))
         assert rms(result - answer) <= 1.25 * rms(answer.float() - answer)
     for copies, originals in ((weight_copies, p2), (ema_copies, e2)):
-        if step is adamw_ema_triton and DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter truncates
+        if step is adamw_ema_triton and device == "cpu" and dtype == torch.bfloat16:  # the interpreter truncates
             originals = [cut_off(x) for x in originals]
         assert equal(copies, [x.to(dtype) for x in originals])
 
 
-@implementations
+@steps
 def test_squares_that_are_subnormal(step, device):
     """Without eps, a square root that flushed subnormals to 0 would make the weight infinite."""
     p, g = torch.randn(1500), 1e-20 * (1 + torch.rand(1500))
@@ -129,7 +122,7 @@ def test_squares_that_are_subnormal(step, device):
     torch.testing.assert_close(moved, torch.full_like(p, 1e-2), rtol=0.05, atol=0)
 
 
-@implementations
+@steps
 def test_a_row_that_does_not_apply_is_left_alone(step, device):
     lists = [[torch.randn(n, device=device) for n in (5, 1030)] for _ in range(7)]
     lists[1][0][2] = torch.inf
@@ -141,9 +134,7 @@ def test_a_row_that_does_not_apply_is_left_alone(step, device):
 
 
 @pytest.mark.parametrize(
-    ("count", "device"),
-    [(COEFFICIENTS, "cpu"), (adamw_ema_coefficients_ref, "cpu"), (adamw_ema_coefficients_triton, DEVICE)],
-    ids=["cpu", "reference", "triton"],
+    ("count", "device"), implementations(COEFFICIENTS, adamw_ema_coefficients_ref, adamw_ema_coefficients_triton)
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("inf", [0.0, 1.0])
@@ -324,7 +315,7 @@ def test_a_state_of_another_layout_is_refused_at_the_same_address_too(device):
     optimizer.step()
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_teachers_weight_stays_the_average_when_a_state_is_loaded(device):
     student, teacher = (torch.nn.Linear(7, 5, device=device) for _ in range(2))
     optimizer = AdamWEMA(student.parameters())
@@ -479,7 +470,7 @@ def ddp_rank(rank: int, folder: Path) -> None:
     parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     halves = [torch.randn(3, 5, 7) for _ in range(2)]
     odd, done = 0, []
-    for operator in (OP, adamw_ema_triton if DEVICE == "cpu" else OP):
+    for operator in (OP, OP if torch.cuda.is_available() else adamw_ema_triton):
         torch.ops.jepa_kernels.adamw_ema_ = operator
         torch.ops.jepa_kernels.adamw_ema_coefficients_ = (
             COEFFICIENTS if operator is OP else adamw_ema_coefficients_triton
@@ -510,7 +501,7 @@ def test_under_ddp_on_two_ranks(tmp_path):
     assert equal(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)))
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):
     def lists(*like: Tensor) -> list[Tensor]:
         return [torch.rand_like(x) for x in like]
@@ -536,14 +527,14 @@ def test_opcheck(device):
         opcheck(OP, (*(lists(*like) for _ in range(4)), [], [], [], rows, 0.9, 0.99, 1e-8))
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_of_the_coefficients(device):
     numbers = [torch.rand((), dtype=dtype, device=device) for dtype in (torch.float64, torch.float32) * 2]
     steps = [torch.tensor(3.0, device=device), torch.ones(2, device=device)[1]]
     opcheck(COEFFICIENTS, (steps, [*numbers, torch.zeros((), device=device)], 0.9, 0.999))
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_step_compiles_as_one_graph(device):
     compiled = parameters(device)
     eager = twins(compiled)
@@ -563,7 +554,7 @@ def test_capture_is_not_queried_while_compiling():
     assert torch.equal(compiled(torch.ones(3)), torch.ones(3))
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_compiled_step_follows_its_tensors(device):
     """torch.compile treats numbers as constants; tensors can change in place without recompilation."""
     compiled = parameters(device, SHAPES[:4])
@@ -617,7 +608,7 @@ def test_the_average_may_be_the_callers_tensor():
     assert equal([t.detach() for t in teacher], [optimizers[1].state[p]["ema"] for p in twin])
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no CUDA graphs")
+@needs_gpu
 def test_on_a_gpu_a_whole_step_is_captured():
     """Forward, backward and step in one graph, with gradients in the graph's memory."""
     model = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.GELU(), torch.nn.Linear(13, 3)).cuda()
@@ -645,7 +636,7 @@ def test_on_a_gpu_a_whole_step_is_captured():
     assert equal(*map(everything, optimizers))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no CUDA graphs")
+@needs_gpu
 @pytest.mark.parametrize(("capturable", "warm"), [(False, True), (True, False)])
 def test_on_a_gpu_an_impossible_capture_is_refused_before_anything_is_written(capturable, warm):
     params = parameters("cuda")
@@ -662,7 +653,7 @@ def test_on_a_gpu_an_impossible_capture_is_refused_before_anything_is_written(ca
     assert equal(before, everything(optimizer))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter needs CPU memory; another test covers a GPU")
+@needs_interpreter
 def test_triton_addresses_beyond_32_bits():
     """The last five of 2**31 + 1029 elements, addressed as if the others preceded them."""
     n = 2**31 + 1029
@@ -679,8 +670,9 @@ def test_triton_addresses_beyond_32_bits():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 40 GB")
+@needs_gpu
 def test_addresses_beyond_32_bits_on_a_gpu():
+    """Needs 40 GB."""
     n = 2**31 + 1029
     p = Parameter(torch.zeros(n, device="cuda"))
     p.grad_dtype = torch.bfloat16
@@ -694,7 +686,7 @@ def test_addresses_beyond_32_bits_on_a_gpu():
     assert not p.detach()[:-5].any() and not optimizer.state[p]["ema"][:-5].any()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no stream to wait for and no CUDA graphs")
+@needs_gpu
 def test_on_a_gpu_no_synchronisation_and_graph_replay():
     params = parameters("cuda")
     eager = twins(params)

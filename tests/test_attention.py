@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 from jepa.attention import FLASH, Sequences, _installed, attend, attend_packed, require
 from jepa.config import ConfigError
+from numerics import GPU
 
 HEAD_DIMS = (80, 88, 64, 32, 24)
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")  # autograd is a Function around the op
@@ -19,10 +20,9 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")  # auto
 def case(backend: str, device: str, dtype: torch.dtype, packages: tuple[str, ...] = ()) -> ParameterSet:
     """In bf16 the output and the attention weights are rounded: an error of a few 2^-8."""
     missing = [f"{backend} is not installed"] if packages and not any(map(_installed, packages)) else []
-    missing += ["needs a GPU"] if device == "cuda" and not torch.cuda.is_available() else []
-    mark = pytest.mark.skipif(bool(missing), reason=", ".join(missing))
+    marks = [pytest.mark.skipif(bool(missing), reason=", ".join(missing)), *(GPU if device == "cuda" else [])]
     tolerance = 2e-6 if dtype == torch.float32 else 2**-6
-    return pytest.param(backend, device, dtype, tolerance, marks=mark, id=f"{backend} {device} {dtype}")
+    return pytest.param(backend, device, dtype, tolerance, marks=marks, id=f"{backend} {device} {dtype}")
 
 
 ANYWHERE = [

@@ -8,25 +8,22 @@ from torch.library import opcheck
 
 from jepa_kernels import ema_
 from jepa_kernels.ema import _ema_kernel, ema_ref, ema_triton
-from numerics import rms
+from numerics import CUDA, DEVICES, implementations, needs_gpu, needs_interpreter, rms
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernel; on a CPU it runs in the interpreter
 OP = torch.ops.jepa_kernels.ema_
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIXTURES = [(target, source) for target in DTYPES for source in DTYPES]
 ONES = torch.ones(2)
 LENGTHS = [0, 1, 5, 1023, 1024, 1025, 4096, 4097, 8191]
-implementations = pytest.mark.parametrize(
-    ("ema", "device"), [(OP, "cpu"), (ema_ref, "cpu"), (ema_triton, DEVICE)], ids=["cpu", "reference", "triton"]
-)
+averages = pytest.mark.parametrize(("ema", "device"), implementations(OP, ema_ref, ema_triton))
 
 
 def cut_off(ema) -> bool:
     """Whether bfloat16 results are truncated instead of rounded, as Triton's interpreter does."""
-    return ema is ema_triton and DEVICE == "cpu"
+    return ema is ema_triton and not CUDA
 
 
-@implementations
+@averages
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 0.9, 0.996, 0.9999, 1.0])
 def test_one_step_against_float64(ema, device, momentum):
     """At most 1.25 times the error of rounding the exact answer; twice if the difference has a similar weight."""
@@ -47,7 +44,7 @@ def test_one_step_against_float64(ema, device, momentum):
         assert rms(result.double() - answer) <= slack * rounding, mixture
 
 
-@implementations
+@averages
 def test_many_steps_against_float64(ema, device):
     """A teacher's schedule, .9 -> 1: rounding errors accumulate as a random walk, without drift."""
     steps, n = 400, 3001
@@ -61,7 +58,7 @@ def test_many_steps_against_float64(ema, device):
     assert rms(target.cpu().double() - exact) < 4 * 2**-24 * rms(exact)
 
 
-@implementations
+@averages
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_16_bit_value_is_read_and_every_float_is_written(ema, device, dtype):
     """With a momentum of 0, ema_ converts dtypes."""
@@ -80,7 +77,7 @@ def test_every_16_bit_value_is_read_and_every_float_is_written(ema, device, dtyp
         assert torch.equal(target.cpu(), source.to(dtype))
 
 
-@implementations
+@averages
 def test_nan_stays_nan(ema, device):
     targets = [torch.zeros(1500, dtype=dtype, device=device) for dtype in DTYPES]
     source = torch.zeros(1500, device=device)
@@ -90,7 +87,7 @@ def test_nan_stays_nan(ema, device):
         assert target.isnan().nonzero().flatten().tolist() == [3, 1499]
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_any_layout(device):
     base = torch.randn(4, 3, 6, 5)
     dense = [
@@ -108,7 +105,7 @@ def test_any_layout(device):
             assert moved.stride() == target.stride() and torch.equal(source, before)
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_momentum_as_a_tensor(device, dtype):
     numbers, tensors = ([torch.ones(9, device=device)] for _ in range(2))
@@ -153,7 +150,7 @@ def test_backward_through_an_old_target_is_refused():
         y.backward()
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):
     targets = [
         torch.randn(3, 5, device=device),
@@ -166,7 +163,7 @@ def test_opcheck(device):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_compiles_as_one_graph(device, dynamic):
     def student_and_teacher(x: Tensor, teacher: Tensor, momentum: float | Tensor) -> Tensor:
         student = x.sin()
@@ -224,7 +221,7 @@ def test_float64_traces_with_a_momentum_that_has_no_value():
             ema_([torch.empty(3, dtype=torch.float64)], [torch.empty(3)], momentum)
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_float64_mixed_with_other_dtypes(device):
     """Pairs with a float64 target or source are computed in float64; the source is not rounded first."""
     momentum = 0.9999
@@ -241,7 +238,7 @@ def test_float64_mixed_with_other_dtypes(device):
     assert all(torch.equal(a, b) for a, b in zip(targets[3:], before[3:], strict=True))
 
 
-@implementations
+@averages
 def test_unaligned_tensors_among_aligned_ones(ema, device):
     lengths, exact = (3000, 3001, 3000, 3001), []
     bases = [torch.randn(n + 1, device=device) for n in lengths]
@@ -255,7 +252,7 @@ def test_unaligned_tensors_among_aligned_ones(ema, device):
     assert ends == [bases[0][0].item(), bases[1][-1].item(), bases[2][-1].item(), bases[3][0].item()]
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter needs CPU memory; another test covers a GPU")
+@needs_interpreter
 def test_addresses_beyond_32_bits(tmp_path):
     """The last block of a tensor of 2**31 + 1029 elements in a sparse file: only that block is touched."""
     n = 2**31 + 1029
@@ -269,8 +266,9 @@ def test_addresses_beyond_32_bits(tmp_path):
     assert target[-5:].tolist() == [2.0] * 5 and target[-6] == 0
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 9 GB")
+@needs_gpu
 def test_addresses_beyond_32_bits_on_a_gpu():
+    """Needs 9 GB."""
     n = 2**31 + 1029
     target, source = (torch.zeros(n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     target[-5:], source[-5:] = 1.0, 3.0

@@ -8,9 +8,8 @@ from torch.library import opcheck
 
 from jepa_kernels import gather_tokens
 from jepa_kernels.gather import gather_backward_ref, gather_backward_triton, gather_ref, gather_triton
-from numerics import cut_off, far_apart, strided_views
+from numerics import DEVICES, cut_off, far_apart, implementations, needs_gpu, needs_interpreter, strided_views
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernels; on a CPU they run in the interpreter
 OP = torch.ops.jepa_kernels
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [  # B, N, K, D
@@ -23,15 +22,9 @@ SHAPES = [  # B, N, K, D
     (2, 196, 51, 768),
     (1, 256, 69, 1280),
 ]
-forwards = pytest.mark.parametrize(
-    ("gather", "device"),
-    [(OP.gather, "cpu"), (gather_ref, "cpu"), (gather_triton, DEVICE)],
-    ids=["cpu", "reference", "triton"],
-)
+forwards = pytest.mark.parametrize(("gather", "device"), implementations(OP.gather, gather_ref, gather_triton))
 backwards = pytest.mark.parametrize(
-    ("gather_backward", "device"),
-    [(OP.gather_backward, "cpu"), (gather_backward_ref, "cpu"), (gather_backward_triton, DEVICE)],
-    ids=["cpu", "reference", "triton"],
+    ("gather_backward", "device"), implementations(OP.gather_backward, gather_backward_ref, gather_backward_triton)
 )
 
 
@@ -71,7 +64,7 @@ def test_gradient_sums_repeats_in_order(gather_backward, device, dtype, shape):
         for k in range(K):
             total[b, index[b, k]] += dy[b, k].to(torch.float64).numpy().astype(total.dtype)
     expected = torch.from_numpy(total)
-    if gather_backward is gather_backward_triton and dtype == torch.bfloat16 and DEVICE == "cpu":
+    if gather_backward is gather_backward_triton and dtype == torch.bfloat16 and device == "cpu":
         expected = cut_off(expected)
     dx = gather_backward(dy.to(device), index.to(device), N).cpu()
     assert dx.dtype == dtype and dx.is_contiguous()
@@ -101,14 +94,14 @@ def test_gradient_does_not_depend_on_threads():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_gradcheck(device):
     x = torch.randn(3, 7, 5, dtype=torch.float64, device=device, requires_grad=True)
     index = random_index(3, 7, 11).to(device)
     assert torch.autograd.gradcheck(lambda x: gather_tokens(x, index), (x,))
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):
     x, dy = torch.randn(3, 17, 8, device=device), torch.randn(3, 5, 8, device=device)
     index = random_index(3, 17, 5).to(device)
@@ -120,7 +113,7 @@ def test_opcheck(device):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_compiles_as_one_graph(device, dynamic):
     torch.compiler.reset()
     compiled = torch.compile(lambda x, i: 2 * gather_tokens(x, i), fullgraph=True, dynamic=dynamic)
@@ -146,7 +139,7 @@ def test_an_index_out_of_range_is_refused(wrong):
             call(x, index)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="after a failed assert the process cannot use the GPU")
+@needs_interpreter
 def test_the_kernel_asserts_its_index(monkeypatch):
     from triton.runtime import interpreter
 
@@ -186,7 +179,7 @@ def test_addresses_beyond_32_bits(tmp_path):
     assert torch.equal(y[0, 0], torch.arange(D).half()) and not y[0, 1].any()
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter needs CPU memory; another test covers a GPU")
+@needs_interpreter
 def test_the_triton_kernels_reach_beyond_32_bits(tmp_path):
     x, index = torch.randn(4, 3, 7).half(), random_index(4, 3, 3)
     far = far_apart(x, tmp_path / "x")
@@ -194,8 +187,9 @@ def test_the_triton_kernels_reach_beyond_32_bits(tmp_path):
     assert torch.equal(gather_backward_triton(far, index, 5), gather_backward_ref(x, index, 5))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs 9 GB of GPU memory")
+@needs_gpu
 def test_addresses_beyond_32_bits_on_a_gpu():
+    """Needs 9 GB."""
     N, D = 2**20 + 3, 2**11
     x = torch.zeros(1, N, D, dtype=torch.float16, device="cuda")
     x[0, N - 2] = torch.arange(D)

@@ -8,8 +8,8 @@ from torch.nn.functional import conv2d, unfold
 
 from jepa_kernels import patchify
 from jepa_kernels.patchify import patchify_ref, patchify_triton
+from numerics import DEVICES, implementations, needs_gpu, needs_interpreter
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernel; on a CPU it runs in the interpreter
 OP = torch.ops.jepa_kernels.patchify
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, BIAS = [1 / (255 * s) for s in STD], [-m / s for m, s in zip(MEAN, STD, strict=True)]
@@ -27,11 +27,7 @@ SHAPES = [  # B, H, W, P, K; None: all patches
     (1, 224, 224, 14, 69),
     (1, 224, 224, 16, None),
 ]
-implementations = pytest.mark.parametrize(
-    ("op", "device"),
-    [(OP, "cpu"), (patchify_ref, "cpu"), (patchify_triton, DEVICE)],
-    ids=["cpu", "reference", "triton"],
-)
+ops = pytest.mark.parametrize(("op", "device"), implementations(OP, patchify_ref, patchify_triton))
 
 
 def random_images(B: int, H: int, W: int) -> Tensor:
@@ -58,7 +54,7 @@ def oracle(images: Tensor, index: Tensor | None, P: int) -> tuple[Tensor, Tensor
     return results[0], results[1]
 
 
-@implementations
+@ops
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -87,7 +83,7 @@ def test_values(op, device, dtype, channels_last, shape):
             assert error.norm() <= (2.5 if truncates else 1.25) * rounding.norm()
 
 
-@implementations
+@ops
 def test_any_strides(op, device):
     images, index = random_images(3, 28, 42), random_index(6, 6, 5).T[:, ::2].T.contiguous().T.T
     expected, size = oracle(images, index, 14)
@@ -116,7 +112,7 @@ def test_feeds_the_patch_embedding(channels_last):
     assert (kept - expected.take_along_dim(index[:, :, None], 1)).norm() <= 1e-6 * kept.norm()
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):
     images, index = random_images(2, 8, 12).to(device), random_index(2, 6, 4).to(device)
     last = images.to(memory_format=torch.channels_last)
@@ -126,7 +122,7 @@ def test_opcheck(device):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_compiles_as_one_graph(device, dynamic):
     def embed(images: Tensor, index: Tensor | None) -> Tensor:
         return 2 * patchify(images, index, mean=MEAN, std=STD, patch_size=4)
@@ -154,7 +150,7 @@ def test_an_index_out_of_range_is_refused(wrong):
         OP(images, index, SCALE, BIAS, 4, torch.float32)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="after a failed assert the process cannot use the GPU")
+@needs_interpreter
 def test_the_kernel_asserts_its_index(monkeypatch):
     from triton.runtime import interpreter
 
@@ -201,8 +197,9 @@ def test_addresses_beyond_32_bits(tmp_path):
     assert torch.equal(y[0, 0, -256:], torch.arange(256.0)) and not y[0, 0, :-256].any()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs 5 GB of GPU memory")
+@needs_gpu
 def test_addresses_beyond_32_bits_on_a_gpu():
+    """Needs 5 GB."""
     H, W = 2**15, 2**15 + 2**14
     images = torch.zeros(1, 3, H, W, dtype=torch.uint8, device="cuda")
     images[0, 2, -16:, -16:] = torch.arange(256).view(16, 16)

@@ -15,9 +15,18 @@ from jepa_kernels.prediction_loss import (
     prediction_loss_scale_triton,
     prediction_loss_triton,
 )
-from numerics import far_apart, floats_as_compiled, rms, rounding
+from numerics import (
+    CUDA,
+    DEVICES,
+    KERNELS_RUN,
+    far_apart,
+    floats_as_compiled,
+    needs_gpu,
+    needs_interpreter,
+    rms,
+    rounding,
+)
 
-CUDA = torch.cuda.is_available()
 IN_CPP = torch._C._dispatch_has_kernel_for_dispatch_key("jepa_kernels::prediction_loss", "CPU")
 OP = torch.ops.jepa_kernels
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -41,7 +50,7 @@ KERNELS = {
 pytestmark = pytest.mark.filterwarnings("ignore:.*operators may also be overridden")
 
 
-@pytest.fixture(params=["cpu", "reference", "cuda" if CUDA else "triton"])
+@pytest.fixture(params=KERNELS_RUN)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     floats_as_compiled(monkeypatch)
     if request.param not in KERNELS:
@@ -251,7 +260,7 @@ def test_more_elements_than_int32_counts():
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.skipif(CUDA, reason="the interpreter needs CPU memory; another test covers a GPU")
+@needs_interpreter
 def test_the_triton_kernel_reaches_beyond_32_bits(tmp_path):
     pred, target, index = inputs(2, 2, 3, 3, 7, torch.float16)
     far = far_apart(pred, tmp_path / "pred"), far_apart(target, tmp_path / "target"), index
@@ -259,9 +268,11 @@ def test_the_triton_kernel_reaches_beyond_32_bits(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(not CUDA, reason="needs 13 GB of GPU memory")
+@needs_gpu
 def test_more_elements_than_int32_counts_on_a_gpu():
-    """Predictions, gradient and targets of more than 2^31 elements each; the last row is as if computed alone."""
+    """Predictions, gradient and targets of more than 2^31 elements each; the last row is as if computed alone.
+
+    Needs 13 GB."""
     K, D = 2**20 + 3, 2**11
     row, goal = 1.2 * torch.randn(D, device="cuda"), torch.randn(D, device="cuda")
     pred, target = (torch.zeros(1, K, D, dtype=torch.bfloat16, device="cuda") for _ in range(2))
@@ -296,7 +307,7 @@ def test_opcheck(kernel):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("device", ["cpu", "cuda"] if CUDA else ["cpu"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_compiles_as_one_graph(device, dtype, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(prediction_loss, fullgraph=True, dynamic=dynamic)

@@ -13,9 +13,8 @@ from jepa_kernels.predictor_tokens import (
     predictor_tokens_ref,
     predictor_tokens_triton,
 )
-from numerics import far_apart, strided_views
+from numerics import DEVICES, far_apart, implementations, needs_gpu, needs_interpreter, strided_views
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernels; on a CPU they run in the interpreter
 OP = torch.ops.jepa_kernels
 DTYPES = [  # context; pos and mask token
     (torch.float32, torch.float32),
@@ -38,18 +37,11 @@ SHAPES = [  # M, B, Kc, Kt, N, D
     (4, 2, 69, 44, 256, 384),
 ]
 forwards = pytest.mark.parametrize(
-    ("op", "device"),
-    [(OP.predictor_tokens, "cpu"), (predictor_tokens_ref, "cpu"), (predictor_tokens_triton, DEVICE)],
-    ids=["cpu", "reference", "triton"],
+    ("op", "device"), implementations(OP.predictor_tokens, predictor_tokens_ref, predictor_tokens_triton)
 )
 backwards = pytest.mark.parametrize(
     ("op", "device"),
-    [
-        (OP.predictor_tokens_backward, "cpu"),
-        (predictor_tokens_backward_ref, "cpu"),
-        (predictor_tokens_backward_triton, DEVICE),
-    ],
-    ids=["cpu", "reference", "triton"],
+    implementations(OP.predictor_tokens_backward, predictor_tokens_backward_ref, predictor_tokens_backward_triton),
 )
 
 
@@ -150,7 +142,7 @@ def test_gradients_repeat_bit_for_bit(op, device):
     assert all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again, strict=True))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter needs CPU memory; another test covers a GPU")
+@needs_interpreter
 def test_the_triton_kernels_reach_beyond_32_bits(tmp_path):
     context, *rest = random_inputs((2, 4, 3, 2, 5, 7), torch.float16, torch.float16)
     far = far_apart(context, tmp_path / "context")
@@ -159,7 +151,7 @@ def test_the_triton_kernels_reach_beyond_32_bits(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter needs CPU memory; another test covers a GPU")
+@needs_interpreter
 def test_triton_sequences_beyond_32_bits(tmp_path):
     """The first image's sequences, up to the last block, in a batch whose other images are not computed."""
     M, B, Kc, Kt, N, D = 3, 2**20, 2, 2, 5, 512
@@ -174,9 +166,12 @@ def test_triton_sequences_beyond_32_bits(tmp_path):
     assert torch.equal(y[::B], predictor_tokens_triton(context, seen, asked, *tables))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs 14 GB of GPU memory")
+@needs_gpu
 def test_addresses_beyond_32_bits_on_a_gpu():
-    """The last image of a result of more than 2^31 elements, and its gradient, are as if computed alone."""
+    """The last image of a result of more than 2^31 elements, and its gradient, are as if computed alone.
+
+    Needs 14 GB.
+    """
     M, B, Kc, Kt, D = 2, 2**15 + 1, 17, 16, 1024
     context = torch.zeros(B, Kc, D, dtype=torch.bfloat16, device="cuda")
     context[-1] = torch.randn(Kc, D)
@@ -189,7 +184,7 @@ def test_addresses_beyond_32_bits_on_a_gpu():
     assert torch.equal(d_context[-1:], predictor_tokens_backward_triton(alone, M, 1, Kc)[0])
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_gradcheck(device):
     inputs = random_inputs((3, 2, 4, 5, 7, 3), torch.float64, torch.float64)
     context, context_index, target_index, pos, mask = (tensor.to(device) for tensor in inputs)
@@ -209,7 +204,7 @@ def test_gradients_have_the_dtype_of_their_argument(table):
     assert mask.grad.dtype == table and torch.equal(mask.grad, torch.full_like(mask, 30))
 
 
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):
     inputs = tuple(tensor.to(device) for tensor in random_inputs((2, 3, 4, 5, 7, 8), *DTYPES[0]))
     context, context_index, target_index, pos, mask = inputs
@@ -223,7 +218,7 @@ def test_opcheck(device):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_compiles_as_one_graph(device, dynamic):
     torch.compiler.reset()
     compiled = torch.compile(lambda *inputs: 2 * predictor_tokens(*inputs), fullgraph=True, dynamic=dynamic)
@@ -250,7 +245,7 @@ def test_an_index_out_of_range_is_refused(name, wrong):
         OP.predictor_tokens(*inputs)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="after a failed assert the process cannot use the GPU")
+@needs_interpreter
 def test_the_kernel_asserts_its_indices(monkeypatch):
     from triton.runtime import interpreter
 

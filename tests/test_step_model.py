@@ -25,6 +25,7 @@ from jepa.config import Config
 from jepa.config_file import load_config
 from jepa.masks import sample_masks
 from jepa.vit import Block
+from numerics import needs_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -233,6 +234,6 @@ def test_passes_are_at_least_those_of_the_graph(some: bool) -> None:
             assert getattr(fewest, field) <= getattr(counted, field) <= 2 * getattr(fewest, field), (kind, field)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Inductor compiles for a GPU only if it sees one")
+@needs_gpu
 def test_passes_are_those_of_the_compiled_code() -> None:
     assert passes.count(384, 12) == passes.COUNTED

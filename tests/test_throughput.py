@@ -56,7 +56,7 @@ def run(folder: Path, *words: object) -> dict[str, Any]:
     command = [sys.executable, ROOT / "benchmarks/throughput.py", *words]
     done = subprocess.run([str(w) for w in command], env=environment, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (folder / "out.png").stat().st_size and "recompilations of the engine after the warm-up: 0" in done.stdout
+    assert (folder / "out.png").stat().st_size and "recompiled steps of the engine after the warm-up: 0" in done.stdout
     return json.loads((folder / "out.json").read_text())
 
 
@@ -66,12 +66,13 @@ def test_figures_are_those_of_the_times(result: dict[str, Any]) -> None:
     for row in (base, *others, *result["train"]["rows"]):
         seconds = row["seconds"]
         assert len(seconds) == STEPS
-        assert row["images_per_second"] * row["step_ms"] / 1e3 == pytest.approx(BATCH)
-        assert row["step_ms"] == pytest.approx(1e3 * sum(seconds) / len(seconds))
+        assert row["images_per_second"] * row["p50_ms"] / 1e3 == pytest.approx(BATCH)
+        assert row["mean_ms"] == pytest.approx(1e3 * sum(seconds) / len(seconds))
         assert row["p50_ms"] == pytest.approx(1e3 * np.median(seconds))
         assert row["p95_ms"] == pytest.approx(1e3 * statistics.quantiles(seconds, n=20, method="inclusive")[-1])
-    work = 1e9 * base["gflop_per_image"] * BATCH * len(base["seconds"])
-    assert base["of_measured"] * sum(base["seconds"]) * result["model"]["matmul_flops"] == pytest.approx(work)
+    work = 1e9 * base["gflop_per_image"] * BATCH
+    done = base["of_measured"] * result["model"]["matmul_flops"] * np.array(base["seconds"])
+    assert done.min() <= work <= done.max() and base["of_measured"] * result["model"]["matmul_flops"] == base["flops"]
     assert 0 < base["of_measured"] < 1 and base["recompiled"] == result["train"]["recompilations"] == 0
     assert 0 < base["parts_ms"]["optimizer and average"] < base["parts_ms"]["whole end of step"]
     assert result["data"]["images_per_second"] > 0 and result["train"]["rows"][0]["data_wait_ms"] >= 0
@@ -166,7 +167,11 @@ def one_fails() -> list[dict[str, Any]]:
     ranks = distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), dist.group.WORLD)
     asked = {"without": [], "more": ["packed"], "references": {}, "mode": ["model"], "quiet": True}
     args = argparse.Namespace(**asked, steps=2, warmup=2, block=1)
-    return throughput.run_model(args, small_config(), ranks, lambda message: None)["rows"]
+    kept: list[list[dict[str, Any]]] = []
+    keep = lambda part: kept.append(part["rows"])  # noqa: E731
+    rows = throughput.run_model(args, small_config(), ranks, lambda message: None, keep)["rows"]
+    assert all(part == rows[: len(part)] for part in kept)
+    return rows
 
 
 def test_a_contender_that_fails_costs_the_others_nothing() -> None:
@@ -318,23 +323,48 @@ def test_peak_counts_autograds_threads_in_order_of_time() -> None:
     assert most <= peak <= most + 4096
 
 
-def test_a_recompilation_is_seen() -> None:
-    @torch.compile(backend="eager", dynamic=False)
-    def twice(x: torch.Tensor) -> torch.Tensor:
-        return 2 * x
+class Squaring:
+    """A contender whose step n squares a matrix of side `sides[n]`, compiled: a new side compiles again."""
 
-    twice(torch.ones(3))
-    config = small_config()
-    contender = SimpleNamespace(
-        ranks=distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), None),
-        times=runners.Times(),
-        clock=machine.Clock(torch.device("cpu")),
-        config=config,
+    def __init__(self, name: str, config: throughput.Config, sides: list[int]) -> None:
+        self.name, self.config, self.sides, self.times = name, config, sides, runners.Times()
+        self.ranks = distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), None)
+        self.clock = machine.Clock(self.ranks.device)
+        self.square = torch.compile(lambda x: x @ x, backend="eager", dynamic=False)
+
+    def run(self, step: int, _: Any) -> tuple[float, float, Any]:
+        start = self.clock.mark()
+        result = self.square(torch.ones(2 * [self.sides[step]]))
+        return start, self.clock.mark(), result
+
+
+def test_steps_that_recompile_enter_no_figure() -> None:
+    torch._dynamo.reset()
+    config, first, images = small_config(), 2, SimpleNamespace(batches=lambda step: None)
+    ours, theirs = (Squaring(name, config, sides) for name, sides in (("a", [3] * 8), ("b", [5, 5, 5, 6, 5, 7, 5, 5])))
+    for contender in (ours, theirs):
+        for step in range(first):
+            contender.run(step, None)
+    bar = SimpleNamespace(update=lambda: None)
+    throughput.measure([ours, theirs], images, first, 6, 4, bar)
+    assert [step.graphs for step in ours.times.steps] == [0] * 6
+    assert [step.graphs for step in theirs.times.steps] == [0, 1, 0, 1, 0, 0]
+    clean = [step.seconds for step in theirs.times.steps if not step.graphs]
+    row = throughput.figures(theirs, theirs.times.steps, {})
+    assert row["recompiled"] == 2 and row["graphs"] == [0, 1, 0, 1, 0, 0] and len(row["seconds"]) == 6
+    assert row["mean_ms"] == pytest.approx(1e3 * np.mean(clean)) and row["p50_ms"] == pytest.approx(
+        1e3 * np.median(clean)
     )
-    for size, wanted in ((3, 0), (4, 1), (4, 1)):
-        with runners.counting(contender):
-            twice(torch.ones(size))
-        assert contender.times.recompiled == wanted
+    assert row["p95_ms"] <= 1e3 * max(clean)
+    assert row["images_per_second"] == pytest.approx(config.data.batch_size / np.median(clean))
+    pairs = [(a.seconds, b.seconds) for a, b in zip(theirs.times.steps, ours.times.steps, strict=True) if not a.graphs]
+    ratio = throughput.paired("b", theirs.times.steps, ours.times.steps)
+    assert len(pairs) == 4 and ratio == pytest.approx(np.median([a / b for a, b in pairs]))
+    dirty = [step for step in theirs.times.steps if step.graphs]
+    with pytest.raises(throughput.BenchmarkError, match="b: compiled a graph in each of 2 timed steps"):
+        throughput.figures(theirs, dirty, {})
+    with pytest.raises(throughput.BenchmarkError, match="no pair of steps"):
+        throughput.paired("b", dirty, ours.times.steps[:2])
 
 
 def test_bytes_sent_are_those_of_the_model() -> None:

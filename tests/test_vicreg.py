@@ -19,10 +19,19 @@ from jepa_kernels.covariance import (
     vicreg_products_ref,
     vicreg_products_triton,
 )
-from numerics import far_apart, rms, rounding, strided_views
+from numerics import (
+    DEVICES,
+    GPU,
+    INTERPRETED,
+    KERNELS_RUN,
+    far_apart,
+    needs_gpu,
+    needs_interpreter,
+    rms,
+    rounding,
+    strided_views,
+)
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"  # for the Triton kernels; on a CPU they run in the interpreter
 OP = torch.ops.jepa_kernels
 SHAPES = [  # N, M, D: more and fewer rows than channels, partial tiles, sums in parts
     (2, 2, 1),
@@ -44,7 +53,7 @@ KERNELS = {
 pytestmark = pytest.mark.filterwarnings("ignore:.*operators may also be overridden")
 
 
-@pytest.fixture(params=["cpu", "reference", "cuda" if CUDA else "triton"])
+@pytest.fixture(params=KERNELS_RUN)
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param not in KERNELS:
         yield request.param
@@ -231,10 +240,11 @@ def test_backward_of_a_part_of_the_rows(kernel, gram):
     torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not CUDA, reason="CPUs have no TF32; test_compile_targets.py checks that the kernels use it")
+@needs_gpu
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 @pytest.mark.parametrize("shape", [(9, 2, 67), (67, 2, 9)], ids=str)
 def test_tf32_when_asked(precision, shape):
+    """CPUs have no TF32; test_compile_targets.py checks that the kernels use it."""
     z = embeddings(*shape)
     exact, z_ = z.double().requires_grad_(), z.cuda().requires_grad_()
     expected, terms = pairwise(exact), vicreg(z_, precision=precision)
@@ -328,12 +338,13 @@ def test_memory_is_one_small_matrix_per_view(kernel, shape):
 
 
 @pytest.mark.parametrize("shape", [(200, 2, 190), (190, 2, 200), (2048, 2, 70), (70, 2, 2048)], ids=str)
-def test_without_gradient_the_triton_kernels_store_no_matrix(shape):
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=GPU)])
+def test_without_gradient_the_triton_kernels_store_no_matrix(shape, device):
     """Sums in parts (the last two shapes) use a workspace of at most 256 tiles of 64 x 64."""
     N, M, D = shape
     z, mean = embeddings(*shape, torch.bfloat16), torch.zeros(M, D)
     with Allocated() as allocated:
-        _, matrix = vicreg_products_triton(z.to(DEVICE), mean.to(DEVICE), N, N < D, False, "ieee")
+        _, matrix = vicreg_products_triton(z.to(device), mean.to(device), N, N < D, False, "ieee")
     parts = max(N, D) // 256 > 1
     assert not matrix.numel()
     assert allocated.bytes <= (256 * 64 * 64 * 4 if parts else 0) + 4 * M * 16
@@ -368,7 +379,7 @@ def test_opcheck(kernel, gram, layout: Callable[[Tensor], Tensor]):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("device", DEVICES)
 def test_compiles_as_one_graph(device, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(vicreg, fullgraph=True, dynamic=dynamic)
@@ -403,7 +414,7 @@ def test_bad_input_is_refused(argument, z, options):
         vicreg(z, **options)
 
 
-@pytest.mark.skipif(CUDA, reason="the interpreter needs CPU memory; another test covers a GPU")
+@needs_interpreter
 @pytest.mark.parametrize("gram", [False, True])
 def test_the_triton_kernels_reach_beyond_32_bits(tmp_path, gram):
     z, weight = embeddings(4, 3, 7, torch.bfloat16), torch.randn(3, 7)
@@ -417,14 +428,18 @@ def test_the_triton_kernels_reach_beyond_32_bits(tmp_path, gram):
 
 
 @pytest.mark.parametrize(
-    "N",
-    [1037, pytest.param(2**20 + 3, marks=pytest.mark.skipif(not CUDA, reason="needs a GPU with 16 GB"))],
+    ("N", "device"),
+    [
+        pytest.param(1037, "cpu", marks=INTERPRETED),
+        pytest.param(1037, "cuda", marks=GPU),
+        pytest.param(2**20 + 3, "cuda", marks=GPU),
+    ],
 )
-def test_addresses_beyond_32_bits(N):
-    """More than 2**31 elements on a GPU, 0 in all but the last rows, from which the statistics follow."""
+def test_addresses_beyond_32_bits(N, device):
+    """More than 2**31 elements on a GPU (16 GB), 0 in all but the last rows, from which the statistics follow."""
     M, D, R = 2, (1024 if N > 2**20 else 64), 40
     last = embeddings(R, M, D, torch.bfloat16).double()
-    z = torch.zeros(N, M, D, dtype=torch.bfloat16, device=DEVICE)
+    z = torch.zeros(N, M, D, dtype=torch.bfloat16, device=device)
     z[N - R :] = last
     mean = last.sum(0) / N
     C = (torch.einsum("rmd,rme->mde", last, last) - N * mean[:, :, None] * mean[:, None, :]) / (N - 1)
@@ -434,7 +449,7 @@ def test_addresses_beyond_32_bits(N):
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-4, atol=1e-4 * rms(b))
     squares, matrix = vicreg_products_triton(z, found[0], N, False, True, "ieee")
     torch.testing.assert_close(squares.cpu().double(), off_diagonal.square().sum((1, 2)), rtol=1e-4, atol=0)
-    weight, one = torch.randn(M, D, device=DEVICE), torch.ones((), device=DEVICE)
+    weight, one = torch.randn(M, D, device=device), torch.ones((), device=device)
     grad = vicreg_backward_triton(z, found[0], matrix, weight, one, one, False, 0, N, "ieee")[N - R :]
     exact = vicreg_backward_ref(
         last, mean, off_diagonal, weight.cpu().double(), *[one.cpu().double()] * 2, False, 0, R, "ieee"
