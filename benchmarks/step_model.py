@@ -60,7 +60,7 @@ FORWARD_TILES = {32: (128, 128), 64: (128, 128)}  # FlashAttention-2's queries x
 BACKWARD_TILES = {32: (128, 128), 64: (128, 128), 96: (64, 128), 128: (64, 128)}  # wider heads: 64 x 64
 LAUNCH = 60e-3 / 2200  # host seconds per launch: 50 to 70 ms for H/14's 2,200, seen on a slow host without a GPU
 OUTSIDE = 8  # launches per trained block outside its graphs: within 10 % of the 2,202 (H/14), 898 (B/16) and 2,548
-# (g/16) counted at a stub of the driver
+# (g/16) counted at the null GPU (tests/nullgpu)
 MASKS = 64  # sampled micro-batches, whose lengths attention is padded for
 ALONE, BUCKET, SHARD = 6, 12, 10  # bytes per parameter, see gradient_bytes
 

@@ -64,7 +64,7 @@ def assumptions() -> list[str]:
         f"{m.ALONE} on one rank, {m.BUCKET} + {m.SHARD} / ranks on several.",
         f"Links: {m.LINK_SHARE:.0%} of their rate, no overlap, one adapter per GPU; bytes as `scaling.py` counts them.",
         f"Host: {1e6 * m.LAUNCH:.0f} us per launch, as on a slow, shared host without a GPU: fast ones need less. "
-        "Launches: within 10 % of those counted at a stub of the driver, 2,202 (H/14), 898 (B/16) and 2,548 (g/16).",
+        "Launches: within 10 % of those counted on the null GPU, 2,202 (H/14), 898 (B/16) and 2,548 (g/16).",
         "Not modelled: clocks under load, decoding on the GPU, logging, idle time between kernels.",
     ]
     return lines

@@ -119,8 +119,12 @@ def _has_kernel(q: Tensor) -> bool:
     """FlashAttention: half precision on a GPU, any on a CPU. Memory-efficient attention: fp32 on a GPU."""
     if q.device.type == "cpu":
         return q.dtype != torch.float16
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and q.shape[-1] % 8 == 0 and ((half and q.shape[-1] <= 256) or q.dtype == torch.float32)
+    if not q.is_cuda or q.shape[-1] % 8:
+        return False
+    if q.dtype == torch.float32:
+        return True
+    ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and ampere
 
 
 @torch.library.impl("jepa::attention", "CPU")

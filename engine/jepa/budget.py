@@ -19,7 +19,8 @@ from .tokens import target_rows
 
 
 class Kept(NamedTuple):
-    """Mean patches per image: in a context, in a target block, and output by the target encoder."""
+    """Patches per image, of a step or of the mean step: in a context, in a target block, and output by the target
+    encoder."""
 
     context: float
     target: float
@@ -73,7 +74,8 @@ def mean_tokens(config: Config) -> Kept:
 
 
 def longest_tokens(config: Config) -> Kept:
-    """The same of the micro-batch with the most context patches, of those that `mean_tokens` samples."""
+    """The lengths of the micro-batch with the most context patches, of those that `mean_tokens` samples, and the mean
+    rows."""
     lengths, rows = _sampled(config.mask_spec, config.data.batch_size)
     return Kept(*max(lengths), rows)
 

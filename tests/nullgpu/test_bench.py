@@ -1,4 +1,3 @@
-# ruff: noqa: E402  the benchmarks are not a package: their folder is put on sys.path first
 """The plan for a GPU (benchmarks/gpu.py), end to end: every stage runs, writes its files, and is accounted for.
 
     tests/nullgpu/run PYTHON -m pytest tests/nullgpu --confcutdir=tests/nullgpu
@@ -9,14 +8,10 @@ No result of the null GPU is right: the tests in the plan fail, and the benchmar
 import argparse
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "kernels", "engine")]
 
 pytest.importorskip("nullgpu", reason="needs the null GPU: start it with tests/nullgpu/run", exc_type=ImportError)
 
@@ -37,8 +32,8 @@ def plan(out: Path) -> list[gpu.Stage]:
 
 def open_gate(stage: gpu.Stage) -> gpu.Stage:
     program, *words = stage.command
-    if not program.startswith("benchmarks/"):
-        return stage
+    if stage.name == "tests":  # plain: to print a tensor of the null GPU may take any amount of memory
+        return replace(stage, command=(*stage.command, "--assert=plain"))
     return replace(stage, command=("tests/nullgpu/ungated.py", Path(program).name, *words))
 
 
