@@ -29,6 +29,7 @@ from jepa.objective import JepaModel
 from jepa.synthetic import draw
 from jepa.tokens import tokens
 from jepa.vit import VisionTransformer
+from numerics import CUDA, needs_gpu
 from processes import rows, start, write_config, write_images
 from small import run_ranks, small_config, whole_weights
 
@@ -317,9 +318,8 @@ def test_compiled_blocks_are_equal_and_compile_once(monkeypatch: pytest.MonkeyPa
     assert counters["stats"]["unique_graphs"] == warm <= 4 + 2 and not counters["graph_break"]
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU or newer"
-)
+@needs_gpu
+@pytest.mark.skipif(CUDA and torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU or newer")
 def test_a_gpu_multiplies_what_the_emulation_says() -> None:
     arguments = operands("cuda")
     y, wanted = torch.ops.jepa_fp8.linear(*arguments), fp8.emulated(*arguments)

@@ -37,8 +37,8 @@ def plan(out: Path) -> list[gpu.Stage]:
 
 def open_gate(stage: gpu.Stage) -> gpu.Stage:
     program, *words = stage.command
-    if not program.startswith("benchmarks/"):
-        return stage
+    if stage.name == "tests":  # plain: to print a tensor of the null GPU may take any amount of memory
+        return replace(stage, command=(*stage.command, "--assert=plain"))
     return replace(stage, command=("tests/nullgpu/ungated.py", Path(program).name, *words))
 
 
