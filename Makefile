@@ -35,7 +35,7 @@ TORCH ?= 2.13.0
 CUDA_ENVS ?= $(HOME)/.cache/jepa-test-cuda
 CUDA_ENV = $(CUDA_ENVS)/$(TORCH)
 NULLGPU = OMP_NUM_THREADS=1 tests/nullgpu/run $(CUDA_ENV)/bin/python
-NULLGPU_TEST = $(NULLGPU) -m pytest tests/nullgpu --confcutdir=tests/nullgpu --tb=native --numprocesses 2
+NULLGPU_TEST = $(NULLGPU) -m pytest tests/nullgpu --confcutdir=tests/nullgpu --tb=native --assert=plain --numprocesses 2
 test-cuda: setup $(CUDA_ENV)/installed
 	$(NULLGPU) tests/nullgpu/check.py
 ifeq ($(TORCH),2.13.0)
