@@ -8,9 +8,9 @@ import torch
 from jepa import distributed
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def ranks() -> distributed.Ranks:
-    """The one rank of this process."""
+    """The one rank of this process, started first, as in a program: it sets how torch allocates."""
     os.environ.pop("RANK", None)
     return distributed.start("cuda")
 
