@@ -32,6 +32,10 @@ SETTLED = 2  # steps: everything is compiled in the first, and allocated by the 
 GIVEN = ("data.root_path=images", "logging.folder=runs", "engine.device=cuda", "engine.global_batch_size=null")
 
 
+# DeepSpeed's ZeRO 3 formats its parameters, and numbers that no kernel wrote may take any time and memory to print.
+torch._tensor_str._str = lambda tensor, **given: f"tensor of shape {list(tensor.shape)}"
+
+
 @dataclass(frozen=True)
 class Step:
     """`graphs`: compiled in this step. `calls`: counters of the null GPU. Bytes: the peaks of torch's allocator."""

@@ -38,7 +38,9 @@ def open_gate(stage: gpu.Stage) -> gpu.Stage:
     return replace(stage, command=("tests/nullgpu/ungated.py", Path(program).name, *words))
 
 
-def test_the_whole_plan(tmp_path: Path) -> None:
+def test_the_whole_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # this process's own
+        monkeypatch.delenv(name, raising=False)
     about = provenance(torch.device("cuda")) | {"left out": None}
     assert gpu.run(plan(tmp_path), tmp_path, 3600, about) == 1  # the tests failed
     found = json.loads((tmp_path / "gpu.json").read_text())["stages"]
