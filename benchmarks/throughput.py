@@ -346,11 +346,11 @@ def run_model(
             try:
                 other = start(partial(make, config), images, args.warmup, device)
                 measure([base, other], images, args.warmup, args.steps, args.block, bar)
-                steps, beside = other.times.steps[:], base.times.steps[before:]
-                ratio = paired(name, steps, beside)
+                theirs, beside = other.times.steps[:], base.times.steps[before:]
+                ratio = paired(name, theirs, beside)
                 with other.timing_parts():
                     measure([other], images, args.warmup, min(args.steps, 5), args.block, bar)
-                rows.append(figures(other, steps, rates) | {"beside": [step.seconds for step in beside]})
+                rows.append(figures(other, theirs, rates) | {"beside": [step.seconds for step in beside]})
                 longer[name] = ratio
             except Exception as error:
                 # The other contenders' results are kept; the exit code reports the failure.
