@@ -7,7 +7,6 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -286,14 +285,6 @@ def test_torchs_own_product_says_what_the_emulation_says() -> None:
         chosen = x, x_scale, weight[part], scale[part], bias[part]
         y, wanted = fp8.multiplied(*chosen).double(), fp8.emulated(*chosen).double()
         assert y.shape == (3, 7, len(weight[part])) and (y - wanted).norm() < 2**-8 * wanted.norm()
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")

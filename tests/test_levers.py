@@ -4,7 +4,6 @@ import copy
 import random
 import re
 import traceback
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -124,14 +123,6 @@ def test_checkpointing_keeps_the_inputs_of_blocks() -> None:
     plain, thrifty = (JepaModel(small_config(*depths, *more)) for more in ((), LEVERS[1:]))
     # A block of width D saves about 16 D values per token, D of which are its input; patches and losses remain.
     assert kept_bytes(thrifty, *inputs) < 0.25 * kept_bytes(plain, *inputs)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")
