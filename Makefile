@@ -19,7 +19,7 @@ setup: .venv/installed
 	touch $@
 
 demo: setup
-	$(BIN)/python engine/jepa/synthetic.py data/demo --seed 1
+	$(BIN)/python engine/jepa/data/synthetic.py data/demo --seed 1
 	rm -rf runs/demo
 	$(BIN)/deepspeed --num_accelerators 1 engine/train.py --config engine/configs/demo.yaml engine.device=$(DEVICE)
 	$(BIN)/python engine/evaluate.py runs/demo/jepa-latest --train data/demo/train --val data/demo/val \
@@ -54,7 +54,7 @@ $(CUDA_ENV)/installed: pyproject.toml constraints.txt
 
 # Fault injection in real runs, seven to ten minutes: kills, damaged files, moves to other numbers of ranks.
 soak: setup
-	PYTHONPATH=kernels:engine OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+	PYTHONPATH=kernels:engine:tests/support OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

@@ -30,10 +30,10 @@ from machine import ROOT, ceilings, matmul_flops, milliseconds, provenance
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jepa.attention import attend, require
-from jepa.config import SIZES as MODELS
-from jepa.config import ConfigError
-from jepa.device import choose
+from jepa.config.schema import SIZES as MODELS
+from jepa.config.schema import ConfigError
+from jepa.model.attention import attend, require
+from jepa.ranks.device import choose
 
 SPLITS = (4, 16)
 CHECKED = 2  # sequences compared with float64

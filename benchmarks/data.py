@@ -31,10 +31,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 from machine import provenance
 from PIL import Image
 
-from jepa.data import Loader, random_boxes
-from jepa.decode import Decoder
-from jepa.device import choose
-from jepa.sources import open_images
+from jepa.data.decode import Decoder
+from jepa.data.loader import Loader, random_boxes
+from jepa.data.sources import open_images
+from jepa.ranks.device import choose
 
 SCALE = (0.3, 1.0)  # as in the published recipe
 LARGEST_DIFFERENCE = 1.0  # mean grey levels of an image, against Pillow's (GPU: another IDCT)

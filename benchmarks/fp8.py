@@ -1,6 +1,6 @@
 """What fp8 targets do to training, emulated on a CPU: the demo with targets in bf16 and in fp8, from several seeds.
 
-    python engine/jepa/synthetic.py data/demo --seed 1
+    python engine/jepa/data/synthetic.py data/demo --seed 1
     python benchmarks/fp8.py [--config engine/configs/demo.yaml] [--steps 300] [--out benchmarks/results/fp8-demo]
 
 Training amplifies rounding errors, so each seed also runs in bf16 with attention by plain matrix products. These differ
@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from machine import ROOT, provenance
 from matplotlib.figure import Figure
 
-from jepa.data import eval_batches
-from jepa.figures import BLUE, GREEN, ORANGE, STYLE
-from jepa.fp8 import Encoder
-from jepa.interop import load_encoder
-from jepa.sources import open_images
+from jepa.data.loader import eval_batches
+from jepa.data.sources import open_images
+from jepa.model.fp8 import Encoder
+from jepa.pictures.figures import BLUE, GREEN, ORANGE, STYLE
+from jepa.state.interop import load_encoder
 
 ARMS = {
     "bf16": ("bf16", BLUE, ()),

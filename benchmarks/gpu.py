@@ -36,8 +36,9 @@ SITE = ROOT / "build/site"  # the unpacked wheels
 LIBRARY = ROOT / "kernels/jepa_kernels/_C.abi3.so"
 # The files with tests that use a GPU (`pytest -m gpu`): the others would be imported only to be deselected.
 TESTED = (
-    "adamw_ema", "attention", "ema", "fp8", "gather", "patchify", "prediction_loss", "predictor_tokens", "step_model",
-    "vicreg",
+    "kernels/test_adamw_ema.py", "kernels/test_ema.py", "kernels/test_gather.py", "kernels/test_patchify.py",
+    "kernels/test_prediction_loss.py", "kernels/test_predictor_tokens.py", "kernels/test_vicreg.py",
+    "model/test_attention.py", "model/test_fp8.py", "benchmarks/test_step_model.py",
 )  # fmt: skip
 PUBLISHED = "the published code's contenders are left out: no --checkout"
 TAIL = 15  # lines of a failed stage's log that are printed
@@ -73,7 +74,7 @@ def stages(args: argparse.Namespace, build: bool = False) -> list[Stage]:
     if build:
         found.append(Stage("build", "compiles csrc", ("setup.py", "-q", "build_ext", "--inplace"), 60, 30))
     workers = ("--numprocesses", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
-    tests = tuple(f"tests/test_{name}.py" for name in TESTED)
+    tests = tuple(f"tests/{file}" for file in TESTED)
     alone = argparse.Namespace(**vars(args) | {"checkout": None})  # the published code has no C-JEPA
     found += [
         Stage("tests", "every numeric test that uses a GPU", ("-m", "pytest", "-m", "gpu", *workers, *tests), 90, 30),
@@ -126,7 +127,7 @@ def tiny(stage: Stage) -> Stage:
     """The same stage in seconds, to try the plan: its figures mean nothing."""
     command = stage.command
     if stage.name == "tests":
-        command = ("-m", "pytest", "-m", "gpu", "tests/test_gather.py", "-k", "any_strides")
+        command = ("-m", "pytest", "-m", "gpu", "tests/kernels/test_gather.py", "-k", "any_strides")
     elif stage.name.startswith("kernels"):
         command += ("--size", "vit_tiny_16", "--batch", "2", "--seconds", "0", "--op", "gather", "ema")
     elif stage.name.startswith("blocks"):
@@ -265,7 +266,7 @@ def main() -> int:
         return 0
     from machine import provenance
 
-    from jepa.device import choose
+    from jepa.ranks.device import choose
 
     try:
         device = choose("cuda")

@@ -29,7 +29,7 @@ import torch
 from contenders import OPS, SIZES, Size
 from machine import ROOT, ceilings, hardware, milliseconds, peak_bytes, provenance
 
-from jepa.device import choose
+from jepa.ranks.device import choose
 
 
 def host_milliseconds(op: str, size: Size, device: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:

@@ -9,19 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
-from jepa import fp8, masks
-from jepa.attention import require
-from jepa.config import Config, ConfigError
-from jepa.config_file import parse_config
-from jepa.distributed import Ranks
-from jepa.optimizer import foreign
+from jepa.config.file import parse_config
+from jepa.config.schema import Config, ConfigError
+from jepa.data import masks
+from jepa.model import fp8
+from jepa.model.attention import require
+from jepa.ranks.distributed import Ranks
+from jepa.train.optimizer import foreign
 
 MODULES = ("patchify", "gather", "predictor_tokens", "prediction_loss", "covariance")
 
 
 @contextlib.contextmanager
 def deterministically(_device: torch.device) -> Iterator[None]:
-    """As set by jepa.distributed.start; on a GPU, cuBLAS needs CUBLAS_WORKSPACE_CONFIG=:4096:8 before it is loaded."""
+    """As ranks.distributed.start sets; on a GPU cuBLAS needs CUBLAS_WORKSPACE_CONFIG=:4096:8 before it is loaded."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("kernels", "engine")]
 from machine import provenance
 from published import checkout
 
-from jepa.masks import MODES, Masks, MaskSpec, sample_masks, sample_masks_ref
+from jepa.data.masks import MODES, Masks, MaskSpec, sample_masks, sample_masks_ref
 
 SEED = 0
 

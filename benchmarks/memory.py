@@ -1,4 +1,4 @@
-"""Memory of one rank at each ZeRO stage: the formula of engine/jepa/memory.py and the tensors of real ranks.
+"""Memory of one rank at each ZeRO stage: the formula of engine/jepa/train/memory.py and the tensors of real ranks.
 
     python benchmarks/memory.py               computed: ViT-H/14 and ViT-g/16 on 8, 16 and 64 GPUs
     python benchmarks/memory.py --measure     measured: a small model on 1, 2 and 4 CPU ranks, against the formula
@@ -28,11 +28,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from jepa import memory, zero
-from jepa.budget import longest_tokens
-from jepa.config import Config
-from jepa.config_file import load_config, parse_config
-from jepa.masks import sample_masks
+from jepa.config.file import load_config, parse_config
+from jepa.config.schema import Config
+from jepa.data.masks import sample_masks
+from jepa.train import memory, zero
+from jepa.train.budget import longest_tokens
 from train import start_model
 
 LARGE = {"ViT-H/14": "in1k_vith14_ep300_ijepa", "ViT-g/16": "in22k_vitg16_ep44_ijepa"}

@@ -18,9 +18,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 from published import as_floats, checkout
 from torch import Tensor, nn
 
-from jepa.config import ConfigError
-from jepa.config_file import parse_config
-from jepa.objective import JepaModel
+from jepa.config.file import parse_config
+from jepa.config.schema import ConfigError
+from jepa.methods.objective import JepaModel
 
 TOLERANCE = 1e-5
 

@@ -4,7 +4,7 @@
 
 Needs a CUDA build of torch and a GPU, but no result of it: the null GPU (tests/nullgpu) will do. Without one, the
 figures below (torch 2.13, compute capability 9.0; the same for widths 384 and 1280) serve `step_model.py`, and
-tests/test_step_model.py derives `LEAST` from the traced graph.
+tests/benchmarks/test_step_model.py derives `LEAST` from the traced graph.
 
 A pass is one full-size tensor read or written by a kernel, once, in units of rows x D (the block's width) or rows x F
 (its MLP's). Attention and the products are not in it, nor are tensors that do not grow with rows x width: weights, row
@@ -21,8 +21,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 
 import torch
 
-from jepa.attention import require
-from jepa.vit import Block, compile_blocks
+from jepa.model.attention import require
+from jepa.model.vit import Block, compile_blocks
 
 
 @dataclass(frozen=True)

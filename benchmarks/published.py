@@ -5,7 +5,7 @@ everything it does per step: schedules, autocast, gradient norms per layer, read
 over parameters. Its data workers make masks and float images in advance; here both are made before the clock starts.
 `sdpa` and `compiled` are what a user could add: SDPA in place of materialised attention, and torch.compile of each
 block. SDPA is the engine's, which no length of the masks makes recompile and which goes without cuDNN
-(`jepa/attention.py`).
+(`jepa/model/attention.py`).
 """
 
 import copy
@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from machine import Clock
 from torch import Tensor, nn
 
-from jepa.attention import attend, require
-from jepa.config import SIZES, Config, ConfigError
-from jepa.objective import JepaModel
+from jepa.config.schema import SIZES, Config, ConfigError
+from jepa.methods.objective import JepaModel
+from jepa.model.attention import attend, require
 
 MODULES = {
     "models": "src.models.vision_transformer",

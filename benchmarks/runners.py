@@ -22,13 +22,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 import train
-from jepa import distributed, zero
-from jepa.budget import Kept
-from jepa.config import Config
-from jepa.data import Batch
-from jepa.objective import JepaModel
-from jepa.synthetic import noise
-from jepa.tokens import masks_of, target_rows
+from jepa.config.schema import Config
+from jepa.data.loader import Batch
+from jepa.data.synthetic import noise
+from jepa.methods.objective import JepaModel
+from jepa.model.layout import masks_of, target_rows
+from jepa.ranks import distributed
+from jepa.train import zero
+from jepa.train.budget import Kept
 from train import start_model, take_step
 
 NUMBERS = (1e-4, 0.04, 0.996)  # lr, weight decay and momentum of every step

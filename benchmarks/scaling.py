@@ -41,12 +41,13 @@ from machine import ROOT, provenance
 from runners import Synthetic
 from step_model import gradient_bytes, optimizer_bytes
 
-from jepa import distributed, zero
-from jepa.budget import flops_per_image, parameters
-from jepa.config import Config
-from jepa.config_file import load_config, parse_config
-from jepa.objective import JepaModel
-from jepa.zero import LIVE
+from jepa.config.file import load_config, parse_config
+from jepa.config.schema import Config
+from jepa.methods.objective import JepaModel
+from jepa.ranks import distributed
+from jepa.train import zero
+from jepa.train.budget import flops_per_image, parameters
+from jepa.train.zero import LIVE
 from train import start_model, take_step
 
 IMAGENET, EPOCHS, PAPER_HOURS, PAPER_GPUS = 1_281_167, 300, 72, 16  # arXiv 2301.08243: "in under 72 hours"
@@ -80,7 +81,7 @@ class Sent:
 
 
 def traffic(config: Config, ranks: int, accumulation: int, live: int = LIVE) -> list[Sent]:
-    """The collectives of one of `ranks` ranks in a step of `accumulation` micro-batches; `live`: see jepa.zero.LIVE."""
+    """The collectives of one of `ranks` ranks in a step of `accumulation` micro-batches; `live`: see zero.LIVE."""
     count, size, stage = parameters(config), 2 if config.precision == "bf16" else 4, config.engine.zero_stage
     whole = size * count.total
     if ranks == 1 and stage in (1, 2):

@@ -16,9 +16,9 @@ from math import ceil
 
 from passes import COUNTED, LEAST, Passes
 
-from jepa.budget import flops_per_image, mean_tokens, parameters
-from jepa.config import Config, Size
-from jepa.masks import MaskSpec, sample_masks
+from jepa.config.schema import Config, Size
+from jepa.data.masks import MaskSpec, sample_masks
+from jepa.train.budget import flops_per_image, mean_tokens, parameters
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from machine import ROOT
 from passes import COUNTED, LEAST, Passes
 from step_model import GPUS, LEVERS, Step, Wire, step, unsplit_seconds
 
-from jepa.config import Config
-from jepa.config_file import load_config
+from jepa.config.file import load_config
+from jepa.config.schema import Config
 
 MODELS = {
     "ViT-H/14": "in1k_vith14_ep300_ijepa",

@@ -58,11 +58,11 @@ from runners import (
 from throughput_report import picture, report
 from tqdm import tqdm
 
-from jepa import distributed
-from jepa.budget import flops_per_image
-from jepa.config import Config, ConfigError
-from jepa.config_file import load_config, parse_config
-from jepa.masks import sample_masks
+from jepa.config.file import load_config, parse_config
+from jepa.config.schema import Config, ConfigError
+from jepa.data.masks import sample_masks
+from jepa.ranks import distributed
+from jepa.train.budget import flops_per_image
 from train import open_loader
 
 MODES = ("data", "model", "train")

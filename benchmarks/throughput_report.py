@@ -6,7 +6,7 @@ from typing import Any
 FORMULA = (
     "FLOPs are those of the matrix products, 2 per multiply-add, for the tokens that the masks actually kept: a block "
     "of width D and MLP width F takes n (8 D^2 + 4 D F) + 4 n^2 D on n tokens, its backward twice that; work that no "
-    "loss reads is not counted for any contender (jepa/budget.py). The shares compare FLOP/s with a large matrix "
+    "loss reads is not counted for any contender (jepa/train/budget.py). The shares compare FLOP/s with a large matrix "
     "product in the same dtype, measured in the same run, and with the data sheet."
 )
 

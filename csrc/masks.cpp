@@ -1,4 +1,4 @@
-// The multi-block masks of I-JEPA, bit for bit equal to the specification in engine/jepa/masks.py.
+// The multi-block masks of I-JEPA, bit for bit equal to the specification in engine/jepa/data/masks.py.
 //
 // A context is a bit set of patches in raster order: a block is a run of bits per row, the length of a context is a
 // popcount, and the indices come out ascending. Two passes: place the blocks of every image and count; then, once the

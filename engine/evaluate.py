@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa.config import Config
-from jepa.data import eval_batches
-from jepa.device import choose
-from jepa.interop import load_encoder
-from jepa.probe import Encoder, extract, knn, linear_probe, open_labelled
-from jepa.restore import CheckpointError
-from jepa.sources import ImageSource, open_images
-from jepa.vit import VisionTransformer, build_encoder
+from jepa.config.schema import Config
+from jepa.data.loader import eval_batches
+from jepa.data.sources import ImageSource, open_images
+from jepa.model.vit import VisionTransformer, build_encoder
+from jepa.probes.probe import Encoder, extract, knn, linear_probe, open_labelled
+from jepa.ranks.device import choose
+from jepa.state.interop import load_encoder
+from jepa.state.restore import CheckpointError
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def evaluate(
 ) -> list[dict[str, object]]:
     """One row per encoder: accuracies in percent under "<label> k-NN" and "<label> linear".
 
-    `on`: the device, as in jepa.device.choose.
+    `on`: the device, as in jepa.ranks.device.choose.
     """
     encoder, config = load_encoder(checkpoint)
     sources = open_labelled(train_path, val_path) if None in names else [open_images(train_path), open_images(val_path)]

@@ -22,10 +22,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from jepa import interop
-from jepa.config import ConfigError
-from jepa.config_file import load_config
-from jepa.restore import CheckpointError
+from jepa.config.file import load_config
+from jepa.config.schema import ConfigError
+from jepa.state import interop
+from jepa.state.restore import CheckpointError
 
 FORMATS = ("safetensors", "published", "timm", "huggingface")
 

@@ -16,30 +16,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jepa import checkpoint, distributed, fp8, interrupt, zero
-from jepa.config import Config
-from jepa.config_file import load_config
-from jepa.data import Batch, Loader
-from jepa.distributed import Ranks
-from jepa.interrupt import StopRequest, Watchdog
-from jepa.lock import Lock
-from jepa.metrics import RunLog, collapse_warning, health
-from jepa.objective import JepaModel, Losses, poison
-from jepa.probe import OnlineProbe
-from jepa.replay import replay, start_of_replay
-from jepa.report import report
-from jepa.restore import CheckpointError, Reader
-from jepa.schedules import Schedules, ScheduleTable
-from jepa.skipped import Diverged, Outcomes
-from jepa.sources import open_images
-from jepa.synthetic import SyntheticImages
-from jepa.teacher import Teacher
-from jepa.tokens import masks_of, tokens
-from jepa.vit import compile_blocks
+from jepa.config.file import load_config
+from jepa.config.schema import Config
+from jepa.data.loader import Batch, Loader
+from jepa.data.sources import open_images
+from jepa.data.synthetic import SyntheticImages
+from jepa.methods.objective import JepaModel, Losses, poison
+from jepa.model import fp8
+from jepa.model.layout import masks_of, tokens
+from jepa.model.vit import compile_blocks
+from jepa.probes.probe import OnlineProbe
+from jepa.ranks import distributed, interrupt
+from jepa.ranks.distributed import Ranks
+from jepa.ranks.interrupt import StopRequest, Watchdog
+from jepa.ranks.lock import Lock
+from jepa.state import checkpoint
+from jepa.state.restore import CheckpointError, Reader
+from jepa.train import zero
+from jepa.train.metrics import RunLog, collapse_warning, health
+from jepa.train.replay import replay, start_of_replay
+from jepa.train.report import report
+from jepa.train.schedules import Schedules, ScheduleTable
+from jepa.train.skipped import Diverged, Outcomes
+from jepa.train.teacher import Teacher
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
-    """Trains, or replays a step, and returns the exit code (listed in jepa.interrupt)."""
+    """Trains, or replays a step, and returns the exit code (listed in jepa.ranks.interrupt)."""
     engine = config.engine
     ranks = distributed.start(engine.device, engine.timeout_minutes, engine.deterministic)
     with (

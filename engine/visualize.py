@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from jepa import figures
-from jepa.data import eval_batches
-from jepa.interop import load_encoder
-from jepa.masks import sample_masks
-from jepa.restore import CheckpointError
-from jepa.sources import open_images
+from jepa.data.loader import eval_batches
+from jepa.data.masks import sample_masks
+from jepa.data.sources import open_images
+from jepa.pictures import figures
+from jepa.state.interop import load_encoder
+from jepa.state.restore import CheckpointError
 
 
 def draw_encoder(checkpoint: str, images_path: str, count: int, out: Path) -> list[Path]:

@@ -13,10 +13,10 @@ flags="-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-rec
 echo "sanitize: building csrc with $flags"
 CC=gcc CXX=g++ CFLAGS=$flags CXXFLAGS=$flags python setup.py --quiet build_ext --inplace
 
-# One op, one name: csrc/x.cpp is tested by tests/test_x.py. Only the C++ is instrumented, so only its cases run.
+# One op, one name: csrc/x.cpp is tested by tests/kernels/test_x.py. Only the C++ is instrumented, so only its cases run.
 tests=()
 for source in csrc/*.cpp; do
-    test=tests/test_$(basename "$source" .cpp).py
+    test=tests/kernels/test_$(basename "$source" .cpp).py
     [[ -f $test ]] && tests+=("$test")
 done
 

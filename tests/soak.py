@@ -28,12 +28,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from jepa import zero
-from jepa.checkpoint import Saver
-from jepa.config_file import load_config
-from jepa.objective import JepaModel
-from jepa.restore import KINDS, CheckpointError, Reader, candidates, read_state, verify, versions
-from jepa.sources import open_images
+from jepa.config.file import load_config
+from jepa.data.sources import open_images
+from jepa.methods.objective import JepaModel
+from jepa.state.checkpoint import Saver
+from jepa.state.restore import KINDS, CheckpointError, Reader, candidates, read_state, verify, versions
+from jepa.train import zero
 from processes import Run, rows, start, write_config, write_images
 from small import run_ranks, whole_weights
 

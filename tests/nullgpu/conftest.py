@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from jepa import distributed
+from jepa.ranks import distributed
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,16 +14,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import nullgpu
 import torch
 import torch._dynamo
 import torch._inductor.config
 from runners import NUMBERS, Synthetic
 from torch._dynamo.utils import counters
 
-from jepa import distributed, zero
-from jepa.config import Config
-from jepa.config_file import load_config
+import nullgpu
+from jepa.config.file import load_config
+from jepa.config.schema import Config
+from jepa.ranks import distributed
+from jepa.train import zero
 from train import start_model, take_step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "engine/configs"

@@ -3,11 +3,11 @@
 import pytest
 from steps import load, take
 
-from jepa import distributed
-from jepa.budget import Kept
-from jepa.masks import sample_masks
-from jepa.memory import memory_per_rank
-from jepa.tokens import target_rows
+from jepa.data.masks import sample_masks
+from jepa.model.layout import target_rows
+from jepa.ranks import distributed
+from jepa.train.budget import Kept
+from jepa.train.memory import memory_per_rank
 
 # Some cut in depth, so that the processor can draw the weights in seconds.
 RUNS = [

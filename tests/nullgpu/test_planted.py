@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._inductor.exc import InductorError
 
 import train
-from jepa import distributed, vit
+from jepa.model import vit
+from jepa.ranks import distributed
 
 CONFIG = ("in1k_vitb16_ep600_ijepa.yaml", "meta.depth=2", "meta.pred_depth=2", "data.batch_size=32")
 

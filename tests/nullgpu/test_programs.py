@@ -18,10 +18,11 @@ from PIL import Image
 from steps import load
 
 import evaluate
-from jepa import distributed, probe
-from jepa.probe import extract
-from jepa.sources import ImageSource
-from jepa.vit import build_encoder
+from jepa.data.sources import ImageSource
+from jepa.model.vit import build_encoder
+from jepa.probes import probe
+from jepa.probes.probe import extract
+from jepa.ranks import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [

@@ -15,11 +15,11 @@ import pytest
 import torch
 from steps import CONFIGS, SETTLED, Step, failures, load, take
 
-from jepa import distributed
-from jepa.budget import Kept
-from jepa.masks import sample_masks
-from jepa.memory import memory_per_rank
-from jepa.tokens import target_rows
+from jepa.data.masks import sample_masks
+from jepa.model.layout import target_rows
+from jepa.ranks import distributed
+from jepa.train.budget import Kept
+from jepa.train.memory import memory_per_rank
 
 CUT = ("meta.depth=2", "meta.pred_depth=2")
 STEPS = range(5)

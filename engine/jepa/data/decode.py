@@ -1,0 +1,145 @@
+"""Images to uint8 pixels on the device. DALI decodes; it is imported here and nowhere else, when a Decoder is made.
+
+As with torchvision's default loader, EXIF orientation is ignored: pixels are used as they are stored.
+
+Decoded on CPU cores, an image's pixels depend on its file and its crop alone. The GPU's hardware JPEG decoder takes a
+batch at once, and an image that it fails on can send its neighbours to another decoder, whose pixels differ slightly.
+So there pixels may depend on the batch: `Config.decoder` is the CPU for runs that must be deterministic.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Frame = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def dali() -> Any:
+    """DALI's imperative mode. Raises ValueError that says how to install it if it cannot be found."""
+    try:
+        import nvidia.dali.experimental.dynamic as ndd
+    except ModuleNotFoundError as error:
+        extra = "engine-cu12" if (torch.version.cuda or "").startswith("12.") else "engine-cu13"
+        raise ValueError(
+            f"NVIDIA DALI, which decodes images on CPUs and GPUs, cannot be imported ({error}). Get it by "
+            f'pip install --no-build-isolation -e ".[{extra}]"; to time or test a run without it, data.synthetic=10000'
+        ) from error
+    return ndd
+
+
+class _Delivery:
+    """Moves images to a device, on a stream of their own.
+
+    `threads`: the maximum for preparing them, capped at the number of cores available to this process.
+    """
+
+    def __init__(self, device: torch.device | str, threads: int) -> None:
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.threads = max(1, min(threads, len(os.sched_getaffinity(0))))
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _deliver(self, take: Callable[[], Tensor]) -> Tensor:
+        """What `take` returns, on the device; from a GPU a copy, as DALI reuses its own memory without notice."""
+        if self._stream is None:
+            return take()
+        with torch.cuda.stream(self._stream):
+            images = take()
+            images = images.clone() if images.is_cuda else images.pin_memory().to(self.device, non_blocking=True)
+        self._stream.synchronize()  # blocks this thread, not the training step's stream
+        return images
+
+
+class Stack(_Delivery):
+    """Delivers images that are pixels already, uint8 [size, size, 3] (jepa.data.synthetic.SyntheticImages).
+
+    Called like a Decoder, but neither crops nor flips.
+    """
+
+    def __call__(self, images: Sequence[np.ndarray], size: int, frame: Frame, flip: np.ndarray | None = None) -> Tensor:
+        return self._deliver(lambda: torch.from_numpy(np.stack(images)))
+
+    def raise_unless_bad(self, error: OSError | RuntimeError, read: Callable[[], list[np.ndarray]]) -> None:
+        """Re-raises `error`: no image is bad."""
+        raise error
+
+
+class Decoder(_Delivery):
+    """Decodes images to one uint8 tensor, on CPU cores or on the GPU (JPEGs by its hardware decoder).
+
+    `kind`: "auto" (the GPU, if `device` is one), "cpu" or "gpu". `options`: arguments of DALI's decoder. Concurrent
+    calls run one at a time. Raises ValueError if `kind` is "gpu" and `device` is not a GPU, and like `dali`.
+    """
+
+    def __init__(self, kind: str, device: torch.device | str, threads: int) -> None:
+        super().__init__(device, threads)
+        if kind not in ("auto", "cpu", "gpu") or (kind == "gpu" and self.device.type != "cuda"):
+            raise ValueError(
+                f"data.decoder: given {kind!r} for images on {self.device}; "
+                "wanted auto, cpu or, when training on a GPU, gpu"
+            )
+        self._ndd = ndd = dali()
+        self.on_gpu = self.device.type == "cuda" and kind != "cpu"
+        self._lock = threading.Lock()
+        self.options: dict[str, Any] = {"device": "cpu"}
+        if self.on_gpu:
+            self._context = ndd.EvalContext(
+                num_threads=self.threads, device_id=self.device.index, cuda_stream=self._stream
+            )
+            # All JPEGs on the hardware decoder: split between two by load, an image's pixels would depend on its place.
+            self.options = {"device": "gpu", "hw_decoder_load": 1.0, "jpeg_fancy_upsampling": True}
+            self.options["affine"] = False  # else all ranks of a machine would pin threads to the same cores
+        else:
+            with ndd.Device("cpu"):
+                self._context = ndd.EvalContext(num_threads=self.threads)
+
+    def __call__(
+        self, encoded: Sequence[np.ndarray], size: int, frame: Frame, flip: np.ndarray | None = None
+    ) -> Tensor:
+        """Decodes B images and resizes a part of each, antialiased bilinear: uint8 [B, size, size, 3].
+
+        `frame` maps their heights and widths, int64 [B, 2], to the box of each to decode, int32 [B, 4], and the
+        part of that box to show, float32 [B, 4]; pixels outside the box do not bleed in. Boxes are (top, left, height,
+        width) in pixels. `flip`: int32 [B], 1 for a horizontal flip. Raises RuntimeError if any image cannot be
+        decoded.
+        """
+        ndd = self._ndd
+        with self._lock, ndd.EvalMode.sync_cpu, self._context:
+            batch = ndd.as_batch(list(encoded))
+            sizes = ndd.as_tensor(ndd.peek_image_shape(batch, adjust_orientation=False))
+            box_B4, view_B4 = frame(np.asarray(sizes)[:, :2])
+            pixels = ndd.decoders.image_slice(
+                batch,
+                start=ndd.as_batch(box_B4[:, :2].copy()),
+                shape=ndd.as_batch(box_B4[:, 2:].copy()),
+                axes=[0, 1],
+                adjust_orientation=False,
+                **self.options,
+            )
+            pixels = ndd.resize(
+                pixels,
+                size=[size, size],
+                roi_start=ndd.as_batch(view_B4[:, :2].copy()),
+                roi_end=ndd.as_batch(view_B4[:, :2] + view_B4[:, 2:]),
+                antialias=True,
+            )
+            if flip is not None:
+                pixels = ndd.flip(pixels, horizontal=ndd.as_batch(flip))
+            return self._deliver(ndd.as_tensor(pixels).torch)
+
+    def raise_unless_bad(self, error: OSError | RuntimeError, read: Callable[[], list[np.ndarray]]) -> None:
+        """Re-raises `error` if it is the GPU's fault: the CPU can decode the image."""
+        ndd = self._ndd
+        if isinstance(error, RuntimeError) and self.on_gpu:
+            try:
+                with ndd.EvalMode.sync_cpu:
+                    ndd.as_tensor(ndd.decoders.image(ndd.as_batch(read()), device="cpu"))
+            except (OSError, RuntimeError):
+                return
+            raise error

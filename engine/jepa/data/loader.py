@@ -1,0 +1,330 @@
+"""The input pipeline: shuffling, random crops, and batches of them made ahead of the step that needs them.
+
+Order and crops come from counter-based random numbers (Philox) keyed by (seed, epoch) and (seed, step), indexed
+by an image's position in the global batch. So which images and crops a batch has depends neither on earlier batches nor
+on the number of ranks: any step's batch can be reproduced alone, and resuming needs only the step number. On when the
+pixels of a crop depend on its batch, see jepa.data.decode.
+
+Legend: B images per micro-batch, W ranks, G = B * accumulation * W images per step, S crop size. Boxes are
+(top, left, height, width) in pixels.
+"""
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import count, islice
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decode import Decoder, Stack
+from .sources import ImageSource
+from .synthetic import SyntheticImages
+
+ORDER, CROP = 1, 2  # streams of random numbers
+WORDS = 24  # random numbers per image: 10 areas, 10 ratios, top, left, flip, and one unused
+TRIES, TOP, LEFT, FLIP = 10, 20, 21, 22
+RATIO = (3 / 4, 4 / 3)
+ENOUGH_BAD = 10  # bad files before their fraction is judged
+
+logger = logging.getLogger(__name__)
+A = TypeVar("A", bound=tuple[Any, ...])
+T = TypeVar("T")
+
+
+class Batch(NamedTuple):
+    """`images`: uint8 [B, S, S, 3], RGB, on the loader's device. `files`: their names. `replaced`: how many of them
+    replace a file that cannot be used."""
+
+    images: Tensor
+    files: list[str]
+    replaced: int = 0
+
+
+def _random_words(seed: int, stream: int, index: int, first: int, number: int) -> np.ndarray:
+    """The uint64 words [first, first + number) of a stream. Each counter gives 4: `first` is a multiple of that."""
+    return np.random.Philox(key=[seed, index], counter=[first // 4, 0, 0, stream]).random_raw(number)
+
+
+def random_boxes(sizes_B2: np.ndarray, uniform_BK: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    """The boxes of torchvision's RandomResizedCrop for B images, int32 [B, 4].
+
+    `sizes_B2`: heights and widths. `uniform_BK`: at least 22 random numbers in [0, 1) per image. `scale`: the
+    smallest and largest fraction of the image's area. Ten areas and aspect ratios (log-uniform in 3/4 .. 4/3) are
+    drawn, and the first pair that fits is placed at random. If none fits, the box is the largest centred one with
+    a ratio in that range.
+    """
+    height_B1, width_B1 = sizes_B2[:, :1].astype(np.float64), sizes_B2[:, 1:].astype(np.float64)
+    area = height_B1 * width_B1 * (scale[0] + (scale[1] - scale[0]) * uniform_BK[:, :TRIES])
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    ratio = np.exp(low + (high - low) * uniform_BK[:, TRIES : 2 * TRIES])
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width_B1) & (h > 0) & (h <= height_B1)
+
+    row, first, height, width = np.arange(len(fits)), fits.argmax(axis=1), height_B1[:, 0], width_B1[:, 0]
+    h, w = h[row, first], w[row, first]
+    top = np.floor(uniform_BK[:, TOP] * (height - h + 1))
+    left = np.floor(uniform_BK[:, LEFT] * (width - w + 1))
+    placed = np.stack([top, left, h, w], axis=1)
+
+    h, w = np.minimum(height, np.rint(width / RATIO[0])), np.minimum(width, np.rint(height * RATIO[1]))
+    centred = np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
+    return np.where(fits.any(axis=1, keepdims=True), placed, centred).astype(np.int32)
+
+
+def centre_views(sizes_B2: np.ndarray, crop: int, resize: int) -> np.ndarray:
+    """The box that torchvision's Resize(resize) and CenterCrop(crop) keep, in pixels of the original: [B, 4]."""
+    resized_B2 = resize * sizes_B2 // sizes_B2.min(axis=1, keepdims=True)
+    scale_B2 = sizes_B2 / resized_B2
+    start_B2 = np.rint((resized_B2 - crop) / 2)
+    return np.concatenate([start_B2 * scale_B2, crop * scale_B2], axis=1).astype(np.float32)
+
+
+def _use_here(images: Tensor) -> None:
+    """Tells torch's allocator that work on this thread's stream may still read them when they are freed."""
+    if images.is_cuda:
+        images.record_stream(torch.cuda.current_stream(images.device))
+
+
+class _Reader:
+    """Reads files in several threads: on network file systems latency is the bottleneck."""
+
+    def __init__(self, source: ImageSource | SyntheticImages, threads: int) -> None:
+        self.source, self.threads = source, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="jepa-read")
+
+    def __call__(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """The images as the source has them. Raises OSError if one is missing, empty or truncated."""
+        parts = [indices[k :: self.threads] for k in range(min(self.threads, len(indices)))]
+        images = [np.empty(0, np.uint8)] * len(indices)
+        for k, part in enumerate(self._pool.map(lambda part: [self.source.read(i) for i in part], parts)):
+            images[k :: self.threads] = part
+        return images
+
+
+def _ahead(
+    function: Callable[..., T], arguments: Iterator[A], depth: int, device: torch.device
+) -> Iterator[tuple[A, T, float]]:
+    """Yields each of `arguments` (`it`), function(*it) and the seconds waited, in order; up to `depth` are made ahead.
+
+    Two threads, so that one reads files while the other decodes. Exceptions of `function` are raised here. When
+    the caller stops, running calls finish and the others are cancelled.
+    """
+    # A new thread's current device is GPU 0, on which DALI would create a context for every rank.
+    here = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    workers = ThreadPoolExecutor(2, thread_name_prefix="jepa-data", initializer=here)
+    begun: deque[tuple[A, Future[T]]] = deque()
+    try:
+        while True:
+            for given in islice(arguments, depth + 1 - len(begun)):
+                begun.append((given, workers.submit(function, *given)))
+            if not begun:
+                return
+            given, future = begun.popleft()
+            asked = time.perf_counter()
+            result = future.result()
+            yield given, result, time.perf_counter() - asked
+    finally:
+        workers.shutdown(cancel_futures=True)
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"damaged or not an image; DALI: {error}".rstrip(" :\n")
+
+
+class Loader:
+    """The batches of one rank of a training run: random crops of image files, or synthetic images as they are.
+
+    `crop_size` S; `crop_scale`: smallest and largest fraction of an image's area in a crop; `batch_size`: B, per
+    micro-batch of this rank; `accumulation`: micro-batches per step; `seed` >= 0; `decoder`, `num_workers`
+    (threads): see Decoder; `prefetch`: micro-batches to prepare ahead; `max_bad_fraction`: of the files seen.
+
+    A file that cannot be read or decoded is named once, counted, and replaced by the next good one in the
+    epoch's order. This is decided anew for every crop, regardless of earlier failures (half of a truncated file
+    may decode), so that a replayed batch has the same images.
+    Raises ValueError if the source has fewer images than a step needs, and like Decoder.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | SyntheticImages,
+        *,
+        crop_size: int,
+        batch_size: int,
+        crop_scale: tuple[float, float] = (0.3, 1.0),
+        horizontal_flip: bool = False,
+        accumulation: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        decoder: str = "auto",
+        num_workers: int = 4,
+        prefetch: int = 2,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        self.source = source
+        self.crop_size, self.crop_scale, self.horizontal_flip = crop_size, crop_scale, horizontal_flip
+        self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
+        self.rank, self.world_size = rank, world_size
+        self.prefetch, self.max_bad_fraction = prefetch, max_bad_fraction
+        self.global_batch_size = batch_size * accumulation * world_size
+        self.steps_per_epoch = len(source) // self.global_batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"data: {source.path} has {len(source)} images, fewer than the {self.global_batch_size} of a "
+                f"step ({batch_size} per rank x {accumulation} micro-batches x {world_size} ranks); wanted at "
+                "least as many: lower data.batch_size, or give more images"
+            )
+        self.wait_seconds = 0.0  # total time that the consumer of `batches` has waited
+        self.bad: dict[int, str] = {}  # images that failed at least once, and why
+        self._seen = np.zeros(len(source), bool)
+        self._epoch_order = (-1, np.empty(0, np.int64))
+        files = isinstance(source, ImageSource)
+        self._decode = Decoder(decoder, device, num_workers) if files else Stack(device, num_workers)
+        self._read = _Reader(source, self._decode.threads)
+
+    def batch(self, step: int, micro: int = 0) -> Batch:
+        """Micro-batch `micro` of the 0-based step `step`, which depends only on these, the seed and the rank.
+
+        Raises ValueError if more than `max_bad_fraction` of the files seen so far are bad, or if the storage fails
+        (`ImageSource.read`).
+        """
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = self._order(epoch)
+        first = (micro * self.world_size + self.rank) * self.batch_size
+        words = _random_words(self.seed, CROP, step, first * WORDS, self.batch_size * WORDS)
+        uniform_BK = (words >> 11).reshape(-1, WORDS) * 2.0**-53
+        start = place * self.global_batch_size + first
+        slots = range(start, start + self.batch_size)
+        wanted = [int(i) for i in order[start : start + self.batch_size]]
+        self._seen[wanted] = True
+        # Images known to be bad are tried separately, so that the others are decoded only once.
+        picks = [
+            self._first_good(order, slot, uniform_K) if index in self.bad else index
+            for index, slot, uniform_K in zip(wanted, slots, uniform_BK, strict=True)
+        ]
+        try:
+            images = self._crops(picks, uniform_BK)
+        except (OSError, RuntimeError):
+            picks = [self._first_good(order, slot, u_K) for slot, u_K in zip(slots, uniform_BK, strict=True)]
+            images = self._crops(picks, uniform_BK)
+        _use_here(images)
+        replaced = sum(pick != index for pick, index in zip(picks, wanted, strict=True))
+        return Batch(images, [self.source.name(i) for i in picks], replaced)
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, Batch]]:
+        """Yields (step, micro-batch, Batch) from step `start` up to, not including, `stop` (None: forever), prefetched.
+
+        Abandoning or closing the iterator ends its threads. The time spent waiting is added to `wait_seconds`.
+        """
+        steps = count(start) if stop is None else range(start, stop)
+        places = ((step, micro) for step in steps for micro in range(self.accumulation))
+        for (step, micro), batch, waited in _ahead(self.batch, places, self.prefetch, self._decode.device):
+            self.wait_seconds += waited
+            _use_here(batch.images)
+            yield step, micro, batch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The epoch's permutation of all images."""
+        kept, order = self._epoch_order  # one atomic read: two threads make batches
+        if kept != epoch:
+            order = np.argsort(_random_words(self.seed, ORDER, epoch, 0, len(self.source)))
+            self._epoch_order = epoch, order
+        return order
+
+    def _crops(self, indices: Sequence[int], uniform_BK: np.ndarray) -> Tensor:
+        def frame(sizes_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            box_B4 = random_boxes(sizes_B2, uniform_BK, self.crop_scale)
+            return box_B4, (box_B4 * [0, 0, 1, 1]).astype(np.float32)
+
+        flip = (uniform_BK[:, FLIP] < 0.5).astype(np.int32) if self.horizontal_flip else None
+        return self._decode(self._read(indices), self.crop_size, frame, flip)
+
+    def _first_good(self, order: np.ndarray, slot: int, uniform_K: np.ndarray) -> int:
+        """The first image from `slot` on in the epoch's order for which this crop can be decoded."""
+        for place in range(slot, slot + len(order)):
+            index = int(order[place % len(order)])
+            self._seen[index] = True
+            try:
+                self._crops([index], uniform_K[None])
+                return index
+            except (OSError, RuntimeError) as error:
+                self._decode.raise_unless_bad(error, lambda: self._read([index]))  # noqa: B023 (called at once)
+                self._note_bad(index, _reason(error))
+        raise ValueError(f"data: none of the {len(order)} images of {self.source.path} can be decoded")
+
+    def _note_bad(self, index: int, reason: str) -> None:
+        if index in self.bad:
+            return
+        self.bad[index] = reason
+        logger.warning("%s cannot be used (%s); the next good image replaces it", self.source.name(index), reason)
+        bad, seen = len(self.bad), int(self._seen.sum())
+        if bad >= ENOUGH_BAD and bad > self.max_bad_fraction * seen:
+            first = "".join(f"\n  {self.source.name(i)}: {why}" for i, why in islice(self.bad.items(), 5))
+            raise ValueError(
+                f"data: {bad} of the {seen} images seen so far cannot be used, a larger fraction than "
+                f"data.max_bad_fraction={self.max_bad_fraction}; remove them, or raise it. The first:{first}"
+            )
+
+
+def eval_batches(
+    source: ImageSource,
+    *,
+    crop_size: int,
+    batch_size: int,
+    resize: int | None = None,
+    indices: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    decoder: str = "auto",
+    num_workers: int = 4,
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Images without augmentation: the shorter side resized to `resize` pixels, then a centre crop to `crop_size`.
+
+    Yields (images uint8 [b, S, S, 3] on `device`, their b indices in the source), in the order of `indices` (default:
+    all). b is batch_size, or less in the last batch or if files are bad: those are named and skipped. `resize` defaults
+    to crop_size * 256 / 224, the usual ratio of ImageNet evaluation, or below 96 pixels (CIFAR and the like, whose
+    subjects fill the frame) to crop_size.
+    Raises ValueError if `resize` is smaller than `crop_size`, and like Decoder.
+    """
+    if resize is None:
+        resize = crop_size if crop_size < 96 else round(crop_size * 256 / 224)
+    if resize < crop_size:
+        raise ValueError(f"resize: given {resize}; wanted at least the crop size, {crop_size}")
+    decode = Decoder(decoder, device, num_workers)
+    read = _Reader(source, decode.threads)
+
+    def frame(sizes_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        whole_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1).astype(np.int32)
+        return whole_B4, centre_views(sizes_B2, crop_size, resize)
+
+    def is_good(index: int) -> bool:
+        try:
+            decode(read([index]), crop_size, frame)
+            return True
+        except (OSError, RuntimeError) as error:
+            decode.raise_unless_bad(error, lambda: read([index]))
+            logger.warning("%s cannot be used (%s); it is skipped", source.name(index), _reason(error))
+            return False
+
+    def load(chunk: list[int]) -> tuple[list[int], Tensor | None]:
+        try:
+            return chunk, decode(read(chunk), crop_size, frame)
+        except (OSError, RuntimeError):
+            good = [index for index in chunk if is_good(index)]
+            return good, decode(read(good), crop_size, frame) if good else None
+
+    wanted = list(range(len(source))) if indices is None else [int(i) for i in indices]
+    chunks = ((wanted[i : i + batch_size],) for i in range(0, len(wanted), batch_size))
+    for _, (good, images), _ in _ahead(load, chunks, 2, decode.device):
+        if images is not None:
+            _use_here(images)
+            yield images, good

@@ -1,0 +1,1 @@
+"""The vision transformers, and which of their rows a step computes."""

@@ -1,0 +1,145 @@
+"""Turns a micro-batch's masks into the row indices that the model reads, on the CPU, and moves them asynchronously.
+
+Legend: B images, N patches, M target blocks of Kt patches, U rows per image for its targets, T rows of all contexts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jepa.config.schema import Config
+from jepa.data.masks import Masks, sample_masks, thin
+from jepa.ranks.distributed import Ranks
+
+from .attention import Sequences, to_device
+
+ROUNDING = 128  # packed rows are padded to a multiple of 1/128 of the batch's patches
+
+
+class Ragged(NamedTuple):
+    """The packed contexts of B images, each at its own length, neither cut nor repeated.
+
+    On a GPU padding is added as one more image, so that T takes few values and the allocator reuses memory: it costs at
+    most 1/128 of the batch's patches (and one more image's targets in the predictor). With `mask.token_budget` it fills
+    the budget, and T is constant. Padding attends only to itself and reaches no loss, so it has no gradient.
+    S is B, or B + 1 with the padding.
+    """
+
+    patch_T: Tensor
+    """int64, each row's patch, numbered over all images: image * N + patch."""
+    contexts: Sequences
+    """S sequences of context rows."""
+    joined: Sequences
+    """M * S sequences [context, target block], block-major."""
+    targets: Sequences
+    """M * S sequences of Kt mask tokens."""
+    order_R: Tensor
+    """int64 [T + S * Kt]: the position of each row of a block's joined sequences in [all contexts, all targets]."""
+    back_R: Tensor
+    """int64, its inverse."""
+
+    def to(self, device: torch.device) -> "Ragged":
+        patch, order, back = (to_device(x, device) for x in (self.patch_T, self.order_R, self.back_R))
+        contexts, joined, targets = (x.to(device) for x in (self.contexts, self.joined, self.targets))
+        return Ragged(patch, contexts, joined, targets, order, back)
+
+
+class Tokens(NamedTuple):
+    """The rows of a micro-batch, on the device."""
+
+    context: Tensor | list[Ragged]
+    """int64 [E, B, Kc], or the packed rows of each context mask."""
+    target_MBK: Tensor
+    """The patches of the targets, int64 [M, B, Kt]."""
+    teacher: tuple[Tensor, ...]
+    """The patches that the target encoder's last block computes, in groups; (): all."""
+    places_MBK: Tensor
+    """The positions of the targets in those rows."""
+    mean_context: int
+    """Patches in a context, on average."""
+
+
+def masks_of(config: Config, ranks: Ranks, step: int, micro: int) -> Masks:
+    """The masks of this rank's `micro`-th micro-batch of a step."""
+    batch, _, whole = config.batch(ranks.world_size)
+    first = (micro * ranks.world_size + ranks.rank) * batch
+    cut, seed = (0, whole) if config.cut == "global" else None, config.engine.seed
+    masks = sample_masks(config.mask_spec, seed=seed, step=step, first=first, batch=batch, cut=cut)
+    if config.token_budget is None:
+        return masks
+    return thin(masks, config.token_budget - 1, seed=seed, step=step, first=first)  # one row is reserved for padding
+
+
+def tokens(masks: Masks, config: Config, device: torch.device, *, whole: bool = False) -> Tokens:
+    """`whole`: compute the features of all patches, not only of the targets, as the health metrics need them.
+
+    The targets' rows are then still a group of their own, so that training stays bitwise the same.
+    """
+    target, N = masks.target, config.grid**2
+    context: Tensor | list[Ragged]
+    if masks.lengths is None:
+        context = to_device(masks.context, device)
+    else:
+        parts, budget = masks.context.split(masks.lengths.sum(1).tolist()), config.token_budget
+        unit = budget or (-(-target.shape[1] * N // ROUNDING) if device.type == "cuda" else 0)
+        ragged = [pack(part, n, target, N, unit) for part, n in zip(parts, masks.lengths, strict=True)]
+        context = [one.to(device) for one in ragged]
+    mean = masks.context.numel() // (config.mask.num_enc_masks * target.shape[1])
+    on_device = to_device(target, device)
+    if not config.engine.skip_unread or config.needs_all_targets:
+        return Tokens(context, on_device, (), on_device, mean)
+    order, places, used = target_rows(target, N)
+    groups = (order[:, :used], order[:, used:]) if whole else (order[:, :used],)
+    return Tokens(
+        context,
+        on_device,
+        tuple(to_device(rows, device) for rows in groups if rows.numel()),
+        to_device(places, device),
+        mean,
+    )
+
+
+def target_rows(target_MBK: Tensor, N: int) -> tuple[Tensor, Tensor, int]:
+    """The rows that the targets need: a permutation [B, N] of each image's patches that starts with those in its
+    targets; the targets' positions in it, [M, B, Kt]; and U, the most rows that any image needs. Images that need fewer
+    are filled up with other patches of their own, so that no row is computed twice."""
+    M, B, Kt = target_MBK.shape
+    flat = target_MBK.transpose(0, 1).reshape(B, M * Kt)
+    needed = torch.zeros(B, N, dtype=torch.int64).scatter_(1, flat, 1)
+    count = needed.sum(1, keepdim=True)
+    place = torch.where(needed.bool(), needed.cumsum(1) - 1, count + (1 - needed).cumsum(1) - 1)
+    order = torch.empty_like(place).scatter_(1, place, torch.arange(N).expand(B, N))
+    return order, place.gather(1, flat).view(B, M, Kt).transpose(0, 1).contiguous(), int(count.max())
+
+
+def pack(context_T: Tensor, lengths_B: Tensor, target_MBK: Tensor, N: int, unit: int = 0) -> Ragged:
+    """The layout of one packed context mask: concatenated int64 patches, and how many of them each image has.
+
+    `unit`: add at least one row of padding, up to a multiple of this; 0: no padding.
+    """
+    M, B, Kt = target_MBK.shape
+    patch = context_T + N * torch.arange(B).repeat_interleave(lengths_B)
+    lengths = lengths_B
+    if unit:
+        missing = unit - len(patch) % unit
+        patch, lengths = F.pad(patch, (0, missing)), F.pad(lengths, (0, 1), value=missing)
+    S, T = len(lengths), len(patch)
+    image = torch.arange(S)
+    at_context = torch.arange(T) + Kt * image.repeat_interleave(lengths)
+    at_target = (lengths.cumsum(0) + Kt * image)[:, None] + torch.arange(Kt)
+    back = torch.cat([at_context, at_target.flatten()])
+    order = torch.empty_like(back).scatter_(0, back, torch.arange(len(back)))
+    return Ragged(
+        patch,
+        _sequences(lengths),
+        _sequences((lengths + Kt).repeat(M)),
+        _sequences(torch.full((M * S,), Kt)),
+        order,
+        back,
+    )
+
+
+def _sequences(lengths: Tensor) -> Sequences:
+    return Sequences(F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()))

@@ -1,0 +1,358 @@
+"""The vision transformers of I-JEPA (arXiv 2301.08243): the encoder and the narrow predictor.
+
+Legend: B images, N patches, K kept patches (Kc of the context, Kt of a target block), M target blocks, D encoder
+width, Dp predictor width, T rows of all contexts if these are packed. Parameter names are those of the published
+checkpoints. Images stay uint8 until `patchify`, which writes only the patches that are kept.
+
+What no loss reads is not computed, without changing results: a block's queries and MLP run only on its `rows`.
+Everything between the matrix products (residual + norm, bias + GELU) is left to torch.compile, one block at a time
+(`compile_blocks`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._inductor.config
+import torch.fx.experimental._config
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from jepa.config.schema import Config
+from jepa_kernels import gather_tokens, patchify, predictor_tokens
+
+from .attention import Sequences, attend, attend_packed
+from .layout import Ragged
+
+LAYER_NORM_EPS = 1e-6
+INIT_STD = 0.02
+
+
+def sincos_positions(dim: int, side: int) -> Tensor:
+    """Fixed 2-D sine-cosine position embeddings, fp32 [side * side, dim], in raster order.
+
+    The first half of the width encodes the column, the second the row; each half is [sin | cos] of the coordinate
+    times omega_i = 10000 ** (-i / (dim / 4)).
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    column = axis[None, :, :].expand(side, side, -1)
+    row = axis[:, None, :].expand(side, side, -1)
+    return torch.cat([column, row], dim=2).reshape(side * side, dim).float()
+
+
+class QKV(nn.Linear):
+    """Queries, keys and values of `x`, [..., 3 D]; or the queries of other rows, and the keys and values of `x`."""
+
+    def forward(self, x: Tensor, queries: Tensor | None = None) -> Any:
+        if queries is None:
+            return super().forward(x)
+        D = x.shape[-1]
+        return F.linear(queries, self.weight[:D], self.bias[:D]), F.linear(x, self.weight[D:], self.bias[D:])
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention by jepa.model.attention; q, k and v are [..., H, D / H]."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.backend = num_heads, "sdpa"
+        self.qkv = QKV(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return x.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, queries: Sequences | None, keys: Sequences | None) -> Tensor:
+        if queries is None or keys is None:
+            y = attend(q, k, v, self.backend)
+        else:
+            y = attend_packed(q, k, v, queries, keys, self.backend)
+        return self.proj(y.flatten(-2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on [B, K, D], or on packed rows [T, D] of the sequences `keys`.
+
+    `rows`: the tokens to output, [B, U, D] or packed rows of the sequences `queries`; None: all.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: Tensor | None = None,
+        queries: Sequences | None = None,
+        keys: Sequences | None = None,
+    ) -> Tensor:
+        attn = self.attn
+        if rows is None:
+            q, k, v = attn.heads(attn.qkv(self.norm1(x)), 3)
+        else:
+            asking, asked = attn.qkv(self.norm1(x), self.norm1(rows))
+            (q,), (k, v) = attn.heads(asking, 1), attn.heads(asked, 2)
+        x = (x if rows is None else rows) + attn(q, k, v, queries, keys)
+        return x + self.mlp(self.norm2(x))
+
+
+class _Reorder(torch.autograd.Function):
+    """y[:, i] = x[:, order[i]] for a permutation; `back` is its inverse, so that the backward is a gather too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(1, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy.index_select(1, *ctx.saved_tensors), None, None
+
+
+class PatchProjection(nn.Module):
+    """The patch embedding as one matrix product; its weight has a convolution's shape, [D, 3, P, P]."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, 3, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """uint8 images -> embeddings [B, K, D] of the patches in `index_BK` (None: all)."""
+
+    def __init__(self, patch_size: int, dim: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.patch_size, self.mean, self.std = patch_size, tuple(mean), tuple(std)
+        self.proj = PatchProjection(patch_size, dim)
+
+    def forward(self, images: Tensor, index_BK: Tensor | None) -> Tensor:
+        patches = patchify(
+            images,
+            index_BK,
+            mean=self.mean,
+            std=self.std,
+            patch_size=self.patch_size,
+            dtype=self.proj.weight.dtype,
+        )
+        return self.proj(patches)
+
+
+class VisionTransformer(nn.Module):
+    """The encoder: uint8 images [B, H, W, 3] or [B, 3, H, W] of `img_size` pixels -> features [B, K, D].
+
+    `index` selects the visible patches: int64 [B, K] raster indices, packed contexts (features [T, D]), or None for all
+    N. `rows`: groups of those tokens, int64 [B, U]; only their features are computed, in the order of the groups, and
+    the last block runs on each group separately. The final norm is applied.
+    `mean` and `std` are per channel, for images scaled to 0..1.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.embed_dim = embed_dim
+        self.checkpointing = False
+        self.patch_embed = PatchEmbed(patch_size, embed_dim, mean, std)
+        positions = sincos_positions(embed_dim, img_size // patch_size)
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", positions[None])
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.apply(init_weights)
+
+    def embed(self, images: Tensor, index: Tensor | Ragged | None = None) -> Tensor:
+        S = self.img_size
+        if tuple(images.shape[1:]) not in ((S, S, 3), (3, S, S)):
+            raise ValueError(
+                f"images: given {list(images.shape)}, wanted [B, {S}, {S}, 3] or [B, 3, {S}, {S}] (data.crop_size)"
+            )
+        if isinstance(index, Ragged):  # treats the batch as one tall image
+            rows = images.permute(0, 2, 3, 1) if images.shape[1] == 3 else images
+            x = self.patch_embed(rows.reshape(1, -1, *rows.shape[2:]), index.patch_T[None])[0]
+            return x + self.pos_embed[0].to(x.dtype)[index.patch_T % self.pos_embed.shape[1]]
+        x = self.patch_embed(images, index)
+        pos_ND = self.pos_embed[0].to(x.dtype)  # DeepSpeed keeps buffers in fp32; cast N rows, not B * K
+        return x + (pos_ND if index is None else pos_ND[index])
+
+    def forward(self, images: Tensor, index: Tensor | Ragged | None = None, rows: Sequence[Tensor] = ()) -> Tensor:
+        x, sequences = self.embed(images, index), index.contexts if isinstance(index, Ragged) else None
+        for block in self.blocks[: -1 if rows else None]:
+            x = run(block, self.checkpointing, x, None, sequences, sequences)
+        if rows:
+            x = torch.cat([self.blocks[-1](x, gather_tokens(x, group)) for group in rows], 1)
+        return self.norm(x)
+
+    def features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """The normed outputs [B, N, D] of the given blocks (0 is the first, -1 the last), in the order given."""
+        wanted = [layer % len(self.blocks) for layer in layers]
+        x, outputs = self.embed(images), {}
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in wanted:
+                outputs[i] = self.norm(x)
+        return [outputs[i] for i in wanted]
+
+    def attention(self, images: Tensor) -> Tensor:
+        """The attention probabilities [B, heads, N, N] of the last block."""
+        x = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        q, k, _ = (y.transpose(1, 2) for y in last.attn.heads(last.attn.qkv(last.norm1(x)), 3))
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+class Predictor(nn.Module):
+    """Predicts the M target blocks from the context, each in its own sequence [context, mask tokens].
+
+    forward: context [B, Kc, D], its indices [B, Kc], the targets' [M, B, Kt] -> [M * B, Kt, D], rows m * B + b;
+    or packed contexts, [T, D] and their layout, in place of the first two.
+    """
+
+    def __init__(
+        self,
+        side: int,
+        embed_dim: int,
+        predictor_embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.checkpointing, self.skip_unread = False, True
+        self.predictor_embed = nn.Linear(embed_dim, predictor_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, predictor_embed_dim))
+        self.predictor_pos_embed: Tensor
+        self.register_buffer("predictor_pos_embed", sincos_positions(predictor_embed_dim, side)[None])
+        self.predictor_blocks = nn.ModuleList([Block(predictor_embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.predictor_norm = nn.LayerNorm(predictor_embed_dim, eps=LAYER_NORM_EPS)
+        self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=INIT_STD)
+
+    def forward(self, context: Tensor, index: Tensor | Ragged, target_MBK: Tensor) -> Tensor:
+        z, (M, B, _), ragged = self.predictor_embed(context), target_MBK.shape, None
+        if isinstance(index, Ragged):
+            ragged = index
+            x = self._packed_tokens(z, ragged, target_MBK)
+        else:
+            x = predictor_tokens(z, index, target_MBK, self.predictor_pos_embed[0], self.mask_token.flatten())
+
+        def targets(x: Tensor) -> Tensor:
+            if ragged is None:
+                return x[:, z.shape[1] :]
+            apart = _Reorder.apply(x.unflatten(0, (M, -1)), ragged.back_R, ragged.order_R)
+            return apart[:, z.shape[0] :].flatten(0, 1)
+
+        joined, asking = (ragged.joined, ragged.targets) if ragged else (None, None)
+        blocks = list(self.predictor_blocks)
+        last = blocks.pop() if self.skip_unread else None
+        for block in blocks:
+            x = run(block, self.checkpointing, x, None, joined, joined)
+        x = run(last, self.checkpointing, x, targets(x), asking, joined) if last else targets(x)
+        if ragged:  # drops the padding image, if any
+            x = x.view(M, -1, target_MBK.shape[2], x.shape[-1])[:, :B].flatten(0, 1)
+        return self.predictor_proj(self.predictor_norm(x))
+
+    def _packed_tokens(self, z_TD: Tensor, ragged: Ragged, target_MBK: Tensor) -> Tensor:
+        """The sequences [context, mask tokens], block-major: [M * (T + S * Kt), Dp]."""
+        pos, (M, B, _) = self.predictor_pos_embed[0].to(z_TD.dtype), target_MBK.shape
+        images = ragged.contexts.offsets.shape[0] - 1
+        context = z_TD + pos[ragged.patch_T % pos.shape[0]]
+        filled = F.pad(target_MBK, (0, 0, 0, images - B))
+        target = (self.mask_token + pos[filled.flatten(1)]).to(z_TD.dtype)
+        both = torch.cat([context.expand(M, *context.shape), target], 1)
+        return _Reorder.apply(both, ragged.order_R, ragged.back_R).flatten(0, 1)
+
+
+def run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
+    """The block's output; with `checkpointing`, only its inputs are saved for the backward."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
+def compile_blocks(*models: nn.Module, backend: str = "inductor") -> None:
+    """Compiles every block of the models: one graph for identical blocks, dynamic in the number of images and tokens.
+
+    Per block, because that compiles quickly and leaves DeepSpeed and the kernels' ops outside the graphs.
+    """
+    torch._dynamo.config.recompile_limit = 64  # encoder, target encoder, predictor and eval all compile Block.forward
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance stay separate symbols
+    # Inductor fuses a layer norm's gradients from a number of rows on, and would compile again on crossing it.
+    if hasattr(torch._inductor.config.triton, "mix_order_reduction_non_strict_mode"):
+        torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
+    else:  # torch 2.10
+        torch._inductor.config.triton.mix_order_reduction = False
+    for block in (module for model in models for module in model.modules() if isinstance(module, Block)):
+        # Its patterns would turn materialised scores into scaled_dot_product_attention.
+        options = {"pattern_matcher": False} if block.attn.backend == "math" else None
+        block.compile(dynamic=True, backend=backend, options=options)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Normal weights with std 0.02, zero biases. (The usual truncation at 2, a hundred std away, has no effect.)"""
+    if isinstance(module, nn.Linear | PatchProjection):
+        nn.init.normal_(module.weight, std=INIT_STD)
+        nn.init.zeros_(module.bias)
+
+
+def build_encoder(config: Config) -> VisionTransformer:
+    """The encoder of a config, freshly initialised, in fp32 on the default device."""
+    size = config.vit
+    return VisionTransformer(
+        img_size=config.data.crop_size,
+        patch_size=config.mask.patch_size,
+        embed_dim=size.embed_dim,
+        depth=size.depth,
+        num_heads=size.num_heads,
+        mlp_ratio=size.mlp_ratio,
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+
+
+def build_predictor(config: Config) -> Predictor:
+    """The predictor of a config, freshly initialised, in fp32 on the default device."""
+    size = config.predictor
+    return Predictor(
+        side=config.grid,
+        embed_dim=config.vit.embed_dim,
+        predictor_embed_dim=size.embed_dim,
+        depth=size.depth,
+        num_heads=size.num_heads,
+    )

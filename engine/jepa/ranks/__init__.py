@@ -1,0 +1,1 @@
+"""Who takes part in a run, on which device, and when it stops."""

@@ -1,0 +1,184 @@
+"""A process's rank, device and process group, whichever launcher started it.
+
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; `srun` has its own names;
+plain `python` sets none of them and runs a single rank.
+"""
+
+import os
+import re
+import socket
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .device import choose
+
+MEETING = 10.0  # minutes within which all ranks must join; machines that start slowly need some
+LAUNCHER = rb"deepspeed.launcher.launch|torchrun|torch.distributed.run"
+
+
+class NotMet(RuntimeError):
+    """Ranks did not join or cannot be reached; the message names them."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`store`: where the ranks exchange small messages; `cpu_group`: a gloo group besides the training group."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    store: dist.Store
+    cpu_group: dist.ProcessGroup
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: "gpu[003-007,9],cpu1" -> "gpu003", "rack[1-2]n[3-4]" -> "rack1n3"."""
+    match = re.match(r"(?:[^\[,]|\[\d[^\]]*\])+", nodelist)
+    if match is None:
+        raise ValueError(f"SLURM_JOB_NODELIST: given {nodelist!r}, wanted a host list; set MASTER_ADDR yourself")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
+
+
+def launch_environment(given: dict[str, str], gpus: int = 0) -> dict[str, str]:
+    """The five variables that torch.distributed and DeepSpeed read, from whatever the launcher set.
+
+    `gpus`: how many this process sees. Slurm may show each task only its own (--gpus-per-task), as number 0.
+    """
+    if "RANK" in given:
+        names = {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        return {"RANK": given["RANK"]} | {name: given.get(name, value) for name, value in names.items()}
+    if int(given.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in given:
+        return {
+            "RANK": given["SLURM_PROCID"],
+            "WORLD_SIZE": given["SLURM_NTASKS"],
+            "LOCAL_RANK": "0" if gpus == 1 else given["SLURM_LOCALID"],
+            "MASTER_ADDR": given.get("MASTER_ADDR") or first_host(given["SLURM_JOB_NODELIST"]),
+            "MASTER_PORT": given.get("MASTER_PORT") or str(20000 + int(given["SLURM_JOB_ID"]) % 20000),
+        }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def require_alike(ranks: Ranks, value: str, hint: str) -> None:
+    """Raises ValueError on every rank if the values differ, naming the ranks that deviate from the most common one."""
+    everyone: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(everyone, (value, socket.gethostname()), group=ranks.cpu_group)
+    usual = Counter(found for found, _ in everyone).most_common(1)[0][0]
+    others = [f"rank {r} on {host} has {found}" for r, (found, host) in enumerate(everyone) if found != usual]
+    if others:
+        raise ValueError(f"the ranks differ: {'; '.join(others[:8])}; most have {usual}; {hint}")
+
+
+def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool = False) -> Ranks:
+    """Joins the run's process group (NCCL on GPUs, gloo on CPUs) and selects this process's device.
+
+    `device`: see jepa.ranks.device.choose. `deterministic`: torch, cuDNN and cuBLAS use only deterministic algorithms;
+    if an operation has none, torch raises RuntimeError. (Where images are decoded is `Config.decoder`.)
+    Raises ValueError like `choose`, NotMet if the ranks do not all join.
+    """
+    # The names that replace the deprecated collectives do not exist in torch 2.10.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    environment = launch_environment(dict(os.environ), torch.cuda.device_count())
+    os.environ.update(environment)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialized
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    place = choose(device, int(environment["LOCAL_RANK"]))
+    if place.type == "cuda":
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            # Masks of many lengths fragment blocks of fixed sizes. Read when the allocator is first used.
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        torch.cuda.set_device(place)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    store = _meet(environment, rank, world_size, min(MEETING, timeout_minutes))
+    # Longer than the watchdog's timeout, because its message says more than that of a collective timing out.
+    limit = timedelta(minutes=timeout_minutes + 5)
+    store.set_timeout(limit)
+    backend, bound = ("nccl", place) if place.type == "cuda" else ("gloo", None)
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("training", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=limit,
+            device_id=bound,
+        )
+        cpu_group = dist.new_group(backend="gloo", timeout=limit)
+    except RuntimeError as error:
+        raise NotMet(f"all ranks joined, but could not be connected: {_first_line(error)}") from error
+    return Ranks(rank, world_size, place, store, cpu_group)
+
+
+def _meet(environment: dict[str, str], rank: int, world_size: int, minutes: float) -> dist.Store:
+    """The ranks' store, once all have joined. Raises NotMet."""
+    where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+    limit = timedelta(minutes=minutes)
+    try:
+        # With the real world size the rendezvous would wait for all ranks and not say which are missing.
+        store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=1, timeout=limit))
+        store.set(f"here/{rank}", socket.gethostname())
+    except RuntimeError as error:
+        what = "rank 0 cannot listen" if rank == 0 else "rank 0, or the launcher, cannot be reached"
+        raise NotMet(f"{what} at {where}: {_first_line(error)}") from error
+    keys = [f"here/{other}" for other in range(world_size)]
+    try:
+        store.wait(keys, limit)
+        return store
+    except RuntimeError as error:
+        try:
+            missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+        except RuntimeError:
+            raise NotMet(f"rank 0, or the launcher, is gone from {where}: {_first_line(error)}") from error
+        if rank == 0:
+            time.sleep(2)  # the store ends with this process, and the others are about to query it too
+        raise NotMet(
+            f"{world_size - len(missing)} of {world_size} ranks joined at {where} within {60 * minutes:.0f} s; "
+            f"missing: rank {', '.join(missing)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def launchers() -> list[int]:
+    """The launcher's processes above this one, nearest first, while they live.
+
+    `deepspeed` is a parent and a child process; the parent ends at a SIGTERM without notifying the child.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return []
+    parent = os.getppid()
+    try:
+        with open(f"/proc/{parent}/cmdline", "rb") as line, open(f"/proc/{parent}/stat") as state:
+            if re.search(LAUNCHER, name := line.read()) is None:
+                return []
+            above = int(state.read().rpartition(")")[2].split()[1])
+        with open(f"/proc/{above}/cmdline", "rb") as line:
+            return [parent, above] if b"deepspeed" in name and b"deepspeed" in line.read() else [parent]
+    except OSError:
+        return []

@@ -1,0 +1,284 @@
+"""The metrics of a run: health of the features, and the logs.
+
+Files in `logging.folder`: `{tag}.jsonl`, one object per logged step; `{tag}_r0.csv`, one row per step with the
+published code's columns. TensorBoard and Weights & Biases get the same numbers if enabled.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from jepa.config.schema import Config
+from jepa.methods.objective import Losses
+
+CSV_COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")
+MAX_ROWS = 4096
+SECONDS_BETWEEN_LINES = 30.0
+SHOWN = ("loss", "jepa", "sim", "std", "cov", "knn", "images_per_second", "data_wait_ms", "lr")
+
+
+def effective_rank(x_RD: Tensor) -> float:
+    """RankMe (arXiv 2210.02885, eq. 1) of centred rows: the exponential of the entropy of the singular values.
+
+    Between 1 (all rows on a line) and min(R - 1, D). Centred because the mean of a network's features hides the rest.
+    """
+    x = x_RD.double() - x_RD.double().mean(0)
+    products = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T  # their eigenvalues are the squares, at a tenth the cost
+    values = torch.linalg.eigvalsh(products).clamp_min(0).sqrt()
+    share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float(torch.exp(-torch.special.xlogy(share, share).sum()))
+
+
+def feature_health(x_RD: Tensor) -> dict[str, float]:
+    """For features [R, D], one row per image or block:
+
+    std   standard deviation over the rows, averaged over the dimensions, relative to the features' root mean square
+    rank  `effective_rank`
+    cov   root mean square of the off-diagonal entries of the correlation matrix: 0 decorrelated, 1 all dimensions alike
+    """
+    x = x_RD.double()
+    std = x.std(0)
+    normed = (x - x.mean(0)) / std.clamp_min(1e-12)
+    correlation = normed.T @ normed / (len(x) - 1)
+    dims = x.shape[1]
+    off = (correlation.square().sum() - correlation.diagonal().square().sum()) / max(1, dims * (dims - 1))
+    scale = x.square().mean().sqrt().clamp_min(1e-12)
+    return {
+        "std": float(std.mean() / scale),
+        "rank": effective_rank(x),
+        "cov": float(off.clamp_min(0).sqrt()),
+    }
+
+
+def all_rows(x_RD: Tensor) -> Tensor:
+    """The rows of all ranks, at most 4096 of them, fp32 on the device."""
+    rows = x_RD.detach().float()[: max(2, MAX_ROWS // dist.get_world_size())].contiguous()
+    gathered = torch.empty(dist.get_world_size() * len(rows), rows.shape[1], device=rows.device)
+    dist.all_gather_into_tensor(gathered, rows)
+    return gathered
+
+
+def health(target_BND: Tensor, predicted_RD: Tensor) -> dict[str, float]:
+    """`feature_health` of the images' mean target features and of the predicted blocks, over all ranks' images.
+
+    Every rank calls it; the first one computes it, the others get an empty dict.
+    """
+    found: dict[str, float] = {}
+    for name, rows in (("target", all_rows(target_BND.mean(1))), ("pred", all_rows(predicted_RD))):
+        if dist.get_rank() == 0:
+            found |= {f"{name}_{key}": value for key, value in feature_health(rows).items()}
+    return found
+
+
+def collapse_warning(found: dict[str, float]) -> str | None:
+    """A message if the features of different images have become the same, else None."""
+    for name, words in (("target", "the target encoder's features"), ("pred", "the predictor's outputs")):
+        if found[f"{name}_std"] < 1e-3:
+            return f"collapsing: {words} hardly differ between images (relative std {found[f'{name}_std']:.1e})"
+        if found[f"{name}_rank"] < 1.5:
+            return f"collapsing: {words} vary along a single direction (effective rank {found[f'{name}_rank']:.2f})"
+    return None
+
+
+class RunLog:
+    """Every rank logs each step; the first rank writes.
+
+    Losses and times stay on the device until `flush`, so a step waits for nothing. `first_step`: where the run begins;
+    rows from there on, written before an interruption, are moved out of the files.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        first_step: int,
+        last_step: int,
+        steps_per_epoch: int,
+        global_batch: int,
+        device: torch.device,
+    ) -> None:
+        self.steps_per_epoch, self.global_batch, self.last_step = steps_per_epoch, global_batch, last_step
+        self.on_gpu = device.type == "cuda"
+        self.pending: list[tuple[int, Tensor, int, int, Any, float, int]] = []
+        self.writes = dist.get_rank() == 0
+        self.last_line = 0.0
+        if self.writes:
+            folder, tag = Path(config.logging.folder), config.logging.write_tag
+            folder.mkdir(parents=True, exist_ok=True)
+            header = ",".join(CSV_COLUMNS) + "\n"
+            self.jsonl = _continue_file(folder / f"{tag}.jsonl", lambda line: json.loads(line)["step"], first_step)
+            self.csv = _continue_file(folder / f"{tag}_r0.csv", self._step_of, first_step, header)
+            self.closing = contextlib.ExitStack()
+            self.writers = _optional_writers(config, folder, first_step, self.closing)
+        quiet = not (self.writes and sys.stderr.isatty())
+        self.bar = tqdm(initial=first_step, total=last_step, unit="step", disable=quiet, dynamic_ncols=True)
+        self.restart_clock()
+
+    def _step_of(self, row: str) -> int:
+        epoch, iteration, *rest = row.split(",")
+        if len(rest) != len(CSV_COLUMNS) - 2:
+            raise ValueError(f"not a row of {len(CSV_COLUMNS)} columns: {row}")
+        return (int(epoch) - 1) * self.steps_per_epoch + int(iteration)
+
+    def restart_clock(self) -> None:
+        """Excludes the time since the last step (a checkpoint, an evaluation) from the images per second."""
+        self.last_mark = self._mark()
+
+    def step(
+        self,
+        step: int,
+        losses: list[Losses],
+        context_tokens: int,
+        target_tokens: int,
+        data_wait: float,
+        bad_images: int = 0,
+    ) -> None:
+        """Records a step: its micro-batches' losses on the device, the kept tokens, the seconds spent waiting for
+        images, and how many of this rank's images replace unusable ones."""
+        terms = torch.stack([torch.stack(micro).detach() for micro in losses]).mean(0)
+        self.pending.append((step, terms, context_tokens, target_tokens, self._mark(), data_wait, bad_images))
+        self.bar.update()
+
+    def flush(self, skipped: Mapping[int, dict[str, Any]] | None = None, **more: Any) -> None:
+        """Reads the recorded losses, averages them over the ranks and writes them: to the CSV a row per step, to the
+        JSONL a row for the last step, with `more`, and one for each step in `skipped`, with its details."""
+        if not self.pending:
+            return
+        steps, terms, contexts, targets, marks, waits, bad = zip(*self.pending, strict=True)
+        self.pending, skipped = [], skipped or {}
+        table = torch.stack(terms)
+        table = torch.cat([table, table.new_tensor(bad)[:, None]], 1)
+        dist.all_reduce(table)
+        bad_images = round(sum(table[:, -1].tolist()))
+        values = (table[:, :-1] / dist.get_world_size()).tolist()
+        seconds = [self._seconds(*span) for span in pairwise((self.last_mark, *marks))]
+        self.last_mark = marks[-1]
+        if not self.writes:
+            return
+        rows = {}
+        for step, value, context, target, second in zip(steps, values, contexts, targets, seconds, strict=True):
+            epoch, iteration = divmod(step, self.steps_per_epoch)
+            self.csv.write(f"{epoch + 1},{iteration},{value[0]:.5f},{context},{target},{1000 * second:.0f}\n")
+            terms_of = dict(zip(("loss", "jepa", "sim", "std", "cov"), value, strict=True))
+            rows[step] = {"step": step, "epoch": step / self.steps_per_epoch, **terms_of, **skipped.get(step, {})}
+        self.csv.flush()
+        rows[steps[-1]] |= {
+            "images_per_second": self.global_batch * len(steps) / sum(seconds),
+            "step_ms": 1000 * sum(seconds) / len(steps),
+            "data_wait_ms": 1000 * sum(waits) / len(steps),
+            "context_tokens": contexts[-1],
+            "bad_images": bad_images,
+            **{key: value for key, value in more.items() if value is not None},
+        }
+        for step in steps:
+            if step in skipped or step == steps[-1]:
+                self._write(rows[step])
+
+    def _mark(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        """Between two marks that the device has passed."""
+        return start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+
+    def _write(self, row: dict[str, Any]) -> None:
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.jsonl.write(json.dumps(row) + "\n")
+        self.jsonl.flush()
+        for write in self.writers:
+            write(row)
+        line = {k: f"{row[k]:.3g}" for k in SHOWN if row.get(k) is not None}
+        self.bar.set_postfix(line, refresh=False)
+        now, done = time.monotonic(), row["step"] + 1
+        if self.bar.disable and (now - self.last_line > SECONDS_BETWEEN_LINES or done == self.last_step):
+            self.last_line = now
+            print(f"step {done}/{self.last_step}  " + "  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
+
+    def say(self, message: str) -> None:
+        """Prints a message on the first rank without breaking the progress bar."""
+        if self.writes:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self.bar.close()
+        if self.writes:
+            self.jsonl.close()
+            self.csv.close()
+            self.closing.close()
+
+
+def _continue_file(path: Path, step_of: Callable[[str], int], first_step: int, header: str = "") -> TextIO:
+    """Opens a log for appending after its rows of the steps before `first_step`.
+
+    Rows of later steps, which are repeated, are moved to the end of a file of the same name plus `.aside`, and so are
+    unreadable ones, such as the last row if the run was killed while writing it.
+    """
+
+    def keep(line: str) -> bool:
+        try:
+            return line.endswith("\n") and step_of(line) < first_step
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    kept: list[str] = []
+    later: list[str] = []
+    for line in lines:
+        (kept if keep(line) else later).append(line)
+    if later := [line for line in later if line != header]:
+        with path.with_name(f"{path.name}.aside").open("a") as aside:
+            aside.writelines(later)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join([header, *kept]))
+    os.replace(partial, path)
+    return path.open("a")
+
+
+def _optional_writers(
+    config: Config, folder: Path, first_step: int, closing: contextlib.ExitStack
+) -> list[Callable[[dict[str, Any]], None]]:
+    writers: list[Callable[[dict[str, Any]], None]] = []
+    if config.logging.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        closing.callback(board.close)
+
+        def to_board(row: dict[str, Any]) -> None:
+            for key, value in row.items():
+                if isinstance(value, int | float):
+                    board.add_scalar(key, value, row["step"])
+
+        writers.append(to_board)
+    if config.logging.wandb:
+        import wandb
+
+        run = wandb.init(
+            project=config.logging.wandb,
+            name=config.logging.write_tag,
+            dir=str(folder),
+            config=config.model_dump(mode="json"),
+            id=hashlib.sha256(str(folder.resolve() / config.logging.write_tag).encode()).hexdigest()[:16],
+            resume="allow",  # continue the run of this folder and tag
+        )
+        closing.callback(run.finish)
+        writers.append(lambda row: run.log(row, step=row["step"]))
+    return writers

@@ -1,0 +1,101 @@
+"""The drawn scenes hold what their labels say; noise depends on its seed and number alone."""
+
+import csv
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jepa.data.loader import Loader
+from jepa.data.synthetic import FAR, NEAR, RADIUS, SHAPES, SyntheticImages, draw, noise, write
+
+
+def components(mask: np.ndarray) -> list[np.ndarray]:
+    """The 4-connected parts of a mask, as arrays of (row, column)."""
+    left, parts = {tuple(p) for p in np.argwhere(mask)}, []
+    while left:
+        part, edge = [], [left.pop()]
+        while edge:
+            row, column = edge.pop()
+            part.append((row, column))
+            for step in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+                neighbour = (row + step[0], column + step[1])
+                if neighbour in left:
+                    left.remove(neighbour)
+                    edge.append(neighbour)
+        parts.append(np.array(part))
+    return parts
+
+
+def test_pixels_hold_the_number_and_the_distance_of_the_objects() -> None:
+    first = int(np.random.default_rng(random.getrandbits(64)).integers(100_000))
+    scenes = draw(first, 120)
+    right_count = right_size = 0
+    for image, count, distance in zip(scenes.images, scenes.count, scenes.distance, strict=True):
+        # The ground is 0.2 with a grain of 0.04; an object has 0.5 or more in every channel.
+        parts = components(image.min(-1) > 0.42 * 255)
+        parts = [part for part in parts if len(part) > 4]  # a single grain has four pixels
+        tallest = max(np.ptp(part[:, 0]) + 1 for part in parts)
+        right_count += len(parts) == count
+        right_size += 0.8 < tallest / (2 * RADIUS / distance) < 1.1
+    assert right_count == 120 and right_size > 110  # a triangle's thin tip may fall under the threshold
+
+
+def test_labels_are_balanced_and_in_range() -> None:
+    scenes = draw(0, 600, split=1)
+    assert np.bincount(scenes.shape).tolist() == [100] * len(SHAPES)
+    assert all(100 < n < 200 for n in np.bincount(scenes.count)[1:5])
+    assert scenes.distance.min() >= NEAR and scenes.distance.max() <= FAR
+
+
+def test_a_scene_depends_on_its_number_alone() -> None:
+    whole, part = draw(0, 30), draw(10, 5)
+    np.testing.assert_array_equal(whole.images[10:15], part.images)
+    assert not np.array_equal(whole.images, draw(0, 30, split=1).images)
+    assert not np.array_equal(whole.images, draw(0, 30, seed=1).images)
+
+
+def test_files_and_table_agree_and_a_second_run_writes_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    assert write(root, {"train": 30, "val": 12})
+    with (root / "val/labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    scenes = draw(0, 12, split=1)
+    for i, row in enumerate(rows):
+        drawn, stored = scenes.images[i].astype(float), np.asarray(Image.open(root / "val" / row["file"]), float)
+        assert np.abs(drawn - stored).mean() < 4, "JPEG of quality 95"
+        assert row["file"].startswith(row["shape"]) and row["shape"] == SHAPES[scenes.shape[i]]
+        assert int(row["count"]) == scenes.count[i] and float(row["distance"]) == pytest.approx(
+            scenes.distance[i], abs=1e-4
+        )
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    assert not write(root, {"train": 30, "val": 12})
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
+    with pytest.raises(ValueError, match="is not this data set"):
+        write(root, {"train": 31, "val": 12})
+
+
+@pytest.mark.parametrize("size", [7, 32, 70])
+def test_noise_is_smooth_and_an_image_of_it_depends_on_seed_and_number_alone(size: int) -> None:
+    seed = random.getrandbits(63)
+    images = noise(9, size, seed)
+    assert np.array_equal(noise(4, size, seed), images[:4])
+    assert len({image.tobytes() for image in (*images, *noise(9, size, seed + 1))}) == 18
+    steps = np.abs(np.diff(images.astype(float), axis=1))
+    assert steps.max() <= 255 * (max(2, size // 16) - 1) / (size - 1) + 1  # a node's distance apart: at most 255
+    assert np.ptp(images) > 150
+
+
+def test_synthetic_images_are_repeated_and_batched_like_files_on_any_number_of_ranks() -> None:
+    source = SyntheticImages(600, 12, seed=random.getrandbits(63))
+    assert len(source) == source.fingerprint["images"] == 600 == len({source.name(i) for i in range(600)})
+    assert np.array_equal(source.read(5), source.read(5 + 256)) and not np.array_equal(source.read(5), source.read(6))
+    seed, step = random.getrandbits(63), random.randrange(100)
+    whole = Loader(source, crop_size=12, batch_size=8, seed=seed).batch(step)
+    assert np.array_equal(whole.images, [source.read(int(name.rpartition("/")[2])) for name in whole.files])
+    ranks = [Loader(source, crop_size=12, batch_size=4, seed=seed, rank=r, world_size=2).batch(step) for r in (0, 1)]
+    assert torch.equal(torch.cat([part.images for part in ranks]), whole.images) and whole.images.dtype == torch.uint8
+    assert [name for part in ranks for name in part.files] == whole.files
