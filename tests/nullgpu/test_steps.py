@@ -16,9 +16,9 @@ import torch
 from steps import CONFIGS, SETTLED, Step, failures, load, take
 
 from jepa.data.masks import sample_masks
+from jepa.model.cost import Kept
 from jepa.model.layout import target_rows
 from jepa.ranks import distributed
-from jepa.train.budget import Kept
 from jepa.train.memory import memory_per_rank
 
 CUT = ("meta.depth=2", "meta.pred_depth=2")

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from jepa.config.file import KEYS
 from jepa.config.schema import ConfigError
-from jepa.methods.objective import JepaModel
+from jepa.methods import build
 from jepa.state import interop, manifest
 from jepa.state.restore import CheckpointError, read_state
 from small import small_config
@@ -38,7 +38,7 @@ def digest(path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An intact checkpoint of two ranks, each with half of every parameter, as at ZeRO-3."""
-    folder, model = tmp_path_factory.mktemp("hostile") / "whole", JepaModel(CONFIG)
+    folder, model = tmp_path_factory.mktemp("hostile") / "whole", build(CONFIG)
     folder.mkdir()
     files = []
     for rank in range(2):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jepa.config.file import parse_config
 from jepa.config.schema import Config
+from jepa.model.layout import Layout
 from jepa.state.partitions import flats
 
 MAPPING = {
@@ -32,6 +33,11 @@ MAPPING = {
 def small_config(*overrides: str) -> Config:
     """A C-JEPA: 32 px images, patch 4, encoder 24 x 2, predictor 16 x 2, fp32, with `section.key=value` overrides."""
     return parse_config(MAPPING, list(overrides))
+
+
+def every_row(context: Any, target_MBK: Tensor) -> Layout:
+    """The layout for target features of all patches, in order."""
+    return Layout(context, target_MBK, (), target_MBK, (0, target_MBK.shape[-1]))
 
 
 def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:

@@ -12,11 +12,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .conflicts import show
-from .schema import Config, ConfigError
+from .schema import Config, ConfigError, Loss, objectives, settings_of
 
+Sections = Mapping[str, type[BaseModel]]
 SECTIONS = cast(dict[str, type[BaseModel]], {name: field.annotation for name, field in Config.model_fields.items()})
 MAX_CHARACTERS = 2**18  # of a config's file; a complete one has about 3000
-KEYS = [f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -44,7 +44,7 @@ def parse_config(mapping: object, overrides: Sequence[str] = (), source: str = "
         raise ConfigError([f"must map the sections {', '.join(SECTIONS)}; got {show(mapping)}"], source)
     # YAML reads a section without keys as null.
     given = {name: {} for name in SECTIONS} | {name: {} if body is None else body for name, body in mapping.items()}
-    problems = [*_override(given, overrides), *_drop_unknown(given)]
+    problems = [*_override(given, overrides), *_drop_others(given, overrides), *_drop_unknown(given)]
     try:
         config = Config.model_validate(given)
     except ValidationError as error:
@@ -116,17 +116,45 @@ def _override(given: dict, overrides: Sequence[str]) -> Iterator[str]:
             given[section] = {**body, key: value}
 
 
+def _drop_others(given: dict, overrides: Sequence[str]) -> Iterator[str]:
+    """Removes the keys of other methods from `loss`, and yields a line for each that an override gave: one file may
+    hold the settings of several methods, of which `loss.objective` chooses one."""
+    body = given.get("loss")
+    if not isinstance(body, Mapping):
+        return
+    try:
+        own = settings_of(body.get("objective"))
+    except ValueError:
+        return
+    others = set().union(*(settings_of(name).model_fields for name in objectives())) - set(own.model_fields)
+    given["loss"] = {key: value for key, value in body.items() if key not in others}
+    for override in overrides:
+        name = override.partition("=")[0].strip()
+        if name.removeprefix("loss.") in others and name.startswith("loss."):
+            keys = ", ".join(f"loss.{key}" for key in own.model_fields)
+            yield f"{name}: is no setting of this loss.objective, whose settings are {keys}"
+
+
+def _section_of(loss: object) -> type[BaseModel]:
+    """The section `loss` of the method that it names."""
+    try:
+        return settings_of(loss.get("objective") if isinstance(loss, Mapping) else None)
+    except ValueError:
+        return Loss
+
+
 def _drop_unknown(given: dict) -> Iterator[str]:
     """Removes unknown keys from `given`, so that the rest can be checked, and yields a line for each."""
+    sections = {**SECTIONS, "loss": _section_of(given.get("loss"))}
     for section, body in list(given.items()):
-        known = SECTIONS[section].model_fields if section in SECTIONS else {}
+        known = sections[section].model_fields if section in sections else {}
         names = [f"{section}.{key}" for key in body if key not in known] if isinstance(body, Mapping) else []
-        if section not in SECTIONS:
+        if section not in sections:
             del given[section]
             names = names or [str(section)]
         elif names:
             given[section] = {key: value for key, value in body.items() if key in known}
-        yield from (f"{name}: unknown key; the nearest known key is {_nearest(name)}" for name in _few(names))
+        yield from (f"{name}: unknown key; the nearest known key is {_nearest(name, sections)}" for name in _few(names))
 
 
 def _few(names: list[str]) -> Iterator[str]:
@@ -135,7 +163,7 @@ def _few(names: list[str]) -> Iterator[str]:
         yield name if len(name) <= 80 else f"{name[:40]}...{name[-36:]}"
 
 
-def _nearest(name: str) -> str:
+def _nearest(name: str, sections: Sections) -> str:
     """The known key most similar to `name`. The part after the dot counts most: it may belong in another section."""
     section, _, key = name.rpartition(".")
 
@@ -144,12 +172,16 @@ def _nearest(name: str) -> str:
         same = SequenceMatcher(None, key.lower(), known_key).ratio() + (key == known_key)
         return same + 0.25 * SequenceMatcher(None, section.lower(), known_section).ratio()
 
-    return max(KEYS, key=likeness)
+    return max((f"{name}.{key}" for name, model in sections.items() for key in model.model_fields), key=likeness)
 
 
 def _explain(detail: Any) -> Iterator[str]:
     """The ConfigError lines for one pydantic error."""
     cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, ValidationError):  # of a section that is checked by itself
+        for inner in cause.errors():
+            yield from _explain({**inner, "loc": (*detail["loc"], *inner["loc"])})
+        return
     if isinstance(cause, ConfigError):
         yield from cause.problems
         return

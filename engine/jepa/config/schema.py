@@ -6,16 +6,29 @@ file loads unchanged; `loss`, `engine` and `eval` are this engine's own. Keys wi
 one ConfigError.
 """
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    Strict,
+    model_validator,
+)
 
 from jepa.data.masks import MaskSpec
 
 from .conflicts import conflicts, show
+
+if TYPE_CHECKING:
+    from jepa.methods.base import Method
 
 
 class ConfigError(ValueError):
@@ -190,16 +203,9 @@ class Optimization(_Section):
 
 
 class Loss(_Section):
-    """I-JEPA's prediction loss, and the regulariser that C-JEPA adds."""
+    """The pretraining method. Its other keys are its own: see its file in jepa.methods."""
 
-    objective: Literal["ijepa", "cjepa"] = "ijepa"
-    regularizer: Literal["vicreg", "cosine"] = "vicreg"
-    vicreg_on: Literal["predictions", "context"] = "predictions"
-    beta_vicreg: NonNegative = 0.001
-    beta_sim: NonNegative = 25.0
-    beta_std: NonNegative = 25.0
-    beta_cov: NonNegative = 1.0
-    projector: Widths | None = None  # output widths of its layers; null: three layers of the encoder's width
+    objective: Text = ""  # empty: the default of jepa.methods
 
 
 class Engine(_Section):
@@ -249,6 +255,35 @@ class Eval(_Section):
     knn_k: Natural = 20
 
 
+def _methods() -> Any:
+    """jepa.methods, which stands on this room; by name, so that a new method needs no word here."""
+    return importlib.import_module("jepa.methods")
+
+
+def objectives() -> list[str]:
+    """The methods there are."""
+    return _methods().names()
+
+
+def settings_of(objective: object) -> type[Loss]:
+    """The section `loss` of a method. Raises ValueError if there is no such method."""
+    return _methods().find(objective or _methods().DEFAULT).Settings
+
+
+def _loss(given: object) -> object:
+    """The section as its method understands it."""
+    if isinstance(given, Loss):
+        given = given.model_dump()
+    if not isinstance(given, Mapping):
+        return given
+    objective = given.get("objective") or _methods().DEFAULT
+    try:
+        section = settings_of(objective)
+    except ValueError as error:
+        raise ConfigError([f"loss.objective = {show(objective)}: {error}"]) from error
+    return section.model_validate({**given, "objective": objective})
+
+
 class Config(_Section):
     """The config of a run, made by `load_config` or `parse_config`. Immutable."""
 
@@ -256,7 +291,7 @@ class Config(_Section):
     data: Data
     mask: Mask
     optimization: Optimization
-    loss: Loss = Loss()
+    loss: Annotated[SerializeAsAny[Loss], BeforeValidator(_loss)] = Field(Loss(), validate_default=True)
     engine: Engine = Engine()
     logging: Logging
     eval: Eval = Eval()
@@ -319,18 +354,9 @@ class Config(_Section):
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
-    def has_projector(self) -> bool:
-        return self.loss.objective == "cjepa" and self.loss.regularizer == "vicreg"
-
-    @property
-    def projector_widths(self) -> tuple[int, ...]:
-        """Output widths of the projector's layers; empty if the loss has none."""
-        return (self.loss.projector or (self.vit.embed_dim,) * 3) if self.has_projector else ()
-
-    @property
-    def needs_all_targets(self) -> bool:
-        """Whether a loss reads the target encoder's output at patches outside the targets."""
-        return self.has_projector and self.loss.vicreg_on == "context"
+    def method(self) -> "type[Method]":
+        """The class of the method."""
+        return _methods().find(self.loss.objective)
 
     @property
     def gated(self) -> bool:
@@ -363,35 +389,39 @@ class Config(_Section):
         total = micro * steps * world_size
         if wanted and wanted != total:
             raise ConfigError([self._batch_problem(wanted, world_size)])
-        if self.has_projector and micro * world_size < 2:
-            problem = f"data.batch_size = {micro}: must be at least 2 on one rank, for VICReg's variance over images"
+        if micro * world_size < 2 and self.method.couples_images(self):
+            problem = f"data.batch_size = {micro}: must be at least 2 on one rank, for the loss's variance over images"
             raise ConfigError([problem])
         return Batch(micro, steps, total)
 
     def fingerprint(self, world_size: int) -> dict[str, int | str]:
         """What determines the steps of a run besides model, data and loss: runs that agree in it compute the same steps
-        on any number of ranks. VICReg's statistics are over a micro-batch of all ranks, so accumulation matters there;
+        on any number of ranks. Accumulation matters where the loss has statistics over a micro-batch of all ranks;
         masks that are cut, or have a token budget, per micro-batch of a rank depend on its size.
         """
         micro, accumulation, total = self.batch(world_size)
-        found: dict[str, int | str] = {"engine.seed": self.engine.seed, "global batch": total, "mask.cut": self.cut}
-        if self.cut == "rank" or self.token_budget:
-            found["data.batch_size"] = micro
-        if self.has_projector:
+        found: dict[str, int | str] = {"engine.seed": self.engine.seed, "global batch": total}
+        if self.method.masked:
+            found["mask.cut"] = self.cut
+            if self.cut == "rank" or self.token_budget:
+                found["data.batch_size"] = micro
+        if self.method.couples_images(self):
             found["accumulation"] = accumulation
         return found
 
     def recipe(self) -> dict[str, Any]:
         """What else determines what a step computes, defaults resolved, except for the optimizer's settings."""
         data = ("crop_size", "crop_scale", "mean", "std", "use_horizontal_flip")
+        masked = self.method.masked
         sections = {
             "data": {key: self[f"data.{key}"] for key in data},
-            "mask": self.mask.model_dump(exclude={"cut"}),
+            "mask": self.mask.model_dump(exclude={"cut"}) if masked else {"patch_size": self.mask.patch_size},
             "loss": self.loss.model_dump(),
         }
+        networks = {"encoder": self.vit} | ({"predictor": self.predictor} if masked else {})
         recipe = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
         recipe |= {"engine.precision": self.precision, "engine.target_precision": self.engine.target_precision}
-        return {"encoder": self.vit, "predictor": self.predictor, **recipe}
+        return networks | recipe
 
     def _batch_problem(self, wanted: int, world_size: int) -> str:
         micro, steps = self.data.batch_size, self.engine.gradient_accumulation_steps

@@ -46,6 +46,10 @@ class Batch(NamedTuple):
     files: list[str]
     replaced: int = 0
 
+    @property
+    def views(self) -> list[Tensor]:
+        return [self.images]
+
 
 def _random_words(seed: int, stream: int, index: int, first: int, number: int) -> np.ndarray:
     """The uint64 words [first, first + number) of a stream. Each counter gives 4: `first` is a multiple of that."""

@@ -4,17 +4,13 @@ Legend: B images, N patches, K kept patches, D width, T rows of all contexts if 
 those of the published checkpoints. Images stay uint8 until `patchify`, which writes only the patches that are kept.
 
 What no loss reads is not computed, without changing results: a block's queries and MLP run only on its `rows`.
-Everything between the matrix products (residual + norm, bias + GELU) is left to torch.compile, one block at a time
-(`compile_blocks`).
+Everything between the matrix products (residual + norm, bias + GELU) is left to torch.compile (jepa.model.execution).
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._inductor.config
-import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +22,6 @@ from .attention import attend
 from .packed import Ragged, Sequences, attend_packed
 
 LAYER_NORM_EPS = 1e-6
-
 INIT_STD = 0.02
 
 
@@ -226,24 +221,6 @@ def run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
-
-
-def compile_blocks(*models: nn.Module, backend: str = "inductor") -> None:
-    """Compiles every block of the models: one graph for identical blocks, dynamic in the number of images and tokens.
-
-    Per block, because that compiles quickly and leaves DeepSpeed and the kernels' ops outside the graphs.
-    """
-    torch._dynamo.config.recompile_limit = 64  # encoder, target encoder, predictor and eval all compile Block.forward
-    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance stay separate symbols
-    # Inductor fuses a layer norm's gradients from a number of rows on, and would compile again on crossing it.
-    if hasattr(torch._inductor.config.triton, "mix_order_reduction_non_strict_mode"):
-        torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
-    else:  # torch 2.10
-        torch._inductor.config.triton.mix_order_reduction = False
-    for block in (module for model in models for module in model.modules() if isinstance(module, Block)):
-        # Its patterns would turn materialised scores into scaled_dot_product_attention.
-        options = {"pattern_matcher": False} if block.attn.backend == "math" else None
-        block.compile(dynamic=True, backend=backend, options=options)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -235,6 +235,7 @@ class Saver:
             "fingerprint": self.config.fingerprint(dist.get_world_size()) | self.images,
             "config": self.config.model_dump(mode="json"),
             "versions": versions(),
+            "averaged": list(self.config.method.averaged),
             "shapes": shapes_of(self.engine.module),
             "files": files,
         }
@@ -301,18 +302,6 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
                     target.view(-1)[place : place + len(values)].copy_(values)
     refresh_training_weights(engine)
     return progress
-
-
-def gathered(engine: Any, kind: str, name: str, shape: list[int]) -> Tensor:
-    """One whole parameter, fp32, from all ranks, as `Reader.tensor` reads it from a file. Every rank calls it."""
-    values = torch.zeros(shape, device=flats(engine)[0].weight.device)
-    for flat in _to_write(engine):
-        line = flat.weight.detach() if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)
-        for piece in (piece for piece in flat.pieces if piece.name == name):
-            part = line.view(-1)[piece.offset : piece.offset + piece.length]
-            values.view(-1)[piece.start : piece.start + piece.length] = part
-    dist.all_reduce(values)  # each element is nonzero on at most one rank
-    return values
 
 
 def tidy(folder: Path, tag: str) -> None:

@@ -105,9 +105,10 @@ def _open_checkpoint(path: Path) -> Weights:
     except OSError as error:
         raise CheckpointError(str(error)) from error
     config, reader = parse_config(state["config"], source=str(path / "state.json")), Reader(path, state)
-    average = "ema" if state["applied"] else "weight"
+    average = "ema" if state["applied"] and "encoder" in state["averaged"] else "weight"
     places = {"target_encoder": (average, "encoder."), "encoder": ("weight", "encoder.")}
-    places["predictor"] = ("weight", "predictor.")
+    if config.method.masked:
+        places["predictor"] = ("weight", "predictor.")
     shapes = {
         part: {name.removeprefix(prefix): shape for name, shape in state["shapes"].items() if name.startswith(prefix)}
         for part, (_, prefix) in places.items()

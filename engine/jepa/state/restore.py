@@ -190,7 +190,7 @@ class Reader:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             found = {key: (s.get_dtype(), s.get_shape()) for key, s in slices.items()}
             for piece in itertools.starmap(manifest.Piece, file["pieces"]):
-                for kind in [k for k in kinds if k != "ema" or piece.name.startswith("encoder.")]:
+                for kind in [k for k in kinds if k != "ema" or piece.name.partition(".")[0] in state["averaged"]]:
                     key = f"{kind}.{piece.flat}"
                     dtype, shape = found.get(key, (None, []))
                     if dtype != "F32" or len(shape) != 1 or shape[0] < piece.offset + piece.length:

@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jepa.config.schema import Config
-from jepa.methods.objective import JepaModel
+from jepa.methods.base import Method
 from jepa.state.partitions import flats
 
 from .optimizer import make_optimizer
 
 BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 makes a single buffer larger than most of these models
-
 LIVE = 100_000_000  # elements ZeRO-3 keeps gathered; its default of 1e9 would hold all of a ViT-H until the backward
 
 
@@ -54,16 +53,16 @@ def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[s
     }
 
 
-def param_groups(model: JepaModel) -> list[dict[str, Any]]:
-    """Separate groups for the encoder, which has an EMA, and the rest; each split into parameters with and without
+def param_groups(model: Method) -> list[dict[str, Any]]:
+    """Separate groups for the submodules that have an EMA, and the rest; each split into parameters with and without
     weight decay (biases and one-dimensional weights). The mask token, [1, 1, D], decays as in the published code."""
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups.setdefault((name.startswith("encoder."), parameter.ndim > 1), []).append(parameter)
+        groups.setdefault((name.partition(".")[0] in model.averaged, parameter.ndim > 1), []).append(parameter)
     return [{"params": params, "ema": ema, "decays": decays} for (ema, decays), params in groups.items()]
 
 
-def start(model: JepaModel, config: Config) -> Any:
+def start(model: Method, config: Config) -> Any:
     """Wraps the model in a DeepSpeed engine with the optimizer named by `engine.optimizer`. Raises ConfigError."""
     import deepspeed
 
@@ -170,6 +169,14 @@ def step(engine: Any, clip_grad: float | None = None) -> Outcome | None:
     engine.basic_optimizer.gate(scale, (~norm.isfinite()).float())
     engine.step()
     return Outcome(norm.isfinite(), norm)
+
+
+def gradient(parameter: torch.nn.Parameter) -> Tensor | None:
+    """The whole gradient of a parameter, averaged over the ranks, from the last backward of a step to the step's end;
+    None if it has none. Every rank calls it."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
 
 
 def _gradient_norm(engine: Any) -> Tensor:
