@@ -197,7 +197,6 @@ def test_a_key_in_the_wrong_section_is_told_the_right_one(known: str) -> None:
         (["optimization.betas=[0.9, 1]"], "optimization.betas[1]"),
         (["engine.zero_stage=4"], "engine.zero_stage"),
         (["engine.zero_stage=0", "engine.optimizer=apex", "meta.use_bfloat16=true"], "engine.optimizer"),
-        (["engine.precision=fp32"], "engine.precision"),
         (["engine.global_batch_size=12"], "engine.global_batch_size"),
         (["engine.global_batch_size=40", "engine.gradient_accumulation_steps=2"], "engine.global_batch_size"),
         (["loss.objective=cjepa", "mask.num_pred_masks=1"], "mask.num_pred_masks"),
@@ -209,6 +208,16 @@ def test_a_key_in_the_wrong_section_is_told_the_right_one(known: str) -> None:
 def test_what_cannot_run_is_refused(overrides: list[str], key: str) -> None:
     (problem,) = problems(lambda: parse_config(small(), overrides))
     assert problem.startswith(f"{key} = ")
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_engine_precision_wins_over_the_published_key(published: bool) -> None:
+    mapping = small(meta__use_bfloat16=published)
+    for precision in ("bf16", "fp32"):
+        config = parse_config(mapping, [f"engine.precision={precision}"])
+        assert config.precision == precision and config.dtype.itemsize == {"bf16": 2, "fp32": 4}[precision]
+        assert deepspeed_config(config, 1, 1000)["bf16"]["enabled"] == (precision == "bf16")
+    assert parse_config(mapping, ["engine.precision=null"]).precision == ("bf16" if published else "fp32")
 
 
 def test_every_problem_is_reported_at_once() -> None:
