@@ -22,7 +22,7 @@ from jepa.train.memory import memory_per_rank, saved
 from jepa.train.report import report
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "engine/configs").glob("*.yaml"))
+SHIPPED = sorted(path for path in (ROOT / "engine/configs").glob("*.yaml") if path.stem != "base")
 
 
 def config(model: str = "vit_tiny", patch: int = 16, crop: int = 224, batch: int = 128, **sections: Any) -> Config:

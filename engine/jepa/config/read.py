@@ -6,7 +6,7 @@ and an error about one says where it went wrong, but quotes little of it.
 """
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,14 +99,16 @@ def _merge(files: list[str], bodies: list[dict[Any, Any]]) -> Written:
     merged: dict[Any, Any] = {}
     origin: dict[str, str] = {}
     for file, body in zip(reversed(files), reversed(bodies), strict=True):
-        for section, keys in body.items():
-            keys = {} if keys is None else keys  # YAML reads a section without keys as null
+        for section, given in body.items():
+            keys = {} if given is None else given  # YAML reads a section without keys as null
             below = merged.get(section, {})
-            if not isinstance(below, Mapping):
-                continue  # no section, and refused as such
-            both = isinstance(keys, Mapping)
-            merged[section] = {**below, **keys} if both else keys
-            origin |= dict.fromkeys([str(section), *(f"{section}.{key}" for key in keys if both)], file)
+            if not isinstance(below, dict):
+                continue  # what is no section stays, to be refused
+            origin[str(section)] = file
+            if isinstance(keys, dict):
+                keys = {**below, **keys}
+                origin |= {f"{section}.{key}": file for key in given or ()}
+            merged[section] = keys
     return Written(merged, {name: file for name, file in origin.items() if file != files[0]})
 
 

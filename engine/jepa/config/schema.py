@@ -1,9 +1,9 @@
 """The config of a run: one validated YAML.
 
 Sections and key names are those of the published I-JEPA configs (`meta data mask optimization logging`), so such a
-file loads unchanged; `loss`, `engine` and `eval` are this engine's own. Keys with a default may be omitted;
-`section.key=value` on the command line overrides the file (jepa.config.file). All problems are reported at once, in
-one ConfigError.
+file loads unchanged; `loss`, `engine` and `eval` are this engine's own. Keys with a default may be omitted; a file's
+`base` holds what it does not say (jepa.config.read), and `section.key=value` on the command line overrides both
+(jepa.config.file). All problems are reported at once, in one ConfigError.
 """
 
 from collections.abc import Sequence
