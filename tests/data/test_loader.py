@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from jepa.data import sources
-from jepa.data.loader import CROP, ORDER, WORDS, Batch, Loader, _random_words, eval_batches, random_boxes
 from jepa.data.decode import Decoder
+from jepa.data.loader import CROP, ORDER, WORDS, Batch, Loader, _random_words, eval_batches, random_boxes
 from jepa.data.sources import open_images
 
 rng = np.random.default_rng()

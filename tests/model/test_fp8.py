@@ -337,7 +337,7 @@ def test_an_older_gpu_is_refused(capability: tuple[int, int], refused: bool, mon
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("meta.use_bfloat16=false", "needs bf16 training: give meta.use_bfloat16=true"),
+        ("engine.precision=fp32", "needs bf16 training: give engine.precision=bf16"),
         ("meta.embed_dim=24", "needs an encoder width divisible by 16, not 24; or give bf16"),
         ("meta.mlp_ratio=1.25", "needs an encoder MLP width divisible by 16, not 40; or give bf16"),
     ],

@@ -20,12 +20,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa.config.file import KEYS
 from jepa.config.schema import ConfigError
 from jepa.methods import build
 from jepa.state import interop, manifest
 from jepa.state.restore import CheckpointError, read_state
-from small import small_config
+from small import KEYS, small_config
 
 CONFIG = small_config()
 ALLOWED = 200 * 2**10  # KiB by which loading a tiny file may raise the peak memory

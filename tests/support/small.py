@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from jepa.config.file import parse_config
-from jepa.config.schema import Config
+from jepa.config.file import SECTIONS, parse_config
+from jepa.config.schema import Config, settings_of
 from jepa.model.layout import Layout
 from jepa.state.partitions import flats
 
@@ -28,6 +28,13 @@ MAPPING = {
     "engine": {"device": "cpu"},
     "logging": {"folder": "nowhere", "log_freq": 1},
 }  # fmt: skip
+
+
+KEYS = [
+    f"{section}.{key}"
+    for section, model in {**SECTIONS, "loss": settings_of("cjepa")}.items()
+    for key in model.model_fields
+]  # of a C-JEPA's config
 
 
 def small_config(*overrides: str) -> Config:

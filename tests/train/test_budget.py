@@ -25,7 +25,7 @@ from jepa.train.report import report
 from small import every_row
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "engine/configs").glob("*.yaml"))
+SHIPPED = sorted(path for path in (ROOT / "engine/configs").glob("*.yaml") if path.stem != "base")
 
 
 def config(model: str = "vit_tiny", patch: int = 16, crop: int = 224, batch: int = 128, **sections: Any) -> Config:

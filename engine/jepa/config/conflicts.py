@@ -48,15 +48,9 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
             "optimization.warmup",
             f"must be at most optimization.epochs x ipe_scale = {length:g}; to stop a run early, give engine.max_steps",
         )
-    if c.engine.precision and (c.engine.precision == "bf16") != c.meta.use_bfloat16:
-        other = str(not c.meta.use_bfloat16).lower()
-        yield (
-            "engine.precision",
-            f"contradicts meta.use_bfloat16: give meta.use_bfloat16={other}, or engine.precision=null",
-        )
     if c.engine.target_precision == "fp8":
         if c.precision == "fp32":
-            yield "engine.target_precision", "needs bf16 training: give meta.use_bfloat16=true, or bf16 here"
+            yield "engine.target_precision", "needs bf16 training: give engine.precision=bf16, or bf16 here"
         if "encoder" not in c.method.averaged:
             yield "engine.target_precision", f"needs a target encoder, which {c.loss.objective} has not: give bf16"
         for name, wide in (("width", c.vit.embed_dim), ("MLP width", int(c.vit.embed_dim * c.vit.mlp_ratio))):
@@ -75,7 +69,7 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
     if c.engine.optimizer in ("deepspeed", "apex") and c.engine.zero_stage == 0 and c.precision == "bf16":
         yield "engine.optimizer", "needs engine.zero_stage 1 or more in bf16; on one GPU stage 1 needs no more memory"
     if c.engine.attention == "flash_attn" and (c.precision == "fp32" or c.engine.device == "cpu"):
-        yield "engine.attention", "needs bf16 and a GPU: give sdpa, or meta.use_bfloat16=true and a GPU"
+        yield "engine.attention", "needs bf16 and a GPU: give sdpa, or engine.precision=bf16 and a GPU"
     if c.engine.attention == "xformers" and c.mask.mode == "packed":
         yield "engine.attention", "does not support mask.mode packed: give sdpa or flash_attn"
     if (c.engine.device, c.data.decoder) == ("cpu", "gpu"):

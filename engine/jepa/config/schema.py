@@ -1,9 +1,9 @@
 """The config of a run: one validated YAML.
 
 Sections and key names are those of the published I-JEPA configs (`meta data mask optimization logging`), so such a
-file loads unchanged; `loss`, `engine` and `eval` are this engine's own. Keys with a default may be omitted;
-`section.key=value` on the command line overrides the file (jepa.config.file). All problems are reported at once, in
-one ConfigError.
+file loads unchanged; `loss`, `engine` and `eval` are this engine's own. Keys with a default may be omitted; a file's
+`base` holds what it does not say (jepa.config.read), and `section.key=value` on the command line overrides both
+(jepa.config.file). All problems are reported at once, in one ConfigError.
 """
 
 import importlib
@@ -129,7 +129,7 @@ class Meta(_Section):
     pred_depth: Depth = 6
     pred_emb_dim: Width = 384
     pred_num_heads: Natural | None = None  # null: as many as the encoder
-    use_bfloat16: bool = True
+    use_bfloat16: bool = True  # the published key; engine.precision, if given, wins
     load_checkpoint: bool = False  # resume, like --resume
     read_checkpoint: Text | None = None  # the checkpoint to resume from; null: the newest
     copy_data: bool = False
@@ -214,7 +214,7 @@ class Engine(_Section):
     seed: Annotated[int, BeforeValidator(_integer), Field(ge=0, lt=2**63)] = 0
     deterministic: bool = False  # bitwise reproducible, at some cost in speed; runs on CPUs always are
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["bf16", "fp32"] | None = None  # null: set by meta.use_bfloat16
+    precision: Literal["bf16", "fp32"] | None = None  # null: as meta.use_bfloat16 says
     target_precision: Literal["bf16", "fp8"] = "bf16"  # of the target encoder's matrix products in training; bf16: as
     # precision says; fp8 (jepa.model.fp8): on Hopper or newer, emulated on a CPU; not yet measured on a GPU
     zero_stage: Annotated[Count, Field(le=3)] = 1
