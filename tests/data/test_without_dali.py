@@ -13,7 +13,6 @@ import tomllib
 import torch
 
 from jepa.data import decode
-
 from jepa.state import restore
 from processes import ROOT, rows, start, write_config, write_images
 

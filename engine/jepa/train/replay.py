@@ -74,7 +74,8 @@ def replay(
     found: dict[str, list[str]] = {"losses": [], "target features of": [], "predictions for": [], "gradients of": []}
     losses = []
     for micro in range(loader.accumulation):
-        images, files, _ = loader.batch(step, micro)
+        batch = loader.batch(step, micro)
+        images, files = batch.images, batch.files
         masks = masks_of(config, ranks, step, micro)
         rows = tokens(masks, config, ranks.device)
         with torch.no_grad():
