@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from jepa.data.loader import eval_batches
 from jepa.data.sources import open_images
 from jepa.model.fp8 import Encoder
-from jepa.pictures.figures import BLUE, GREEN, ORANGE, STYLE
+from jepa.pictures.style import BLUE, GREEN, ORANGE, STYLE
 from jepa.state.interop import load_encoder
 
 ARMS = {

@@ -22,7 +22,9 @@ from jepa.config.schema import Config
 from jepa.data.loader import eval_batches
 from jepa.data.sources import ImageSource, open_images
 from jepa.model.vit import VisionTransformer, build_encoder
-from jepa.probes.probe import Encoder, extract, knn, linear_probe, open_labelled
+from jepa.probes.features import Encoder, extract, open_labelled
+from jepa.probes.knn import knn
+from jepa.probes.linear import linear_probe
 from jepa.ranks.device import choose
 from jepa.state.interop import load_encoder
 from jepa.state.restore import CheckpointError

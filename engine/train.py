@@ -25,15 +25,17 @@ from jepa.methods.objective import JepaModel, Losses, poison
 from jepa.model import fp8
 from jepa.model.layout import masks_of, tokens
 from jepa.model.vit import compile_blocks
-from jepa.probes.probe import OnlineProbe
-from jepa.ranks import distributed, interrupt
+from jepa.probes.online import OnlineProbe
+from jepa.ranks import distributed
 from jepa.ranks.distributed import Ranks
-from jepa.ranks.interrupt import StopRequest, Watchdog
 from jepa.ranks.lock import Lock
+from jepa.ranks.stop import RANK_LOST, STOPPED, StopRequest
+from jepa.ranks.watchdog import Watchdog
 from jepa.state import checkpoint
 from jepa.state.restore import CheckpointError, Reader
 from jepa.train import zero
-from jepa.train.metrics import RunLog, collapse_warning, health
+from jepa.train.health import collapse_warning, health
+from jepa.train.log import RunLog
 from jepa.train.replay import replay, start_of_replay
 from jepa.train.report import report
 from jepa.train.schedules import Schedules, ScheduleTable
@@ -42,7 +44,7 @@ from jepa.train.teacher import Teacher
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
-    """Trains, or replays a step, and returns the exit code (listed in jepa.ranks.interrupt)."""
+    """Trains, or replays a step, and returns the exit code (listed in jepa.ranks.stop)."""
     engine = config.engine
     ranks = distributed.start(engine.device, engine.timeout_minutes, engine.deterministic)
     with (
@@ -147,13 +149,13 @@ def train(
             log.say(f"saved {saver.save(progress, rotate=not outcomes.skipped_in_a_row)}")
             owed = False
         if stopping and taken < last_step:
-            log.say(f"stopped on request after step {step}; --resume continues. Exit code {interrupt.STOPPED}")
+            log.say(f"stopped on request after step {step}; --resume continues. Exit code {STOPPED}")
             break
         if probing or saving:
             log.restart_clock()
 
     log.close()
-    return 0 if progress.step >= last_step else interrupt.STOPPED
+    return 0 if progress.step >= last_step else STOPPED
 
 
 def examine(step: int, done: "Step", teacher: Teacher, log: RunLog) -> dict[str, float]:
@@ -271,7 +273,7 @@ def arguments() -> argparse.Namespace:
         "--accept-changes", action="store_true", help="resume even if a step would compute something different"
     )
     parser.add_argument(
-        "--max-minutes", type=float, metavar="M", help=f"save and exit with code {interrupt.STOPPED} after M minutes"
+        "--max-minutes", type=float, metavar="M", help=f"save and exit with code {STOPPED} after M minutes"
     )
     parser.add_argument(
         "--replay-step",
@@ -301,7 +303,7 @@ def main() -> int:
     except (CheckpointError, Diverged, distributed.NotMet, ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"engine/train.py, rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
-        return interrupt.RANK_LOST if isinstance(error, distributed.NotMet) else 1
+        return RANK_LOST if isinstance(error, distributed.NotMet) else 1
 
 
 if __name__ == "__main__":

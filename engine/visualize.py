@@ -14,7 +14,10 @@ import torch
 from jepa.data.loader import eval_batches
 from jepa.data.masks import sample_masks
 from jepa.data.sources import open_images
-from jepa.pictures import figures
+from jepa.pictures.attention import attention_maps
+from jepa.pictures.curves import training_curves
+from jepa.pictures.masks import masks_on_images
+from jepa.pictures.pca import feature_pca
 from jepa.state.interop import load_encoder
 from jepa.state.restore import CheckpointError
 
@@ -32,9 +35,9 @@ def draw_encoder(checkpoint: str, images_path: str, count: int, out: Path) -> li
     cut = (0, max(config.data.batch_size, len(images)))
     masks = sample_masks(config.mask_spec, seed=config.engine.seed, step=0, first=0, batch=len(images), cut=cut)
     with torch.no_grad():
-        figures.attention_maps(images, encoder.attention(images), out / "attention.png")
-        figures.feature_pca(images, encoder(images), out / "features.png")
-    figures.masks_on_images(images, masks, config.mask.patch_size, out / "masks.png")
+        attention_maps(images, encoder.attention(images), out / "attention.png")
+        feature_pca(images, encoder(images), out / "features.png")
+    masks_on_images(images, masks, config.mask.patch_size, out / "masks.png")
     return [out / "attention.png", out / "features.png", out / "masks.png"]
 
 
@@ -48,7 +51,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
         raise ValueError(f"--count: given {args.count}, wanted at least 1")
     paths = draw_encoder(args.checkpoint, args.images, args.count, args.out) if args.checkpoint else []
     if args.log:
-        figures.training_curves(args.log, args.out / "curves.png")
+        training_curves(args.log, args.out / "curves.png")
         paths.append(args.out / "curves.png")
     return paths
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from jepa.config.schema import ConfigError
-from jepa.model.attention import FLASH, Sequences, _installed, attend, attend_packed, require
+from jepa.model.attention import FLASH, _installed, attend, require
+from jepa.model.packed import Sequences, attend_packed
 from numerics import GPU
 
 HEAD_DIMS = (80, 88, 64, 32, 24)

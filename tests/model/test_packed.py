@@ -11,7 +11,8 @@ from torch import Tensor
 from jepa.config.schema import ConfigError
 from jepa.data.masks import Masks, sample_masks, thin
 from jepa.methods.objective import JepaModel, Losses
-from jepa.model.layout import ROUNDING, Ragged, masks_of, pack, target_rows, tokens
+from jepa.model.layout import masks_of, target_rows, tokens
+from jepa.model.packed import ROUNDING, Ragged, pack
 from jepa.ranks.distributed import Ranks
 from plain import MEAN, STD, criterion, embedded, encoded, predicted
 from small import run_ranks, small_config

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from jepa.model.vit import Predictor, VisionTransformer
+from jepa.model.predictor import Predictor
+from jepa.model.vit import VisionTransformer
 from plain import MEAN, STD, attention, block, embedded, encoded, norm, predicted
 
 

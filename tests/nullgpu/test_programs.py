@@ -20,8 +20,8 @@ from steps import load
 import evaluate
 from jepa.data.sources import ImageSource
 from jepa.model.vit import build_encoder
-from jepa.probes import probe
-from jepa.probes.probe import extract
+from jepa.probes import online
+from jepa.probes.features import extract
 from jepa.ranks import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,15 +79,15 @@ def test_probe_and_evaluate(tmp_path: Path, ranks: distributed.Ranks, monkeypatc
         Image.new("RGB", (64, 64), (index, 0, 0)).save(place)
     here = [f"data.root_path={tmp_path}/train", f"eval.train_path={tmp_path}/train", f"eval.val_path={tmp_path}/val"]
     config = load("cifar10_vits4_cjepa.yaml", *TINY, *here, "eval.every=1", f"logging.folder={tmp_path}/run")
-    monkeypatch.setattr(probe, "dali", lambda: None)
-    monkeypatch.setattr(probe, "eval_batches", noise)
+    monkeypatch.setattr(online, "dali", lambda: None)
+    monkeypatch.setattr(online, "eval_batches", noise)
     monkeypatch.setattr(evaluate, "eval_batches", noise)
-    monkeypatch.setattr(probe, "extract", drawn)
+    monkeypatch.setattr(online, "extract", drawn)
     monkeypatch.setattr(evaluate, "extract", drawn)
     for fit in ("knn", "linear_probe"):  # they need numbers to end
         monkeypatch.setattr(evaluate, fit, lambda *sets, **given: 0.5)
-    online = probe.OnlineProbe(config, 0, 1, ranks.device)
-    assert 0 <= online(build_encoder(config).to(ranks.device, config.dtype))["knn"] <= 1
+    during = online.OnlineProbe(config, 0, 1, ranks.device)
+    assert 0 <= during(build_encoder(config).to(ranks.device, config.dtype))["knn"] <= 1
 
     run(*TRAIN, *TINY, "data.synthetic=64", "engine.max_steps=2", f"logging.folder={tmp_path}/run")
     sets = f"{tmp_path}/train", f"{tmp_path}/val"

@@ -16,7 +16,11 @@ from PIL import Image
 import visualize
 from jepa.data.masks import Masks, MaskSpec, sample_masks
 from jepa.model.vit import build_encoder
-from jepa.pictures import figures
+from jepa.pictures.attention import attention_maps
+from jepa.pictures.curves import training_curves
+from jepa.pictures.masks import masks_on_images
+from jepa.pictures.pca import feature_pca, principal_components
+from jepa.pictures.style import PALETTE
 from small import small_config
 
 PROGRAM = Path(__file__).resolve().parents[2] / "engine/visualize.py"
@@ -53,7 +57,7 @@ def test_masks_show_the_patches_that_are_kept_and_no_others(tmp_path: Path, mode
     images, colors = coloured_patches(3)
     spec = MaskSpec(SIDE, SIDE, min_keep=4, num_enc_masks=2, mode=mode)
     masks = sample_masks(spec, seed=int(torch.randint(2**31, ())), step=3, first=0, batch=3)
-    figure = figures.masks_on_images(images, masks, PATCH, tmp_path / "masks.png")
+    figure = masks_on_images(images, masks, PATCH, tmp_path / "masks.png")
 
     lengths = torch.full((2, 3), masks.context.shape[-1]) if masks.lengths is None else masks.lengths
     ends = lengths.flatten().cumsum(0)
@@ -71,7 +75,7 @@ def test_each_target_is_outlined_in_its_own_colour(tmp_path: Path) -> None:
     images = torch.full((1, SIZE, SIZE, 3), 255, dtype=torch.uint8)
     block = torch.tensor([18, 19, 26, 27])  # rows 2 and 3, columns 2 and 3
     masks = Masks(torch.tensor([[[0, 1]]]), torch.stack([block, block + 20])[:, None])
-    figure = figures.masks_on_images(images, masks, PATCH, tmp_path / "masks.png")
+    figure = masks_on_images(images, masks, PATCH, tmp_path / "masks.png")
     context, first, second = panels(tmp_path / "masks.png", figure, 4)[1:]
 
     def box(panel: np.ndarray, color: str) -> list[float]:
@@ -81,9 +85,9 @@ def test_each_target_is_outlined_in_its_own_colour(tmp_path: Path) -> None:
         return [round(edge / len(panel) * SIDE, 1) for edge in (y.min(), y.max() + 1, x.min(), x.max() + 1)]
 
     for panel, color, expected in (
-        (first, figures.PALETTE[0], (2, 4, 2, 4)),
-        (second, figures.PALETTE[1], (4, 6, 6, 8)),
-        (context, figures.PALETTE[0], (2, 4, 2, 4)),
+        (first, PALETTE[0], (2, 4, 2, 4)),
+        (second, PALETTE[1], (4, 6, 6, 8)),
+        (context, PALETTE[0], (2, 4, 2, 4)),
     ):
         assert box(panel, color) == pytest.approx(expected, abs=0.2)
 
@@ -92,7 +96,7 @@ def test_masks_of_other_images_are_refused(tmp_path: Path) -> None:
     images, _ = coloured_patches(2)
     masks = sample_masks(MaskSpec(14, 14), seed=0, step=0, first=0, batch=2)
     with pytest.raises(ValueError, match="patch_size"):
-        figures.masks_on_images(images, masks, PATCH, tmp_path / "masks.png")
+        masks_on_images(images, masks, PATCH, tmp_path / "masks.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -104,7 +108,7 @@ def test_attention_is_brightest_where_it_goes(tmp_path: Path) -> None:
             attention[b, head, :, peaks[b, head]] += 9
     attention /= attention.sum(-1, keepdim=True)
     images = torch.full((2, SIZE, SIZE, 3), 90, dtype=torch.uint8)
-    figure = figures.attention_maps(images, attention, tmp_path / "attention.png")
+    figure = attention_maps(images, attention, tmp_path / "attention.png")
 
     drawn = panels(tmp_path / "attention.png", figure, 2 * 4)
     for b in range(2):
@@ -115,21 +119,21 @@ def test_attention_is_brightest_where_it_goes(tmp_path: Path) -> None:
 
 def test_principal_components_are_those_of_numpys_svd() -> None:
     features = torch.randn(3, 49, 20) @ torch.randn(20, 20) + 5 * torch.randn(20)
-    components = figures.principal_components(features)
+    components = principal_components(features)
 
     x = features.flatten(0, 1).double().numpy()
     u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
     ours, theirs = components.flatten(0, 1).numpy(), u[:, :3] * s[:3]
     np.testing.assert_allclose(np.abs(ours.T @ theirs), np.diag(s[:3] ** 2), atol=1e-6 * s[0] ** 2)
     with pytest.raises(ValueError, match="width of 2"):
-        figures.principal_components(features[..., :2])
+        principal_components(features[..., :2])
 
 
 def test_patches_with_the_same_features_have_the_same_colour_in_every_image(tmp_path: Path) -> None:
     kinds = torch.randint(0, 4, (2, SIDE * SIDE))
     features = 10 * torch.randn(4, 12)[kinds] + 1e-3 * torch.randn(2, SIDE * SIDE, 12)
     images, _ = coloured_patches(2)
-    figure = figures.feature_pca(images, features, tmp_path / "features.png")
+    figure = feature_pca(images, features, tmp_path / "features.png")
 
     colors = np.stack([patch_centres(panel) for panel in panels(tmp_path / "features.png", figure, 4)[2:]])
     means = np.stack([colors[kinds.numpy() == kind].mean(0) for kind in range(4)])
@@ -151,7 +155,7 @@ def test_a_log_has_a_panel_for_what_it_holds_and_the_lines_go_through_its_values
     rows[6] |= {"loss": float("nan"), "jepa": float("nan")}
     rows[8] |= {"knn": 0.5, "target_rank": 9.0}
     del rows[4]["lr"]
-    figure = figures.training_curves(log_file(tmp_path / "run.jsonl", rows, '{"step": 6'), tmp_path / "curves.png")
+    figure = training_curves(log_file(tmp_path / "run.jsonl", rows, '{"step": 6'), tmp_path / "curves.png")
 
     found = {axes.get_title("left"): [line.get_xydata() for line in axes.lines] for axes in figure.axes}
     assert all(len(lines) == 1 for lines in found.values())  # the loss of I-JEPA is its prediction loss
@@ -172,7 +176,7 @@ def test_a_long_noisy_log_of_a_cjepa_is_smoothed_past_a_slow_first_step(tmp_path
          "cov": rng.random(), "step_ms": 9e4 if i == 0 else rng.uniform(90, 110), "data_wait_ms": 1.0}
         for i in range(400)
     ]  # fmt: skip
-    figure = figures.training_curves(log_file(tmp_path / "run.jsonl", rows), tmp_path / "curves.png")
+    figure = training_curves(log_file(tmp_path / "run.jsonl", rows), tmp_path / "curves.png")
     axes = {axes.get_title("left"): axes for axes in figure.axes}
     assert len(axes) == 5
     raw, smooth = (line.get_ydata() for line in axes["Loss"].lines[:2])
@@ -186,7 +190,7 @@ def test_a_long_noisy_log_of_a_cjepa_is_smoothed_past_a_slow_first_step(tmp_path
 def test_a_log_without_numbers_or_damaged_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"run\.jsonl"):
-        figures.training_curves(tmp_path / "run.jsonl", tmp_path / "curves.png")
+        training_curves(tmp_path / "run.jsonl", tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
 

@@ -21,7 +21,10 @@ from evaluate import features, labels_of, last, pixels
 from jepa.data.sources import open_images
 from jepa.data.synthetic import write
 from jepa.model.vit import VisionTransformer
-from jepa.probes.probe import OnlineProbe, _solve, evenly, extract, knn, linear_probe, open_labelled
+from jepa.probes.features import evenly, extract, open_labelled
+from jepa.probes.knn import knn
+from jepa.probes.linear import _solve, linear_probe
+from jepa.probes.online import OnlineProbe
 from small import MAPPING, run_ranks, small_config
 
 CPU = torch.device("cpu")

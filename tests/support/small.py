@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jepa.config.file import parse_config
 from jepa.config.schema import Config
-from jepa.train import zero
+from jepa.state.partitions import flats
 
 MAPPING = {
     "meta": {
@@ -59,7 +59,7 @@ def _one_rank(rank: int, world_size: int, folder: str, work: Callable[..., Any],
 def whole_weights(engine: object, kind: str = "weight") -> dict[str, Tensor]:
     """The fp32 weights, or a kind of optimizer state, of all parameters by name, gathered from all ranks."""
     mine = []
-    for flat in zero.flats(engine):
+    for flat in flats(engine):
         values = flat.weight if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)
         if values is not None:
             line = values.detach().flatten()

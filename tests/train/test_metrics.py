@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from jepa.methods.objective import Losses
-from jepa.train.metrics import RunLog, collapse_warning, effective_rank, feature_health
+from jepa.train.health import collapse_warning, effective_rank, feature_health
+from jepa.train.log import RunLog
 from small import run_ranks, small_config
 
 

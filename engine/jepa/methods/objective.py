@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from jepa.config.schema import Config
 from jepa.model.attention import require
-from jepa.model.layout import Ragged
-from jepa.model.vit import Attention, build_encoder, build_predictor
+from jepa.model.packed import Ragged
+from jepa.model.predictor import build_predictor
+from jepa.model.vit import Attention, build_encoder
 from jepa_kernels import prediction_loss, vicreg
 
 

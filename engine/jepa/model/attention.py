@@ -1,4 +1,4 @@
-"""Attention without materialised scores, for sequences of equal length and for packed sequences of any length.
+"""Attention without materialised scores.
 
 Backends: `sdpa` is PyTorch's own; `flash_attn` (the newest installed of FlashAttention 4, 3 and 2) and `xformers` are
 optional; `math` materialises the scores, for comparison. flash_attn and xformers are written to their published
@@ -8,94 +8,43 @@ signatures and have not been run yet: tests/model/test_attention.py checks them 
 each length modulo 8, and recompiles for most of the masks' lengths; and cuDNN, which recent GPUs prefer, would build a
 plan for each new shape.
 
-Legend: B sequences of K tokens (Kq of them queries); S packed sequences of T tokens in total; H heads of C channels.
+Legend: B sequences of K tokens (Kq of them queries); H heads of C channels.
 """
 
 import importlib
 import importlib.util
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 
 from jepa.config.schema import ConfigError
 
 FLASH = ("flash_attn.cute", "flash_attn_interface", "flash_attn")  # FlashAttention 4, 3, 2
+
 FROM_HOPPER_ON = FLASH[:2]
+
 HOW_TO_GET = {
     "flash_attn": "pip install flash-attn-4 (Hopper or newer), or build flash-attn 2 or 3 from source",
     "xformers": "pip install xformers",
 }
+
 # Modules of the backends in use, by name: importing inside a compiled block would break its graph.
-_modules: dict[str, Any] = {}
-
-
-class Sequences(NamedTuple):
-    """S non-empty sequences, packed one after another in the rows of a matrix without gaps."""
-
-    offsets: Tensor
-    """int32 [S + 1], on the device: the start of each, and the number of rows."""
-    longest: int
-    """Length of the longest, on the host, so that reading it does not synchronise."""
-
-    def to(self, device: torch.device) -> "Sequences":
-        return Sequences(to_device(self.offsets, device), self.longest)
-
-    def means(self, x_TD: Tensor) -> Tensor:
-        """The mean row of each sequence, [S, D]."""
-        row, (begin, end) = torch.arange(x_TD.shape[0], device=x_TD.device), (self.offsets[:-1], self.offsets[1:])
-        member_ST = (row >= begin[:, None]) & (row < end[:, None])
-        return member_ST.to(x_TD.dtype) @ x_TD / (end - begin)[:, None]
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copies through pinned memory, without waiting for a GPU. (`to` would first copy a strided tensor out of it.)"""
-    if device.type != "cuda":
-        return x.to(device)
-    return x.contiguous().pin_memory().to(device, non_blocking=True)
+modules: dict[str, Any] = {}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
     """softmax(q k / sqrt(C)) v per head; q [B, Kq, H, C], k and v [B, K, H, C] -> [B, Kq, H, C]."""
     if backend == "flash_attn":
-        return _output(_modules["flash_attn"].flash_attn_func(q, k, v))
+        return output(modules["flash_attn"].flash_attn_func(q, k, v))
     if backend == "xformers":
-        return _modules["xformers"].memory_efficient_attention(q, k, v)
-    return _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, backend).transpose(1, 2)
+        return modules["xformers"].memory_efficient_attention(q, k, v)
+    return attend_scores(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, backend).transpose(1, 2)
 
 
-def attend_packed(
-    q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, backend: str = "sdpa"
-) -> Tensor:
-    """`attend` within each of S sequences; q [Tq, H, C], k and v [T, H, C] -> [Tq, H, C].
-
-    sdpa uses a varlen kernel in half precision on a GPU if C is divisible by 8; otherwise, and in `math`, sequences
-    are padded to the longest.
-    """
-    if backend == "flash_attn":
-        return _output(
-            _modules["flash_attn"].flash_attn_varlen_func(
-                q,
-                k,
-                v,
-                cu_seqlens_q=queries.offsets,
-                cu_seqlens_k=keys.offsets,
-                max_seqlen_q=queries.longest,
-                max_seqlen_k=keys.longest,
-            )
-        )
-    if backend == "sdpa" and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
-        # Positional, because the parameters after these seven differ between versions of torch.
-        out = varlen_attn(q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest)
-        assert isinstance(out, Tensor)
-        return out
-    return _attend_padded(q, k, v, queries, keys, backend)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, backend: str) -> Tensor:
+def attend_scores(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, backend: str) -> Tensor:
     """q, k, v [B, H, K, C]; `seen`, bool [B, 1, 1, K]: the keys to attend to."""
     if backend == "sdpa" and seen is None and _has_kernel(q):
         return _Attention.apply(q, k, v)
@@ -105,10 +54,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, backend: str) 
     return (scores if seen is None else scores.masked_fill(~seen, -torch.inf)).softmax(-1) @ v
 
 
-# --- the op: PyTorch's kernels for q [B, H, Kq, C], k and v [B, H, K, C], without Inductor's rules for them
-
 _aten = torch.ops.aten
+
 torch.library.define("jepa::attention", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
+
 torch.library.define(
     "jepa::attention_backward",
     "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor logsumexp) -> (Tensor, Tensor, Tensor)",
@@ -196,35 +145,16 @@ class _Attention(torch.autograd.Function):
         return torch.ops.jepa.attention_backward(dy, *ctx.saved_tensors)
 
 
-def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, backend: str) -> Tensor:
-    """`attend_packed` on dense [S, longest, H, C]. A padding slot holds a copy of some row; as a key it is masked, as a
-    query dropped, so its gradient is exactly 0 and does not affect that row's, in whatever order they are added."""
-
-    def dense(x: Tensor, sequences: Sequences) -> Tensor:
-        slot = sequences.offsets[:-1, None].long() + torch.arange(sequences.longest, device=x.device)
-        rows = x.index_select(0, slot.clamp(max=x.shape[0] - 1).flatten())
-        return rows.unflatten(0, slot.shape).transpose(1, 2)
-
-    offsets = queries.offsets.long()
-    lengths = keys.offsets.diff()
-    seen = torch.arange(keys.longest, device=k.device) < lengths[:, None]
-    y = _attend(dense(q, queries), dense(k, keys), dense(v, keys), seen[:, None, None, :], backend)
-    row = torch.arange(q.shape[0], device=q.device)
-    owner = torch.searchsorted(offsets[1:], row, right=True)
-    place = owner * queries.longest + row - offsets[owner]
-    return y.transpose(1, 2).flatten(0, 1).index_select(0, place)
-
-
 def require(backend: str) -> None:
     """Prepares a backend. Raises ConfigError, with install instructions, if it is not installed."""
     names = {"flash_attn": FLASH, "xformers": ("xformers.ops",)}.get(backend, ())
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         names = tuple(name for name in names if name not in FROM_HOPPER_ON)
-    if names and backend not in _modules:
+    if names and backend not in modules:
         here = next((name for name in names if _installed(name)), None)
         if here is None:
             raise ConfigError([f"engine.attention = {backend!r}: not installed; {HOW_TO_GET[backend]}, or give sdpa"])
-        _modules[backend] = importlib.import_module(here)
+        modules[backend] = importlib.import_module(here)
 
 
 def _installed(name: str) -> bool:
@@ -234,6 +164,6 @@ def _installed(name: str) -> bool:
         return False
 
 
-def _output(result: Any) -> Tensor:
+def output(result: Any) -> Tensor:
     """The output alone: FlashAttention 4, and some versions of 3, also return the log-sum-exp."""
     return result[0] if isinstance(result, tuple) else result

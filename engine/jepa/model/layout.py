@@ -1,49 +1,19 @@
-"""Turns a micro-batch's masks into the row indices that the model reads, on the CPU, and moves them asynchronously.
+"""The row indices that the model reads, from a micro-batch's masks: made on the CPU, moved asynchronously.
 
-Legend: B images, N patches, M target blocks of Kt patches, U rows per image for its targets, T rows of all contexts.
+Legend: B images, N patches, M target blocks of Kt patches, U rows per image for its targets.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from jepa.config.schema import Config
 from jepa.data.masks import Masks, sample_masks, thin
+from jepa.ranks.device import to_device
 from jepa.ranks.distributed import Ranks
 
-from .attention import Sequences, to_device
-
-ROUNDING = 128  # packed rows are padded to a multiple of 1/128 of the batch's patches
-
-
-class Ragged(NamedTuple):
-    """The packed contexts of B images, each at its own length, neither cut nor repeated.
-
-    On a GPU padding is added as one more image, so that T takes few values and the allocator reuses memory: it costs at
-    most 1/128 of the batch's patches (and one more image's targets in the predictor). With `mask.token_budget` it fills
-    the budget, and T is constant. Padding attends only to itself and reaches no loss, so it has no gradient.
-    S is B, or B + 1 with the padding.
-    """
-
-    patch_T: Tensor
-    """int64, each row's patch, numbered over all images: image * N + patch."""
-    contexts: Sequences
-    """S sequences of context rows."""
-    joined: Sequences
-    """M * S sequences [context, target block], block-major."""
-    targets: Sequences
-    """M * S sequences of Kt mask tokens."""
-    order_R: Tensor
-    """int64 [T + S * Kt]: the position of each row of a block's joined sequences in [all contexts, all targets]."""
-    back_R: Tensor
-    """int64, its inverse."""
-
-    def to(self, device: torch.device) -> "Ragged":
-        patch, order, back = (to_device(x, device) for x in (self.patch_T, self.order_R, self.back_R))
-        contexts, joined, targets = (x.to(device) for x in (self.contexts, self.joined, self.targets))
-        return Ragged(patch, contexts, joined, targets, order, back)
+from .packed import ROUNDING, Ragged, pack
 
 
 class Tokens(NamedTuple):
@@ -112,34 +82,3 @@ def target_rows(target_MBK: Tensor, N: int) -> tuple[Tensor, Tensor, int]:
     place = torch.where(needed.bool(), needed.cumsum(1) - 1, count + (1 - needed).cumsum(1) - 1)
     order = torch.empty_like(place).scatter_(1, place, torch.arange(N).expand(B, N))
     return order, place.gather(1, flat).view(B, M, Kt).transpose(0, 1).contiguous(), int(count.max())
-
-
-def pack(context_T: Tensor, lengths_B: Tensor, target_MBK: Tensor, N: int, unit: int = 0) -> Ragged:
-    """The layout of one packed context mask: concatenated int64 patches, and how many of them each image has.
-
-    `unit`: add at least one row of padding, up to a multiple of this; 0: no padding.
-    """
-    M, B, Kt = target_MBK.shape
-    patch = context_T + N * torch.arange(B).repeat_interleave(lengths_B)
-    lengths = lengths_B
-    if unit:
-        missing = unit - len(patch) % unit
-        patch, lengths = F.pad(patch, (0, missing)), F.pad(lengths, (0, 1), value=missing)
-    S, T = len(lengths), len(patch)
-    image = torch.arange(S)
-    at_context = torch.arange(T) + Kt * image.repeat_interleave(lengths)
-    at_target = (lengths.cumsum(0) + Kt * image)[:, None] + torch.arange(Kt)
-    back = torch.cat([at_context, at_target.flatten()])
-    order = torch.empty_like(back).scatter_(0, back, torch.arange(len(back)))
-    return Ragged(
-        patch,
-        _sequences(lengths),
-        _sequences((lengths + Kt).repeat(M)),
-        _sequences(torch.full((M * S,), Kt)),
-        order,
-        back,
-    )
-
-
-def _sequences(lengths: Tensor) -> Sequences:
-    return Sequences(F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()))

@@ -1,8 +1,7 @@
-"""The vision transformers of I-JEPA (arXiv 2301.08243): the encoder and the narrow predictor.
+"""The vision transformer of I-JEPA (arXiv 2301.08243): its blocks, and the encoder.
 
-Legend: B images, N patches, K kept patches (Kc of the context, Kt of a target block), M target blocks, D encoder
-width, Dp predictor width, T rows of all contexts if these are packed. Parameter names are those of the published
-checkpoints. Images stay uint8 until `patchify`, which writes only the patches that are kept.
+Legend: B images, N patches, K kept patches, D width, T rows of all contexts if these are packed. Parameter names are
+those of the published checkpoints. Images stay uint8 until `patchify`, which writes only the patches that are kept.
 
 What no loss reads is not computed, without changing results: a block's queries and MLP run only on its `rows`.
 Everything between the matrix products (residual + norm, bias + GELU) is left to torch.compile, one block at a time
@@ -18,16 +17,16 @@ import torch._inductor.config
 import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from jepa.config.schema import Config
-from jepa_kernels import gather_tokens, patchify, predictor_tokens
+from jepa_kernels import gather_tokens, patchify
 
-from .attention import Sequences, attend, attend_packed
-from .layout import Ragged
+from .attention import attend
+from .packed import Ragged, Sequences, attend_packed
 
 LAYER_NORM_EPS = 1e-6
+
 INIT_STD = 0.02
 
 
@@ -113,20 +112,6 @@ class Block(nn.Module):
             (q,), (k, v) = attn.heads(asking, 1), attn.heads(asked, 2)
         x = (x if rows is None else rows) + attn(q, k, v, queries, keys)
         return x + self.mlp(self.norm2(x))
-
-
-class _Reorder(torch.autograd.Function):
-    """y[:, i] = x[:, order[i]] for a permutation; `back` is its inverse, so that the backward is a gather too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x.index_select(1, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return dy.index_select(1, *ctx.saved_tensors), None, None
 
 
 class PatchProjection(nn.Module):
@@ -236,69 +221,6 @@ class VisionTransformer(nn.Module):
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
-class Predictor(nn.Module):
-    """Predicts the M target blocks from the context, each in its own sequence [context, mask tokens].
-
-    forward: context [B, Kc, D], its indices [B, Kc], the targets' [M, B, Kt] -> [M * B, Kt, D], rows m * B + b;
-    or packed contexts, [T, D] and their layout, in place of the first two.
-    """
-
-    def __init__(
-        self,
-        side: int,
-        embed_dim: int,
-        predictor_embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-    ) -> None:
-        super().__init__()
-        self.checkpointing, self.skip_unread = False, True
-        self.predictor_embed = nn.Linear(embed_dim, predictor_embed_dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, predictor_embed_dim))
-        self.predictor_pos_embed: Tensor
-        self.register_buffer("predictor_pos_embed", sincos_positions(predictor_embed_dim, side)[None])
-        self.predictor_blocks = nn.ModuleList([Block(predictor_embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
-        self.predictor_norm = nn.LayerNorm(predictor_embed_dim, eps=LAYER_NORM_EPS)
-        self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim)
-        self.apply(init_weights)
-        nn.init.normal_(self.mask_token, std=INIT_STD)
-
-    def forward(self, context: Tensor, index: Tensor | Ragged, target_MBK: Tensor) -> Tensor:
-        z, (M, B, _), ragged = self.predictor_embed(context), target_MBK.shape, None
-        if isinstance(index, Ragged):
-            ragged = index
-            x = self._packed_tokens(z, ragged, target_MBK)
-        else:
-            x = predictor_tokens(z, index, target_MBK, self.predictor_pos_embed[0], self.mask_token.flatten())
-
-        def targets(x: Tensor) -> Tensor:
-            if ragged is None:
-                return x[:, z.shape[1] :]
-            apart = _Reorder.apply(x.unflatten(0, (M, -1)), ragged.back_R, ragged.order_R)
-            return apart[:, z.shape[0] :].flatten(0, 1)
-
-        joined, asking = (ragged.joined, ragged.targets) if ragged else (None, None)
-        blocks = list(self.predictor_blocks)
-        last = blocks.pop() if self.skip_unread else None
-        for block in blocks:
-            x = run(block, self.checkpointing, x, None, joined, joined)
-        x = run(last, self.checkpointing, x, targets(x), asking, joined) if last else targets(x)
-        if ragged:  # drops the padding image, if any
-            x = x.view(M, -1, target_MBK.shape[2], x.shape[-1])[:, :B].flatten(0, 1)
-        return self.predictor_proj(self.predictor_norm(x))
-
-    def _packed_tokens(self, z_TD: Tensor, ragged: Ragged, target_MBK: Tensor) -> Tensor:
-        """The sequences [context, mask tokens], block-major: [M * (T + S * Kt), Dp]."""
-        pos, (M, B, _) = self.predictor_pos_embed[0].to(z_TD.dtype), target_MBK.shape
-        images = ragged.contexts.offsets.shape[0] - 1
-        context = z_TD + pos[ragged.patch_T % pos.shape[0]]
-        filled = F.pad(target_MBK, (0, 0, 0, images - B))
-        target = (self.mask_token + pos[filled.flatten(1)]).to(z_TD.dtype)
-        both = torch.cat([context.expand(M, *context.shape), target], 1)
-        return _Reorder.apply(both, ragged.order_R, ragged.back_R).flatten(0, 1)
-
-
 def run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
     """The block's output; with `checkpointing`, only its inputs are saved for the backward."""
     if checkpointing and torch.is_grad_enabled():
@@ -343,16 +265,4 @@ def build_encoder(config: Config) -> VisionTransformer:
         mlp_ratio=size.mlp_ratio,
         mean=config.data.mean,
         std=config.data.std,
-    )
-
-
-def build_predictor(config: Config) -> Predictor:
-    """The predictor of a config, freshly initialised, in fp32 on the default device."""
-    size = config.predictor
-    return Predictor(
-        side=config.grid,
-        embed_dim=config.vit.embed_dim,
-        predictor_embed_dim=size.embed_dim,
-        depth=size.depth,
-        num_heads=size.num_heads,
     )

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 DRIVERS = "builds for CUDA 12 need driver 525 or newer, builds for CUDA 13 need 580"
 CPU = "ask for the CPU: engine.device=cpu, or --device cpu where a program has that option"
@@ -77,3 +78,10 @@ def _reason() -> str:
         said = " ".join(str(error).split()).rstrip(".")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     return said if hidden is None else f"{said} (CUDA_VISIBLE_DEVICES={hidden!r})"
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copies through pinned memory, without waiting for a GPU. (`to` would first copy a strided tensor out of it.)"""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from jepa.config.schema import Config
 from jepa.ranks.lock import Lock
-from jepa.train.zero import Flat, flats, refresh_training_weights
 
 from . import manifest
+from .partitions import Flat, flats, refresh_training_weights
 from .restore import (
     KINDS,
     NAMES,

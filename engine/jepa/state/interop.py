@@ -26,7 +26,8 @@ from torch import Tensor
 
 from jepa.config.file import parse_config
 from jepa.config.schema import Config
-from jepa.model.vit import LAYER_NORM_EPS, VisionTransformer, build_encoder, build_predictor, sincos_positions
+from jepa.model.predictor import build_predictor
+from jepa.model.vit import LAYER_NORM_EPS, VisionTransformer, build_encoder, sincos_positions
 
 from .restore import CheckpointError, Reader, read_state, verify
 

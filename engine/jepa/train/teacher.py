@@ -16,8 +16,7 @@ from torch import Tensor
 
 from jepa.model.fp8 import Encoder
 from jepa.model.vit import VisionTransformer
-
-from .zero import Flat, flats
+from jepa.state.partitions import Flat, flats
 
 PREFIX = "encoder."
 

@@ -1,0 +1,109 @@
+"""Ends a run before its last step, on request: by a signal or a time limit.
+
+Exit codes of engine/train.py, besides 0 (finished), 1 (an error, with a message) and 2 (an invalid command line):
+
+    75   stopped on request with everything saved: start it again with --resume. EX_TEMPFAIL of sysexits.h, "try again
+         later", so that a job script can tell it from an error and requeue
+    69   another rank was lost (EX_UNAVAILABLE): saved checkpoints are intact (jepa.ranks.watchdog)
+
+`deepspeed` passes the code on; torchrun turns every nonzero code into 1.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+from .distributed import Ranks, launchers
+
+STOPPED, RANK_LOST = os.EX_TEMPFAIL, os.EX_UNAVAILABLE
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+RELAYED = 2.0  # seconds within which a second signal counts as the first, relayed by a launcher
+
+PULSE = 1.0  # seconds between two heartbeats, at most
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 or the time limit, on any rank, stops all ranks after the same step.
+
+        with StopRequest(ranks, max_minutes) as stop:
+            for step in ...:
+                stop.ask()
+                ...
+                if stop.agreed():
+                    save and leave
+
+    `ask` starts an all-reduce of one number between the ranks' CPUs and `agreed` takes the result: it overlaps with the
+    step and waits for no GPU. A second signal ends the process at once, even inside a collective: signals are read by a
+    thread, not by Python's handlers, which wait for the main thread. A launcher that is gone counts as a signal too,
+    because `deepspeed` relays none.
+    """
+
+    def __init__(self, ranks: Ranks, max_minutes: float | None = None) -> None:
+        self.group, self.rank = ranks.cpu_group, ranks.rank
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        self.reason, self.stopping = "", False
+        self._signalled: float | None = None
+        self._launchers = launchers()
+
+    def __enter__(self) -> "StopRequest":
+        self._inbox, outbox = socket.socketpair()
+        self._inbox.settimeout(PULSE)
+        outbox.setblocking(False)
+        self._outbox = outbox
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="jepa-signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():  # a launcher may relay a request late
+            signal.signal(number, signal.SIG_IGN if self.stopping else handler)
+        self._outbox.close()  # ends the thread
+
+    def ask(self) -> None:
+        if not self.reason and time.monotonic() > self.deadline:
+            self.reason = "--max-minutes"
+        self._flag = torch.tensor([bool(self.reason)], dtype=torch.uint8)
+        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+    def agreed(self) -> bool:
+        """Whether any rank had been asked to stop when the step began; the same on all ranks."""
+        self._work.wait()
+        self.stopping = bool(self._flag)
+        return self.stopping
+
+    def _listen(self) -> None:
+        with self._inbox:
+            while True:
+                try:
+                    numbers = self._inbox.recv(64)
+                except TimeoutError:
+                    if self._signalled is None and launchers() != self._launchers:
+                        self._hear("the launcher is gone", signal.SIGTERM)
+                    continue
+                if not numbers:
+                    return
+                for number in (signal.Signals(n) for n in numbers if n in SIGNALS):
+                    self._hear(number.name, number)
+
+    def _hear(self, what: str, number: int) -> None:
+        now = time.monotonic()
+        if self._signalled is None:
+            self._signalled, self.reason = now, what
+            say(self.rank, f"{what}: saving after the next step; a second signal ends at once")
+        elif now - self._signalled > RELAYED:
+            say(self.rank, f"{what} again: ending without saving")
+            os._exit(128 + number)
+
+
+def say(rank: int, message: str) -> None:
+    print(f"engine/train.py, rank {rank}: {message}", file=sys.stderr, flush=True)
