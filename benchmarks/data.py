@@ -31,8 +31,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 from machine import provenance
 from PIL import Image
 
-from jepa.data.decode import Decoder
-from jepa.data.loader import Loader, random_boxes
+from jepa.data.augment import View, random_boxes
+from jepa.data.decode import Crops, Decoder
+from jepa.data.loader import Loader
 from jepa.data.sources import open_images
 from jepa.ranks.device import choose
 
@@ -132,7 +133,7 @@ def imperative(works: list[Work], crop: int, threads: int, share: float | None =
 
     def make(work: Work) -> torch.Tensor:
         whole = (work.boxes * [0, 0, 1, 1]).astype(np.float32)
-        return decoder(work.encoded, crop, lambda sizes: (work.boxes, whole))
+        return decoder(work.encoded, [Crops(crop, lambda sizes: (work.boxes, whole))])[0]
 
     name = "imperative" if share is None else f"imperative, GPU {share:.0%} engine"
     return Line(name, threads, lambda: sum(len(make(work)) for work in works), lambda: make(works[0]).cpu().numpy())
@@ -179,8 +180,7 @@ def through_loader(args: argparse.Namespace, threads: int, device: torch.device)
     """The engine's loader: reads files and prefetches batches, on the device that trains."""
     loader = Loader(
         open_images(args.images),
-        crop_size=args.crop,
-        crop_scale=SCALE,
+        [View(args.crop, SCALE)],
         batch_size=args.batch,
         num_workers=threads,
         device=device,

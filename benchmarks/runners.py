@@ -55,7 +55,7 @@ class Synthetic:
 
     def batches(self, step: int) -> Batches:
         for micro in range(self.accumulation):
-            yield step, micro, Batch(self.images(step, micro), [])
+            yield step, micro, Batch([self.images(step, micro)], [])
 
 
 class Step(NamedTuple):

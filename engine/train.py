@@ -56,9 +56,7 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
         SyntheticImages(data.synthetic, data.crop_size, config.engine.seed)
         if data.synthetic
         else open_images(data.folder),
-        crop_size=data.crop_size,
-        crop_scale=data.crop_scale,
-        horizontal_flip=data.use_horizontal_flip,
+        config.method.views(config),
         batch_size=micro_batch,
         accumulation=accumulation,
         seed=config.engine.seed,

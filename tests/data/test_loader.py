@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,13 @@ import torch
 from PIL import Image
 
 from jepa.data import sources
-from jepa.data.decode import Decoder
-from jepa.data.loader import CROP, ORDER, WORDS, Batch, Loader, _random_words, eval_batches, random_boxes
+from jepa.data.augment import CROP_WORDS, View, random_boxes
+from jepa.data.decode import Crops, Decoder
+from jepa.data.loader import CROP, ORDER, Batch, Loader, _random_words, eval_batches
 from jepa.data.sources import open_images
+
+VIEW = View(16, (0.3, 1.0))
+FLIPPED = replace(VIEW, flip=0.5)
 
 rng = np.random.default_rng()
 
@@ -55,7 +60,7 @@ def fill(folder: Path, number: int, size: tuple[int, int] = (40, 48), start: int
 
 
 def loader(path: Path, **options: object) -> Loader:
-    return Loader(open_images(path), **{"crop_size": 16, "batch_size": 4, "num_workers": 2} | options)  # type: ignore[arg-type]
+    return Loader(open_images(path), **{"views": [VIEW], "batch_size": 4, "num_workers": 2} | options)  # type: ignore[arg-type]
 
 
 # --- crops
@@ -98,7 +103,7 @@ def test_boxes_are_torchvisions():
 def test_distribution_of_the_keyed_crops(size):
     """The loader's random numbers give the same distribution of crops as independent ones."""
     n, scale, seed = 6000, (0.3, 1.0), random.getrandbits(64)
-    words = _random_words(seed, CROP, random.getrandbits(40), 240 * WORDS, n * WORDS)
+    words = _random_words(seed, CROP, random.getrandbits(40), 240 * CROP_WORDS, n * CROP_WORDS)
     ours = random_boxes(np.tile(size, (n, 1)), (words >> 11).reshape(n, -1) * 2.0**-53, scale)
     theirs = np.array([torchvision_box(random.random, *size, scale) for _ in range(n)])
     for column in range(4):
@@ -113,8 +118,8 @@ def test_neighbours_share_no_random_number():
     streams = [(CROP, 5), (CROP, 6), (ORDER, 5), (ORDER, 6)]
     words = [_random_words(seed, stream, index, 0, 4096) for stream, index in streams]
     assert len(np.unique(np.concatenate(words))) == 4 * 4096
-    part = _random_words(seed, CROP, 5, 10 * WORDS, 2 * WORDS)
-    assert np.array_equal(part, words[0][10 * WORDS : 12 * WORDS])
+    part = _random_words(seed, CROP, 5, 10 * CROP_WORDS, 2 * CROP_WORDS)
+    assert np.array_equal(part, words[0][10 * CROP_WORDS : 12 * CROP_WORDS])
 
 
 # --- pixels
@@ -166,14 +171,14 @@ def test_every_format_becomes_the_rgb_that_pillow_sees(name):
     height, width, side = 97, 83, 41
     file = FORMATS[name](picture(height, width))
     top, left = random.randint(0, height - side), random.randint(0, width - side)
-    image = Decoder("cpu", "cpu", 2)([file], side, part((top, left, side, side)))
+    image = Decoder("cpu", "cpu", 2)([file], [Crops(side, part((top, left, side, side)))])[0]
     expected = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))[top : top + side, left : left + side]
     assert np.array_equal(image[0].numpy(), expected), (top, left)
 
 
 def test_sixteen_bits_keep_their_upper_eight():
     grey = rng.integers(0, 65536, (50, 50)).astype(np.uint16)
-    image = Decoder("cpu", "cpu", 1)([encoded(Image.fromarray(grey), "PNG")], 50, part((0, 0, 50, 50)))
+    image = Decoder("cpu", "cpu", 1)([encoded(Image.fromarray(grey), "PNG")], [Crops(50, part((0, 0, 50, 50)))])[0]
     expected = np.repeat(grey[:, :, None] / 257, 3, axis=2)  # 65535 -> 255
     assert np.abs(image[0].numpy() - expected).max() <= 1
 
@@ -199,7 +204,7 @@ def test_crop_and_resize_are_pillows(side):
         height, width = rng.integers(np.array(size) // 4, size)
         top, left = random.randint(0, size[0] - height), random.randint(0, size[1] - width)
         for file in (encoded(picture(*size), "JPEG", quality=90), encoded(picture(*size), "PNG")):
-            ours = Decoder("cpu", "cpu", 2)([file], side, part((top, left, height, width)))[0].numpy()
+            ours = Decoder("cpu", "cpu", 2)([file], [Crops(side, part((top, left, height, width)))])[0][0].numpy()
             image = Image.open(io.BytesIO(file)).crop((left, top, left + width, top + height))
             assert_like_pillow(ours, np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)))
 
@@ -247,13 +252,13 @@ def test_an_epoch_shows_each_image_once_and_epochs_differ(tmp_path):
 def test_a_step_can_be_made_again_and_does_not_depend_on_ranks_or_accumulation(tmp_path):
     fill(tmp_path, 20)
     seed, step = random.getrandbits(63), random.randrange(100)
-    one = loader(tmp_path, batch_size=8, seed=seed, horizontal_flip=True)
+    one = loader(tmp_path, batch_size=8, seed=seed, views=[FLIPPED])
     whole = one.batch(step)
     assert torch.equal(one.batch(step + 1).images, one.batch(step + 1).images)
     assert torch.equal(one.batch(step).images, whole.images)
-    ranks = [loader(tmp_path, seed=seed, horizontal_flip=True, world_size=2, rank=r).batch(step) for r in (0, 1)]
+    ranks = [loader(tmp_path, seed=seed, views=[FLIPPED], world_size=2, rank=r).batch(step) for r in (0, 1)]
     assert torch.equal(torch.cat([r.images for r in ranks]), whole.images)
-    parts = loader(tmp_path, seed=seed, horizontal_flip=True, accumulation=2, num_workers=1)
+    parts = loader(tmp_path, seed=seed, views=[FLIPPED], accumulation=2, num_workers=1)
     assert torch.equal(torch.cat([parts.batch(step, m).images for m in (0, 1)]), whole.images)
     assert [f for m in (0, 1) for f in parts.batch(step, m).files] == whole.files
     assert not torch.equal(loader(tmp_path, batch_size=8, seed=seed + 1).batch(step).images, whole.images)
@@ -261,7 +266,7 @@ def test_a_step_can_be_made_again_and_does_not_depend_on_ranks_or_accumulation(t
 
 def test_half_of_the_images_are_mirrored_and_otherwise_equal(tmp_path):
     fill(tmp_path, 64, size=(20, 20))
-    plain, flipped = (loader(tmp_path, batch_size=64, horizontal_flip=f).batch(3).images for f in (False, True))
+    plain, flipped = (loader(tmp_path, batch_size=64, views=[view]).batch(3).images for view in (VIEW, FLIPPED))
     same = (plain == flipped).flatten(1).all(1)
     mirrored = (plain.flip(2) == flipped).flatten(1).all(1)
     assert (same ^ mirrored).all()
@@ -285,7 +290,7 @@ def test_bad_files_are_named_once_counted_and_replaced(tmp_path, caplog):
     source = open_images(tmp_path)
     paths[1].unlink()  # vanished after indexing
     bad = {str(path) for path in [*paths[::5], paths[1]]}
-    made = Loader(source, crop_size=16, batch_size=8, num_workers=2, seed=random.getrandbits(63))
+    made = Loader(source, [VIEW], batch_size=8, num_workers=2, seed=random.getrandbits(63))
     for step in range(15):
         batch, wanted = made.batch(step), made._order(step // 5)[8 * (step % 5) :][:8]
         assert not bad & set(batch.files)
@@ -351,7 +356,7 @@ def test_files_that_are_bad_for_some_crops_only_do_not_let_history_into_a_batch(
         path.write_bytes(content[: int(len(content) * 0.6)])
 
     def made(steps: list[int]) -> dict[int, Batch]:
-        some = loader(tmp_path, crop_scale=(0.02, 0.1), max_bad_fraction=1.0, seed=seed)
+        some = loader(tmp_path, views=[View(16, (0.02, 0.1))], max_bad_fraction=1.0, seed=seed)
         batches = {step: some.batch(step) for step in steps}
         assert {some.source.name(i) for i in some.bad} & {f for b in batches.values() for f in b.files}
         return batches
@@ -433,8 +438,9 @@ def test_stopping_early_ends_the_threads(tmp_path):
 def test_the_interpreter_exits_with_batches_under_way(tmp_path):
     fill(tmp_path, 20)
     script = (
-        "from jepa.data.loader import Loader\nfrom jepa.data.sources import open_images\n"
-        f"made = Loader(open_images({str(tmp_path)!r}), crop_size=16, batch_size=4, num_workers=2)\n"
+        "from jepa.data.augment import View\nfrom jepa.data.loader import Loader\n"
+        "from jepa.data.sources import open_images\n"
+        f"made = Loader(open_images({str(tmp_path)!r}), [View(16, (0.3, 1.0))], batch_size=4, num_workers=2)\n"
         "iterator = made.batches()\n"
         "next(iterator)\n"
     )

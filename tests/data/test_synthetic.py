@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from jepa.data.augment import View
 from jepa.data.loader import Loader
 from jepa.data.synthetic import FAR, NEAR, RADIUS, SHAPES, SyntheticImages, draw, noise, write
+
+VIEW = View(12, (0.3, 1.0))
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
@@ -94,8 +97,8 @@ def test_synthetic_images_are_repeated_and_batched_like_files_on_any_number_of_r
     assert len(source) == source.fingerprint["images"] == 600 == len({source.name(i) for i in range(600)})
     assert np.array_equal(source.read(5), source.read(5 + 256)) and not np.array_equal(source.read(5), source.read(6))
     seed, step = random.getrandbits(63), random.randrange(100)
-    whole = Loader(source, crop_size=12, batch_size=8, seed=seed).batch(step)
+    whole = Loader(source, [VIEW], batch_size=8, seed=seed).batch(step)
     assert np.array_equal(whole.images, [source.read(int(name.rpartition("/")[2])) for name in whole.files])
-    ranks = [Loader(source, crop_size=12, batch_size=4, seed=seed, rank=r, world_size=2).batch(step) for r in (0, 1)]
+    ranks = [Loader(source, [VIEW], batch_size=4, seed=seed, rank=r, world_size=2).batch(step) for r in (0, 1)]
     assert torch.equal(torch.cat([part.images for part in ranks]), whole.images) and whole.images.dtype == torch.uint8
     assert [name for part in ranks for name in part.files] == whole.files

@@ -172,7 +172,7 @@ def steps(stage: int) -> list[str]:
         zero.schedule(engine, numbers)
         torch.manual_seed(10 * step + rank)
         images = [torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8) for _ in range(2)]
-        batches = iter([(step, micro, Batch(x, [])) for micro, x in enumerate(images)])
+        batches = iter([(step, micro, Batch([x], [])) for micro, x in enumerate(images)])
         done = jepa.train.step.take_step(config, ranks, engine, teacher, batches, step)
         if not done.applied or len(seen) != step + 1:
             wrong.append(f"step {step}: applied {bool(done.applied)}, {len(seen)} refreshes since the start")

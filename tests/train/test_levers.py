@@ -238,7 +238,7 @@ def whole_steps(stage: int, bf16: bool, clip: str) -> list[str]:
     with Reads() as reads:
         for step in range(3):
             zero.schedule(engine, table.next())
-            batches = iter([(step, 0, Batch(images(4), []))])
+            batches = iter([(step, 0, Batch([images(4)], []))])
             table.count(jepa.train.step.take_step(config, ranks, engine, teacher, batches, step).applied)
     # These do not read values on a GPU.
     return [where for where in reads.found if not re.search("in (check_index|_check_options)", where)]

@@ -30,9 +30,6 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
         if size.embed_dim % size.num_heads:
             yield heads, f"the number of heads, {size.num_heads}, must divide {width} {size.embed_dim}"
 
-    for key in ("use_color_distortion", "use_gaussian_blur", "color_jitter_strength"):
-        if getattr(c.data, key):
-            yield f"data.{key}", "must be off: colour augmentation is not supported, and I-JEPA uses none"
     if c.meta.copy_data:
         yield "meta.copy_data", "must be false: copy the images yourself and give data.root_path=<the copy>"
     if c.data.root_path is None and not c.data.synthetic:

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from jepa.data.augment import View
 from jepa.data.masks import MaskSpec
 
 from .conflicts import conflicts, show
@@ -68,6 +69,7 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Scale = Annotated[Number, Field(gt=0, le=1)]
+Strength = Annotated[Number, Field(ge=0, le=2.5)]  # a fifth of it is the largest shift of hue, at most half a turn
 Momentum = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, BeforeValidator(_integer), Field(ge=0, lt=2**31)]
 Natural = Annotated[int, BeforeValidator(_integer), Field(ge=1, lt=2**31)]
@@ -146,15 +148,32 @@ class Data(_Section):
     crop_scale: ScaleRange = (0.3, 1.0)  # area of the random crop, as a fraction of the image's
     mean: Means = (0.485, 0.456, 0.406)
     std: Deviations = (0.229, 0.224, 0.225)
-    use_horizontal_flip: bool = False
-    use_color_distortion: bool = False
-    use_gaussian_blur: bool = False
-    color_jitter_strength: NonNegative = 0.0
+    use_horizontal_flip: bool = False  # of half of the images
+    use_color_distortion: bool = False  # jitter of 80 % of the images, greyscale of 20 %
+    use_gaussian_blur: bool = False  # of half of the images
+    color_jitter_strength: Strength = 0.0  # of the jitter; no effect unless use_color_distortion
     decoder: Literal["auto", "cpu", "gpu"] = "auto"  # auto: the GPU if there is one, unless engine.deterministic
     num_workers: Natural = 10  # decoding threads
     prefetch: Natural = 2  # micro-batches to prepare ahead
     pin_mem: bool = True  # no effect; in the published configs
     max_bad_fraction: Share = 0.01  # stop if more of the images seen, and at least 10, cannot be decoded
+
+    @property
+    def view(self) -> View:
+        """The view of an image that these keys describe, with the published I-JEPA code's strengths and probabilities.
+
+        Order and strengths are those of SimCLR (arXiv 2002.05709, appendix A).
+        """
+        strength = self.color_jitter_strength if self.use_color_distortion else 0.0
+        return View(
+            self.crop_size,
+            self.crop_scale,
+            flip=0.5 if self.use_horizontal_flip else 0.0,
+            jitter=(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength),
+            jitter_probability=0.8,
+            grey=0.2 if self.use_color_distortion else 0.0,
+            blur=0.5 if self.use_gaussian_blur else 0.0,
+        )
 
     @property
     def folder(self) -> Path:
@@ -411,7 +430,8 @@ class Config(_Section):
 
     def recipe(self) -> dict[str, Any]:
         """What else determines what a step computes, defaults resolved, except for the optimizer's settings."""
-        data = ("crop_size", "crop_scale", "mean", "std", "use_horizontal_flip")
+        colour = ("use_color_distortion", "use_gaussian_blur", "color_jitter_strength")
+        data = ("crop_size", "crop_scale", "mean", "std", "use_horizontal_flip", *colour)
         masked = self.method.masked
         sections = {
             "data": {key: self[f"data.{key}"] for key in data},

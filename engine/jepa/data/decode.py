@@ -10,13 +10,29 @@ So there pixels may depend on the batch: `Config.decoder` is the CPU for runs th
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Frame = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+from .augment import Colour, recolour
+
+
+class Crops(NamedTuple):
+    """One crop or more of each of B images, all of one size: N = B times their number, the first of every image first.
+
+    `frame` maps the images' heights and widths, int64 [B, 2], to the boxes to cut out, int32 [N, 4], and the part of
+    each box to show, float32 [N, 4]; pixels outside the box do not bleed in. Boxes are (top, left, height, width) in
+    pixels. `flip`: int32 [N], 1 for a horizontal flip. `colour`: what happens to colours afterwards.
+    """
+
+    size: int
+    frame: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    flip: np.ndarray | None = None
+    colour: Colour | None = None
 
 
 def dali() -> Any:
@@ -45,25 +61,40 @@ class _Delivery:
         self.threads = max(1, min(threads, len(os.sched_getaffinity(0))))
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def _deliver(self, take: Callable[[], Tensor]) -> Tensor:
-        """What `take` returns, on the device; from a GPU a copy, as DALI reuses its own memory without notice."""
-        if self._stream is None:
-            return take()
-        with torch.cuda.stream(self._stream):
+    def _deliver(self, take: Callable[[], Tensor], colour: Colour | None = None) -> Tensor:
+        """What `take` returns, on the device and recoloured there; from a GPU a copy, as DALI reuses its own memory
+        without notice."""
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             images = take()
-            images = images.clone() if images.is_cuda else images.pin_memory().to(self.device, non_blocking=True)
-        self._stream.synchronize()  # blocks this thread, not the training step's stream
+            if self._stream:
+                images = images.clone() if images.is_cuda else images.pin_memory().to(self.device, non_blocking=True)
+            if colour:
+                recolour(images, colour)
+        if self._stream:
+            self._stream.synchronize()  # blocks this thread, not the training step's stream
         return images
+
+
+def _nearest(images: Sequence[np.ndarray], box_N4: np.ndarray, size: int) -> Tensor:
+    """The boxes of the images, resized to the nearest pixel: uint8 [N, size, size, 3]."""
+    at_N2S = box_N4[:, :2, None] + (box_N4[:, 2:, None] * (np.arange(size) + 0.5) / size).astype(np.int64)
+    rows_N, columns_N = at_N2S.transpose(1, 0, 2)
+    pixels = [images[i % len(images)][rows_N[i]][:, columns_N[i]] for i in range(len(box_N4))]
+    return torch.from_numpy(np.stack(pixels))
 
 
 class Stack(_Delivery):
     """Delivers images that are pixels already, uint8 [size, size, 3] (jepa.data.synthetic.SyntheticImages).
 
-    Called like a Decoder, but neither crops nor flips.
+    Called like a Decoder, but the first crop of an image is the whole of it, others are resized to the nearest pixel,
+    and nothing is flipped or recoloured.
     """
 
-    def __call__(self, images: Sequence[np.ndarray], size: int, frame: Frame, flip: np.ndarray | None = None) -> Tensor:
-        return self._deliver(lambda: torch.from_numpy(np.stack(images)))
+    def __call__(self, images: Sequence[np.ndarray], wanted: Sequence[Crops]) -> list[Tensor]:
+        sizes = np.array([image.shape[:2] for image in images])
+        boxes = [crops.frame(sizes)[0] for crops in wanted]
+        boxes[0][: len(images)] = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
+        return [self._deliver(partial(_nearest, images, box, of.size)) for box, of in zip(boxes, wanted, strict=True)]
 
     def raise_unless_bad(self, error: OSError | RuntimeError, read: Callable[[], list[np.ndarray]]) -> None:
         """Re-raises `error`: no image is bad."""
@@ -99,39 +130,48 @@ class Decoder(_Delivery):
             with ndd.Device("cpu"):
                 self._context = ndd.EvalContext(num_threads=self.threads)
 
-    def __call__(
-        self, encoded: Sequence[np.ndarray], size: int, frame: Frame, flip: np.ndarray | None = None
-    ) -> Tensor:
-        """Decodes B images and resizes a part of each, antialiased bilinear: uint8 [B, size, size, 3].
+    def __call__(self, encoded: Sequence[np.ndarray], wanted: Sequence[Crops]) -> list[Tensor]:
+        """Decodes B images and resizes parts of each, antialiased bilinear: uint8 [N, size, size, 3] for each `wanted`.
 
-        `frame` maps their heights and widths, int64 [B, 2], to the box of each to decode, int32 [B, 4], and the
-        part of that box to show, float32 [B, 4]; pixels outside the box do not bleed in. Boxes are (top, left, height,
-        width) in pixels. `flip`: int32 [B], 1 for a horizontal flip. Raises RuntimeError if any image cannot be
-        decoded.
+        An image is decoded once, as far as all its boxes need. Raises RuntimeError if any image cannot be decoded.
         """
         ndd = self._ndd
         with self._lock, ndd.EvalMode.sync_cpu, self._context:
             batch = ndd.as_batch(list(encoded))
             sizes = ndd.as_tensor(ndd.peek_image_shape(batch, adjust_orientation=False))
-            box_B4, view_B4 = frame(np.asarray(sizes)[:, :2])
+            frames = [crops.frame(np.asarray(sizes)[:, :2]) for crops in wanted]
+            boxes_CB4 = np.concatenate([box_N4 for box_N4, _ in frames]).reshape(-1, len(encoded), 4)
+            start_B2 = boxes_CB4[..., :2].min(axis=0)
             pixels = ndd.decoders.image_slice(
                 batch,
-                start=ndd.as_batch(box_B4[:, :2].copy()),
-                shape=ndd.as_batch(box_B4[:, 2:].copy()),
+                start=ndd.as_batch(start_B2),
+                shape=ndd.as_batch((boxes_CB4[..., :2] + boxes_CB4[..., 2:]).max(axis=0) - start_B2),
                 axes=[0, 1],
                 adjust_orientation=False,
                 **self.options,
             )
-            pixels = ndd.resize(
-                pixels,
-                size=[size, size],
-                roi_start=ndd.as_batch(view_B4[:, :2].copy()),
-                roi_end=ndd.as_batch(view_B4[:, :2] + view_B4[:, 2:]),
-                antialias=True,
-            )
-            if flip is not None:
-                pixels = ndd.flip(pixels, horizontal=ndd.as_batch(flip))
-            return self._deliver(ndd.as_tensor(pixels).torch)
+            made = []
+            for crops, (box_N4, view_N4) in zip(wanted, frames, strict=True):
+                part = pixels
+                if len(boxes_CB4) > 1:
+                    number = len(box_N4) // len(encoded)
+                    part = ndd.slice(
+                        ndd.as_batch(list(pixels.tensors) * number),
+                        start=ndd.as_batch(box_N4[:, :2] - np.tile(start_B2, (number, 1))),
+                        shape=ndd.as_batch(box_N4[:, 2:].copy()),
+                        axes=[0, 1],
+                    )
+                part = ndd.resize(
+                    part,
+                    size=[crops.size, crops.size],
+                    roi_start=ndd.as_batch(view_N4[:, :2].copy()),
+                    roi_end=ndd.as_batch(view_N4[:, :2] + view_N4[:, 2:]),
+                    antialias=True,
+                )
+                if crops.flip is not None:
+                    part = ndd.flip(part, horizontal=ndd.as_batch(crops.flip))
+                made.append(self._deliver(ndd.as_tensor(part).torch, crops.colour))
+            return made
 
     def raise_unless_bad(self, error: OSError | RuntimeError, read: Callable[[], list[np.ndarray]]) -> None:
         """Re-raises `error` if it is the GPU's fault: the CPU can decode the image."""

@@ -1,16 +1,14 @@
-"""The input pipeline: shuffling, random crops, and batches of them made ahead of the step that needs them.
+"""The input pipeline: shuffling, views of images, and batches of them made ahead of the step that needs them.
 
-Order and crops come from counter-based random numbers (Philox) keyed by (seed, epoch) and (seed, step), indexed
-by an image's position in the global batch. So which images and crops a batch has depends neither on earlier batches nor
-on the number of ranks: any step's batch can be reproduced alone, and resuming needs only the step number. On when the
-pixels of a crop depend on its batch, see jepa.data.decode.
+Order and views come from counter-based random numbers (Philox) keyed by (seed, epoch) and (seed, step), indexed by the
+view and an image's position in the global batch. So which images and views a batch has depends neither on earlier
+batches nor on the number of ranks: any step's batch can be reproduced alone, and resuming needs only the step number.
+On when the pixels of a crop depend on its batch, see jepa.data.decode.
 
-Legend: B images per micro-batch, W ranks, G = B * accumulation * W images per step, S crop size. Boxes are
-(top, left, height, width) in pixels.
+Legend: B images per micro-batch, V views of each, S pixels a side. Boxes are (top, left, height, width) in pixels.
 """
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decode import Decoder, Stack
+from .augment import COLOUR_WORDS, CROP_WORDS, FLIP, View, random_boxes, random_colour
+from .decode import Crops, Decoder, Stack
 from .sources import ImageSource
 from .synthetic import SyntheticImages
 
-ORDER, CROP = 1, 2  # streams of random numbers
-WORDS = 24  # random numbers per image: 10 areas, 10 ratios, top, left, flip, and one unused
-TRIES, TOP, LEFT, FLIP = 10, 20, 21, 22
-RATIO = (3 / 4, 4 / 3)
+ORDER, CROP, COLOUR = 1, 2, 4  # streams of random numbers; jepa.data.masks has 3
 ENOUGH_BAD = 10  # bad files before their fraction is judged
 
 logger = logging.getLogger(__name__)
@@ -39,47 +35,22 @@ T = TypeVar("T")
 
 
 class Batch(NamedTuple):
-    """`images`: uint8 [B, S, S, 3], RGB, on the loader's device. `files`: their names. `replaced`: how many of them
-    replace a file that cannot be used."""
+    """`views`: one uint8 [B, S, S, 3] per view, RGB, on the loader's device. `files`: the images' names. `replaced`:
+    how many of them replace a file that cannot be used."""
 
-    images: Tensor
+    views: list[Tensor]
     files: list[str]
     replaced: int = 0
 
     @property
-    def views(self) -> list[Tensor]:
-        return [self.images]
+    def images(self) -> Tensor:
+        """The first view."""
+        return self.views[0]
 
 
-def _random_words(seed: int, stream: int, index: int, first: int, number: int) -> np.ndarray:
+def _random_words(seed: int, stream: int, index: int, first: int, number: int, view: int = 0) -> np.ndarray:
     """The uint64 words [first, first + number) of a stream. Each counter gives 4: `first` is a multiple of that."""
-    return np.random.Philox(key=[seed, index], counter=[first // 4, 0, 0, stream]).random_raw(number)
-
-
-def random_boxes(sizes_B2: np.ndarray, uniform_BK: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
-    """The boxes of torchvision's RandomResizedCrop for B images, int32 [B, 4].
-
-    `sizes_B2`: heights and widths. `uniform_BK`: at least 22 random numbers in [0, 1) per image. `scale`: the
-    smallest and largest fraction of the image's area. Ten areas and aspect ratios (log-uniform in 3/4 .. 4/3) are
-    drawn, and the first pair that fits is placed at random. If none fits, the box is the largest centred one with
-    a ratio in that range.
-    """
-    height_B1, width_B1 = sizes_B2[:, :1].astype(np.float64), sizes_B2[:, 1:].astype(np.float64)
-    area = height_B1 * width_B1 * (scale[0] + (scale[1] - scale[0]) * uniform_BK[:, :TRIES])
-    low, high = math.log(RATIO[0]), math.log(RATIO[1])
-    ratio = np.exp(low + (high - low) * uniform_BK[:, TRIES : 2 * TRIES])
-    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (w > 0) & (w <= width_B1) & (h > 0) & (h <= height_B1)
-
-    row, first, height, width = np.arange(len(fits)), fits.argmax(axis=1), height_B1[:, 0], width_B1[:, 0]
-    h, w = h[row, first], w[row, first]
-    top = np.floor(uniform_BK[:, TOP] * (height - h + 1))
-    left = np.floor(uniform_BK[:, LEFT] * (width - w + 1))
-    placed = np.stack([top, left, h, w], axis=1)
-
-    h, w = np.minimum(height, np.rint(width / RATIO[0])), np.minimum(width, np.rint(height * RATIO[1]))
-    centred = np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
-    return np.where(fits.any(axis=1, keepdims=True), placed, centred).astype(np.int32)
+    return np.random.Philox(key=[seed, index], counter=[first // 4, 0, view, stream]).random_raw(number)
 
 
 def centre_views(sizes_B2: np.ndarray, crop: int, resize: int) -> np.ndarray:
@@ -90,10 +61,11 @@ def centre_views(sizes_B2: np.ndarray, crop: int, resize: int) -> np.ndarray:
     return np.concatenate([start_B2 * scale_B2, crop * scale_B2], axis=1).astype(np.float32)
 
 
-def _use_here(images: Tensor) -> None:
+def _use_here(views: Sequence[Tensor]) -> None:
     """Tells torch's allocator that work on this thread's stream may still read them when they are freed."""
-    if images.is_cuda:
-        images.record_stream(torch.cuda.current_stream(images.device))
+    for images in views:
+        if images.is_cuda:
+            images.record_stream(torch.cuda.current_stream(images.device))
 
 
 class _Reader:
@@ -144,27 +116,38 @@ def _reason(error: OSError | RuntimeError) -> str:
     return f"damaged or not an image; DALI: {error}".rstrip(" :\n")
 
 
+def _crops(view: View, uniform_BnK: np.ndarray) -> Crops:
+    """n views of each of B images."""
+    number = uniform_BnK.shape[1]
+    uniform_NK = uniform_BnK.swapaxes(0, 1).reshape(-1, uniform_BnK.shape[2])
+
+    def frame(sizes_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        box_N4 = random_boxes(np.tile(sizes_B2, (number, 1)), uniform_NK, view.scale)
+        return box_N4, (box_N4 * [0, 0, 1, 1]).astype(np.float32)
+
+    flip_N = (uniform_NK[:, FLIP] < view.flip).astype(np.int32) if view.flip else None
+    return Crops(view.size, frame, flip_N, random_colour(view, uniform_NK[:, CROP_WORDS:]) if view.colours else None)
+
+
 class Loader:
-    """The batches of one rank of a training run: random crops of image files, or synthetic images as they are.
+    """The batches of one rank of a training run: views of image files, or of synthetic images (Stack).
 
-    `crop_size` S; `crop_scale`: smallest and largest fraction of an image's area in a crop; `batch_size`: B, per
-    micro-batch of this rank; `accumulation`: micro-batches per step; `seed` >= 0; `decoder`, `num_workers`
-    (threads): see Decoder; `prefetch`: micro-batches to prepare ahead; `max_bad_fraction`: of the files seen.
+    `views`: how each view of an image is made, one or more; `batch_size`: B, per micro-batch of this rank;
+    `accumulation`: micro-batches per step; `seed` >= 0; `decoder`, `num_workers` (threads): see Decoder; `prefetch`:
+    micro-batches to prepare ahead; `max_bad_fraction`: of the files seen.
 
-    A file that cannot be read or decoded is named once, counted, and replaced by the next good one in the
-    epoch's order. This is decided anew for every crop, regardless of earlier failures (half of a truncated file
+    A file that cannot be read or decoded is named once, counted, and replaced in all views by the next good one in the
+    epoch's order. This is decided anew for every step, regardless of earlier failures (half of a truncated file
     may decode), so that a replayed batch has the same images.
-    Raises ValueError if the source has fewer images than a step needs, and like Decoder.
+    Raises ValueError if there is no view or the source has fewer images than a step needs, and like Decoder.
     """
 
     def __init__(
         self,
         source: ImageSource | SyntheticImages,
+        views: Sequence[View],
         *,
-        crop_size: int,
         batch_size: int,
-        crop_scale: tuple[float, float] = (0.3, 1.0),
-        horizontal_flip: bool = False,
         accumulation: int = 1,
         seed: int = 0,
         rank: int = 0,
@@ -175,13 +158,14 @@ class Loader:
         prefetch: int = 2,
         max_bad_fraction: float = 0.01,
     ) -> None:
-        self.source = source
-        self.crop_size, self.crop_scale, self.horizontal_flip = crop_size, crop_scale, horizontal_flip
+        self.source, self.views = source, list(views)
         self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
         self.rank, self.world_size = rank, world_size
         self.prefetch, self.max_bad_fraction = prefetch, max_bad_fraction
         self.global_batch_size = batch_size * accumulation * world_size
         self.steps_per_epoch = len(source) // self.global_batch_size
+        if not self.views:
+            raise ValueError("views: given none; wanted one View or more")
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"data: {source.path} has {len(source)} images, fewer than the {self.global_batch_size} of a "
@@ -205,25 +189,24 @@ class Loader:
         epoch, place = divmod(step, self.steps_per_epoch)
         order = self._order(epoch)
         first = (micro * self.world_size + self.rank) * self.batch_size
-        words = _random_words(self.seed, CROP, step, first * WORDS, self.batch_size * WORDS)
-        uniform_BK = (words >> 11).reshape(-1, WORDS) * 2.0**-53
+        uniform_BVK = self._uniform(step, first)
         start = place * self.global_batch_size + first
         slots = range(start, start + self.batch_size)
         wanted = [int(i) for i in order[start : start + self.batch_size]]
         self._seen[wanted] = True
         # Images known to be bad are tried separately, so that the others are decoded only once.
         picks = [
-            self._first_good(order, slot, uniform_K) if index in self.bad else index
-            for index, slot, uniform_K in zip(wanted, slots, uniform_BK, strict=True)
+            self._first_good(order, slot, uniform_VK) if index in self.bad else index
+            for index, slot, uniform_VK in zip(wanted, slots, uniform_BVK, strict=True)
         ]
         try:
-            images = self._crops(picks, uniform_BK)
+            views = self._make(picks, uniform_BVK)
         except (OSError, RuntimeError):
-            picks = [self._first_good(order, slot, u_K) for slot, u_K in zip(slots, uniform_BK, strict=True)]
-            images = self._crops(picks, uniform_BK)
-        _use_here(images)
+            picks = [self._first_good(order, slot, u_VK) for slot, u_VK in zip(slots, uniform_BVK, strict=True)]
+            views = self._make(picks, uniform_BVK)
+        _use_here(views)
         replaced = sum(pick != index for pick, index in zip(picks, wanted, strict=True))
-        return Batch(images, [self.source.name(i) for i in picks], replaced)
+        return Batch(views, [self.source.name(i) for i in picks], replaced)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, Batch]]:
         """Yields (step, micro-batch, Batch) from step `start` up to, not including, `stop` (None: forever), prefetched.
@@ -234,7 +217,7 @@ class Loader:
         places = ((step, micro) for step in steps for micro in range(self.accumulation))
         for (step, micro), batch, waited in _ahead(self.batch, places, self.prefetch, self._decode.device):
             self.wait_seconds += waited
-            _use_here(batch.images)
+            _use_here(batch.views)
             yield step, micro, batch
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -245,21 +228,35 @@ class Loader:
             self._epoch_order = epoch, order
         return order
 
-    def _crops(self, indices: Sequence[int], uniform_BK: np.ndarray) -> Tensor:
-        def frame(sizes_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            box_B4 = random_boxes(sizes_B2, uniform_BK, self.crop_scale)
-            return box_B4, (box_B4 * [0, 0, 1, 1]).astype(np.float32)
+    def _uniform(self, step: int, first: int) -> np.ndarray:
+        """Random numbers in [0, 1) for a micro-batch whose first image is `first` of the step: [B, V, words]."""
 
-        flip = (uniform_BK[:, FLIP] < 0.5).astype(np.int32) if self.horizontal_flip else None
-        return self._decode(self._read(indices), self.crop_size, frame, flip)
+        def of(view: int) -> np.ndarray:
+            parts = [
+                _random_words(self.seed, stream, step, first * number, self.batch_size * number, view)
+                for stream, number in ((CROP, CROP_WORDS), (COLOUR, COLOUR_WORDS))
+            ]
+            return np.concatenate([(words >> 11).reshape(self.batch_size, -1) for words in parts], axis=1) * 2.0**-53
 
-    def _first_good(self, order: np.ndarray, slot: int, uniform_K: np.ndarray) -> int:
-        """The first image from `slot` on in the epoch's order for which this crop can be decoded."""
+        return np.stack([of(view) for view in range(len(self.views))], axis=1)
+
+    def _make(self, indices: Sequence[int], uniform_BVK: np.ndarray) -> list[Tensor]:
+        """The views of these images, equal ones in one call."""
+        wanted = {
+            view: _crops(view, uniform_BVK[:, [v for v, other in enumerate(self.views) if other == view]])
+            for view in self.views
+        }
+        made = self._decode(self._read(indices), list(wanted.values()))
+        rest = {view: iter(images.split(len(indices))) for view, images in zip(wanted, made, strict=True)}
+        return [next(rest[view]) for view in self.views]
+
+    def _first_good(self, order: np.ndarray, slot: int, uniform_VK: np.ndarray) -> int:
+        """The first image from `slot` on in the epoch's order of which these views can be decoded."""
         for place in range(slot, slot + len(order)):
             index = int(order[place % len(order)])
             self._seen[index] = True
             try:
-                self._crops([index], uniform_K[None])
+                self._make([index], uniform_VK[None])
                 return index
             except (OSError, RuntimeError) as error:
                 self._decode.raise_unless_bad(error, lambda: self._read([index]))  # noqa: B023 (called at once)
@@ -312,7 +309,7 @@ def eval_batches(
 
     def is_good(index: int) -> bool:
         try:
-            decode(read([index]), crop_size, frame)
+            decode(read([index]), [Crops(crop_size, frame)])
             return True
         except (OSError, RuntimeError) as error:
             decode.raise_unless_bad(error, lambda: read([index]))
@@ -321,14 +318,14 @@ def eval_batches(
 
     def load(chunk: list[int]) -> tuple[list[int], Tensor | None]:
         try:
-            return chunk, decode(read(chunk), crop_size, frame)
+            return chunk, decode(read(chunk), [Crops(crop_size, frame)])[0]
         except (OSError, RuntimeError):
             good = [index for index in chunk if is_good(index)]
-            return good, decode(read(good), crop_size, frame) if good else None
+            return good, decode(read(good), [Crops(crop_size, frame)])[0] if good else None
 
     wanted = list(range(len(source))) if indices is None else [int(i) for i in indices]
     chunks = ((wanted[i : i + batch_size],) for i in range(0, len(wanted), batch_size))
     for _, (good, images), _ in _ahead(load, chunks, 2, decode.device):
         if images is not None:
-            _use_here(images)
+            _use_here([images])
             yield images, good

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa.config.schema import Config, Loss
+from jepa.data.augment import View
 from jepa.model.cost import Held, Kept
 from jepa.model.layout import Layout, Place
 from jepa.model.vit import VisionTransformer
@@ -60,6 +61,11 @@ class Method(nn.Module):
     def couples_images(cls, config: Config) -> bool:
         """Whether the loss has statistics over the images of a micro-batch of all ranks."""
         return False
+
+    @classmethod
+    def views(cls, config: Config) -> list[View]:
+        """How the loader makes the views of an image."""
+        return [config.data.view]
 
     @classmethod
     def layout(cls, config: Config, place: Place, device: torch.device, whole: bool = False) -> Layout | None:
