@@ -31,7 +31,8 @@ from jepa.ranks.distributed import Ranks
 from jepa.ranks.interrupt import StopRequest, Watchdog
 from jepa.ranks.lock import Lock
 from jepa.state import checkpoint
-from jepa.state.restore import CheckpointError, Reader
+from jepa.state.initial import start_from
+from jepa.state.restore import CheckpointError, Reader, kinds_in
 from jepa.train import zero
 from jepa.train.metrics import RunLog, collapse_warning, health
 from jepa.train.replay import replay, start_of_replay
@@ -104,7 +105,9 @@ def train(
     watchdog.at(None, "loading the checkpoint")
     saver = checkpoint.Saver(config, engine, loader.steps_per_epoch, loader.source.fingerprint, lock)
     progress = saver.resume(args.resume, args.accept_changes) if args.resume else saver.begin()
-    if progress.applied:
+    if config.meta.init_from and saver.newest is None:  # nothing was resumed
+        start_from(config, engine)
+    if engine.basic_optimizer.state:
         teacher.refresh()
 
     log = RunLog(config, progress.step, last_step, loader.steps_per_epoch, global_batch, ranks.device)
@@ -177,7 +180,7 @@ def replay_step(config: Config, args: argparse.Namespace, ranks: Ranks, loader: 
     elif progress.step < step:
         engine, teacher = start_model(config, ranks.device)
         checkpoint.load(path, state, engine)
-        if progress.applied:
+        if engine.basic_optimizer.state:
             teacher.refresh()
         schedules = Schedules(config, loader.steps_per_epoch)
         table = ScheduleTable(schedules, progress.applied, step - progress.step, zero.schedule_device(engine))
@@ -190,7 +193,7 @@ def replay_step(config: Config, args: argparse.Namespace, ranks: Ranks, loader: 
         head += f", advanced by {step - state['step']} steps"
         read = partial(checkpoint.gathered, engine)
     watchdog.at(step, "replaying")
-    replay(config, ranks, loader, step, read, progress.applied > 0, head)
+    replay(config, ranks, loader, step, read, progress.applied > 0 or "ema" in kinds_in(state), head)
 
 
 def due(taken: int, every: int) -> bool:
@@ -298,7 +301,7 @@ def main() -> int:
             print(report(config, args.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
         if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
-            args.resume = config.meta.read_checkpoint or "latest"
+            args.resume = config.resumed
         return run(config, args)
     except (CheckpointError, Diverged, distributed.NotMet, ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")
