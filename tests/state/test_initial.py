@@ -319,7 +319,8 @@ def test_what_does_not_fit_is_one_clear_error(what: str, tmp_path: Path) -> None
 # --- into the engine
 
 
-CASES = [*itertools.product((0, 1, 2, 3), ("fp32", "bf16"), ("adamw_ema", "torch"))]
+CASES = [(*case, "adamw_ema") for case in itertools.product((0, 1, 2, 3), ("fp32", "bf16"))]
+CASES += [(stage, precision, "torch") for stage, precision in enumerate(("bf16", "fp32", "bf16", "fp32"))]
 MOMENTUM = 0.75
 
 
@@ -519,6 +520,9 @@ def test_what_timm_saves_computes_the_same(tmp_path: Path) -> None:
 # --- recipes, by engine/train.py
 
 
+STILL = ("optimization.lr=0", "optimization.start_lr=0", "optimization.final_lr=0", "optimization.ema=[0.5, 0.5]")
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     return write_config(tmp_path / "config.yaml", tmp_path / "no images")
@@ -580,9 +584,8 @@ def test_cjepa_on_top_of_a_trained_ijepa(config: Path, tmp_path: Path) -> None:
 def test_an_official_file_goes_on_at_another_crop_size(config: Path, tmp_path: Path) -> None:
     wanted, steps = model(), 3
     path = write_official(tmp_path / "IN1K-vit.pth.tar", wanted._asdict())
-    still = ("optimization.lr=0", "optimization.start_lr=0", "optimization.final_lr=0", "optimization.ema=[0.5, 0.5]")
     words = ("--config", config, f"meta.init_from={path}", "data.crop_size=48", f"engine.max_steps={steps}")
-    told = train(1, tmp_path / "still", *words, *still)
+    told = train(1, tmp_path / "still", *words, *STILL)
     assert "in the published code's layout: encoder and target encoder each from its own" in told
     assert "positions computed for 12 x 12 patches, it was trained on 8 x 8" in told
     found = tensors_of(tmp_path / "still/jepa-latest")
@@ -596,6 +599,28 @@ def test_an_official_file_goes_on_at_another_crop_size(config: Path, tmp_path: P
     train(2, tmp_path / "moving", *words)
     losses = [row["loss"] for row in rows(tmp_path / "moving")]
     assert len(losses) == steps and all(np.isfinite(losses))
+
+
+def nothing_is_finite(rank: int) -> None:
+    import train
+
+    train.poison = lambda loss: loss * float("nan")
+
+
+def test_the_average_outlives_steps_that_were_all_skipped(config: Path, tmp_path: Path) -> None:
+    wanted, folder = model(), tmp_path / "run"
+    path = write_official(tmp_path / "x.pth.tar", wanted._asdict())
+    words = ("--config", config, "data.synthetic=80", "loss.objective=ijepa")
+    done = start(1, folder, *words, f"meta.init_from={path}", "engine.max_steps=1", fault=nothing_is_finite)
+    assert done.wait() == [0] and "step 0 skipped" in done.text()
+    train(1, folder, *words, "--resume", "engine.max_steps=2", *STILL)
+    found = tensors_of(folder / "jepa-latest")["ema"]
+    for name, value in wanted.target_encoder.items():
+        average = (value.double() + wanted.encoder[name].double()) / 2
+        torch.testing.assert_close(found[f"encoder.{name}"].double(), average, rtol=1e-6, atol=1e-6)
+    said = train(1, tmp_path / "replay", *words, "--replay-step", 1, "--resume", folder / "jepa-step00000001")
+    loss = float(re.search(r"rank 0: total (\S+)", said)[1])  # type: ignore[index]
+    assert rows(folder)[-1]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_file_that_does_not_fit_stops_the_run_with_one_line(config: Path, tmp_path: Path) -> None:
