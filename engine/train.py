@@ -21,6 +21,7 @@ from jepa.ranks.lock import Lock
 from jepa.ranks.stop import RANK_LOST, STOPPED, StopRequest
 from jepa.ranks.watchdog import Watchdog
 from jepa.state.checkpoint import Saver
+from jepa.state.initial import start_from
 from jepa.state.restore import CheckpointError
 from jepa.train import zero
 from jepa.train.health import examine
@@ -93,7 +94,9 @@ def train(
     watchdog.at(None, "loading the checkpoint")
     saver = Saver(config, engine, loader.steps_per_epoch, loader.source.fingerprint, lock)
     progress = saver.resume(args.resume, args.accept_changes) if args.resume else saver.begin()
-    if teacher is not None and progress.applied:
+    if config.meta.init_from and saver.newest is None:  # nothing was resumed
+        start_from(config, engine)
+    if teacher is not None and engine.basic_optimizer.state:
         teacher.refresh()
 
     log = RunLog(config, progress.step, last_step, loader.steps_per_epoch, global_batch, ranks.device)
@@ -192,7 +195,7 @@ def main() -> int:
             print(report(config, args.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
         if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
-            args.resume = config.meta.read_checkpoint or "latest"
+            args.resume = config.resumed
         return run(config, args)
     except (CheckpointError, Diverged, distributed.NotMet, ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")

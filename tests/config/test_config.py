@@ -512,3 +512,12 @@ def test_deterministic_runs_decode_where_pixels_do_not_depend_on_the_batch() -> 
         assert parse_config(small(), [f"data.decoder={decoder}"]).decoder == decoder
         if decoder != "gpu":
             assert parse_config(small(), [f"data.decoder={decoder}", "engine.deterministic=true"]).decoder == "cpu"
+
+
+def test_the_checkpoint_to_read_is_a_path_or_a_name_in_the_runs_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/x")
+    for name, wanted in {
+        None: "latest", "jepa-ep3": "runs/x/jepa-ep3", "./jepa-ep3": "jepa-ep3", "/runs/y/jepa-ep3": "/runs/y/jepa-ep3",
+        "other/jepa-ep3": "other/jepa-ep3", "~/jepa-ep3": "/home/x/jepa-ep3", "auto": "auto",
+    }.items():  # fmt: skip
+        assert parse_config(small(meta__read_checkpoint=name)).resumed == wanted, name

@@ -133,7 +133,9 @@ class Meta(_Section):
     pred_num_heads: Natural | None = None  # null: as many as the encoder
     use_bfloat16: bool = True  # the published key; engine.precision, if given, wins
     load_checkpoint: bool = False  # resume, like --resume
-    read_checkpoint: Text | None = None  # the checkpoint to resume from; null: the newest
+    read_checkpoint: Text | None = None  # what to resume: a path, or a name in logging.folder; null: the newest
+    init_from: Text | None = None  # weights to start a new run from: our checkpoint or export, a published .pth.tar, a
+    # Hugging Face folder or a timm state dict (jepa.state.foreign)
     copy_data: bool = False
 
 
@@ -341,6 +343,14 @@ class Config(_Section):
     @property
     def predictor(self) -> Size:
         return Size(self.meta.pred_emb_dim, self.meta.pred_depth, self.meta.pred_num_heads or self.vit.num_heads)
+
+    @property
+    def resumed(self) -> str:
+        """The checkpoint that meta.load_checkpoint resumes from. As in the published code, a bare name is one in
+        logging.folder."""
+        name = self.meta.read_checkpoint or "latest"
+        bare = Path(name).name == name and name not in ("latest", "auto")
+        return str(Path(self.logging.folder, name) if bare else Path(name).expanduser())
 
     @property
     def grid(self) -> int:

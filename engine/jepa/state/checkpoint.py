@@ -39,6 +39,7 @@ from .restore import (
     candidates,
     entries,
     find_whole,
+    kinds_in,
     on_all,
     on_first,
     refuse_change,
@@ -231,6 +232,7 @@ class Saver:
         return {
             "format": manifest.FORMAT,
             **asdict(progress),
+            "moments": all(flat.weight in self.engine.basic_optimizer.state for flat in flats(self.engine)),
             "steps_per_epoch": self.steps_per_epoch,
             "fingerprint": self.config.fingerprint(dist.get_world_size()) | self.images,
             "config": self.config.model_dump(mode="json"),
@@ -289,13 +291,13 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
     `state` is its state.json; the caller has verified the files and that they hold this model.
     """
     progress = Progress.of(state)
-    optimizer, reader = engine.basic_optimizer, Reader(path, state)
+    optimizer, reader, begun = engine.basic_optimizer, Reader(path, state), "ema" in kinds_in(state)
     for flat in flats(engine):
         kept = {kind: torch.zeros_like(flat.weight) for kind in KINDS[1:] if kind != "ema" or flat.group["ema"]}
-        if progress.applied:
+        if begun:
             counter = torch.tensor(float(progress.applied), device=flat.weight.device)
             optimizer.state[flat.weight] = {"step": counter, **kept}
-        for kind, target in {"weight": flat.weight.data, **(kept if progress.applied else {})}.items():
+        for kind, target in {"weight": flat.weight.data, **(kept if begun else {})}.items():
             for piece in flat.pieces:
                 for start, values in reader.read(kind, piece.name, piece.start, piece.length):
                     place = piece.offset + start - piece.start

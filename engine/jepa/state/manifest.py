@@ -49,6 +49,7 @@ class State(_Checked):
     applied: Number
     samples: Number
     skipped: Number
+    moments: bool = False  # whether there are moments and an average though no step was applied (jepa.state.initial)
     steps_per_epoch: Natural
     fingerprint: Annotated[dict[Label, Number | Label], Field(max_length=20)]  # `Config.fingerprint`
     config: dict[str, Any]  # `parse_config` checks it

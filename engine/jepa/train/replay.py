@@ -42,7 +42,7 @@ def replay(
     engine, teacher = start_model(config, ranks.device)
     refuse_change(path, state, config, shapes_of(engine.module), loader.source.fingerprint, accept_changes)
     progress = checkpoint.load(path, state, engine)
-    if teacher is not None and progress.applied:
+    if teacher is not None and engine.basic_optimizer.state:
         teacher.refresh()
     head, first = f"step {step} with the weights in {path}, of step {progress.step}", min(progress.step, step)
     if progress.step > step:
