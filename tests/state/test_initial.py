@@ -28,7 +28,7 @@ from jepa.state.restore import CheckpointError
 from jepa.train import zero
 from jepa.train.teacher import Teacher
 from processes import rows, start, write_config
-from small import run_ranks, small_config, whole_weights
+from small import every_row, run_ranks, small_config, whole_weights
 from soak import log_of
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE, NARROW = 24, 2, 2, 4, 8, 16  # of small_config
@@ -379,7 +379,7 @@ def step_deviates(config: Config, engine: Any, teacher: Teacher, wanted: Model) 
     zero.schedule(engine, torch.tensor([0.01, 0.1, MOMENTUM], dtype=torch.float64))
     masks = sample_masks(config.mask_spec, seed=0, step=0, first=0, batch=4)
     images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
-    engine.backward(engine(images, masks.context, masks.target, teacher(images)).losses.total)
+    engine.backward(engine([images], every_row(masks.context, masks.target), teacher(images)).loss)
     if not zero.step(engine).applied:
         return ["the first step was skipped"]
     wrong, weights = [], whole_weights(engine)

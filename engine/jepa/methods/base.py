@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from jepa.config.schema import Config, Loss
 from jepa.data.augment import View
 from jepa.model.cost import Held, Kept
-from jepa.model.layout import Layout, Place
+from jepa.model.layout import Place
 from jepa.model.vit import VisionTransformer
 
 
@@ -44,8 +44,10 @@ class Method(nn.Module):
     """Names of the loss's terms, for the log."""
     averaged: ClassVar[tuple[str, ...]] = ()
     """Submodules whose moving average the teacher holds; none: there is no teacher, and no memory for one."""
+    undecayed: ClassVar[tuple[str, ...]] = ()
+    """Submodules whose learning rate is optimization.lr in every step."""
     masked: ClassVar[bool] = False
-    """Whether steps read masks, those of the section `mask`."""
+    """Whether steps read masks, those of the section `mask`; then `layout` is a jepa.model.layout.Layout."""
 
     encoder: VisionTransformer
 
@@ -68,9 +70,10 @@ class Method(nn.Module):
         return [config.data.view]
 
     @classmethod
-    def layout(cls, config: Config, place: Place, device: torch.device, whole: bool = False) -> Layout | None:
-        """Which rows of the micro-batch at `place` a step reads, on `device`. `whole`: the features that `Output` holds
-        are to be of whole images; training must not change by a bit."""
+    def layout(cls, config: Config, place: Place, device: torch.device, whole: bool = False) -> Any:
+        """What the micro-batch at `place` draws besides images, on `device`: for masked methods a Layout, the rows that
+        it reads. `whole`: the features that `Output` holds are to be of whole images; training must not change by a
+        bit."""
         return None
 
     @staticmethod
@@ -92,3 +95,28 @@ class Method(nn.Module):
     def activations(cls, config: Config, kept: Kept, size: int, ranks: int) -> Held:
         """Bytes that a micro-batch keeps for its backward; `size` of a value (jepa.model.cost)."""
         raise NotImplementedError
+
+
+def augmented(
+    config: Config,
+    *,
+    blur: float,
+    solarize: float = 0.0,
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
+    size: int | None = None,
+    scale: tuple[float, float] | None = None,
+) -> View:
+    """A view with the colour augmentation of joint-embedding methods (MoCo v2, BYOL, VICReg): `jitter` with probability
+    0.8, greyscale with 0.2, `blur` and `solarize` with theirs; and a flip. With data.use_color_distortion the jitter is
+    the config's. `size` in pixels and `scale`: the config's if not given."""
+    own = config.data.view
+    return View(
+        size or own.size,
+        scale or own.scale,
+        flip=0.5,
+        jitter=own.jitter if config.data.use_color_distortion else jitter,
+        jitter_probability=0.8,
+        grey=0.2,
+        blur=blur,
+        solarize=solarize,
+    )

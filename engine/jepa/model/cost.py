@@ -87,3 +87,20 @@ def mlp_bytes(widths: Sequence[int], rows: float, size: int) -> float:
     centred and normed rows, and the last output."""
     first, *between, last = widths
     return rows * (size * (first + 2 * sum(between)) + 4 * (2 * sum(between) + last))
+
+
+def views_held(config: Config, sizes: Sequence[int], mlps: Sequence[Sequence[int]], size: int) -> Held:
+    """Bytes that a micro-batch keeps of views with `sizes` pixels a side, whose mean features go through `mlps` (their
+    layers' output widths) one after another; also the images, and the gradients of the encoder's last block."""
+    B, D = config.data.batch_size, config.vit.embed_dim
+    tokens = B * sum((pixels // config.mask.patch_size) ** 2 for pixels in sizes)
+    encoder, behind = encoder_bytes(config, tokens, size), 0.0
+    width = D
+    for widths in mlps:
+        behind += mlp_bytes((width, *widths), B * len(sizes), size)
+        width = widths[-1]
+    first = float(size * tokens * (2 * D + hidden(config.vit)))
+    if config.engine.activation_checkpointing:  # the block at hand is computed again
+        first += tokens * block_bytes(config.vit, size)
+    images = B * 3 * sum(pixels**2 for pixels in sizes) * (1 + config.data.prefetch)
+    return Held(peak=encoder + max(behind, first) + images, encoder=encoder + first + images, features=images)

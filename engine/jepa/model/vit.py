@@ -25,14 +25,18 @@ LAYER_NORM_EPS = 1e-6
 INIT_STD = 0.02
 
 
-def sincos_positions(dim: int, side: int) -> Tensor:
+def sincos_positions(dim: int, side: int, span: int | None = None) -> Tensor:
     """Fixed 2-D sine-cosine position embeddings, fp32 [side * side, dim], in raster order.
 
     The first half of the width encodes the column, the second the row; each half is [sin | cos] of the coordinate
-    times omega_i = 10000 ** (-i / (dim / 4)).
+    times omega_i = 10000 ** (-i / (dim / 4)). Coordinates are 0 .. side - 1, or with `span` the centres of `side` cells
+    that share the area of 0 .. span - 1.
     """
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    places = torch.arange(side, dtype=torch.float64)
+    if span is not None:
+        places = (places + 0.5) * span / side - 0.5
+    angles = places[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)
@@ -165,6 +169,7 @@ class VisionTransformer(nn.Module):
         self.img_size = img_size
         self.embed_dim = embed_dim
         self.checkpointing = False
+        self.other_sizes: dict[int, Tensor] = {}  # further sizes of images, and the positions of their patches
         self.patch_embed = PatchEmbed(patch_size, embed_dim, mean, std)
         positions = sincos_positions(embed_dim, img_size // patch_size)
         self.pos_embed: Tensor
@@ -175,6 +180,10 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor, index: Tensor | Ragged | None = None) -> Tensor:
         S = self.img_size
+        if (size := images.shape[2]) in self.other_sizes and tuple(images.shape[1:]) == (size, size, 3):
+            x = self.patch_embed(images, None)
+            self.other_sizes[size] = self.other_sizes[size].to(x.device, x.dtype)
+            return x + self.other_sizes[size]
         if tuple(images.shape[1:]) not in ((S, S, 3), (3, S, S)):
             raise ValueError(
                 f"images: given {list(images.shape)}, wanted [B, {S}, {S}, 3] or [B, 3, {S}, {S}] (data.crop_size)"
@@ -186,6 +195,11 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images, index)
         pos_ND = self.pos_embed[0].to(x.dtype)  # DeepSpeed keeps buffers in fp32; cast N rows, not B * K
         return x + (pos_ND if index is None else pos_ND[index])
+
+    def allow(self, size: int) -> None:
+        """Also takes whole images [B, size, size, 3], as crops of the area that images of `img_size` show."""
+        own, patch = self.img_size // self.patch_embed.patch_size, self.patch_embed.patch_size
+        self.other_sizes[size] = sincos_positions(self.embed_dim, size // patch, own)
 
     def forward(self, images: Tensor, index: Tensor | Ragged | None = None, rows: Sequence[Tensor] = ()) -> Tensor:
         x, sequences = self.embed(images, index), index.contexts if isinstance(index, Ragged) else None

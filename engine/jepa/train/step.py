@@ -118,7 +118,7 @@ def take_step(
     assert outcome is not None  # the last micro-batch ended the step
     if teacher is not None:
         teacher.follow()
-    kept = layout.kept if layout is not None else (0, 0)
+    kept = layout.kept if method.masked else (0, 0)
     return Step(*outcome, losses, kept, output.features, files, replaced)
 
 

@@ -53,13 +53,19 @@ def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[s
     }
 
 
-def param_groups(model: Method) -> list[dict[str, Any]]:
-    """Separate groups for the submodules that have an EMA, and the rest; each split into parameters with and without
-    weight decay (biases and one-dimensional weights). The mask token, [1, 1, D], decays as in the published code."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+def param_groups(model: Method, lr: float) -> list[dict[str, Any]]:
+    """Separate groups for the submodules that have an EMA, those whose learning rate is always `lr`, and the rest; each
+    split into parameters with and without weight decay (biases and one-dimensional weights). The mask token, [1, 1, D],
+    decays as in the published code."""
+    groups: dict[tuple[bool, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups.setdefault((name.partition(".")[0] in model.averaged, parameter.ndim > 1), []).append(parameter)
-    return [{"params": params, "ema": ema, "decays": decays} for (ema, decays), params in groups.items()]
+        part = name.partition(".")[0]
+        key = part in model.averaged, parameter.ndim > 1, part not in model.undecayed
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": params, "ema": ema, "decays": decays, "rate": None if scheduled else lr}
+        for (ema, decays, scheduled), params in groups.items()
+    ]
 
 
 def start(model: Method, config: Config) -> Any:
@@ -71,7 +77,8 @@ def start(model: Method, config: Config) -> Any:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.utils.logger.setLevel(logging.ERROR)  # hides warnings about the custom optimizer and skipped steps
     # DeepSpeed may take a step with zero gradients to allocate memory: lr 0 makes it a no-op; state is cleared below.
-    optimizer: Any = make_optimizer(config, param_groups(model), next(model.parameters()).device)
+    groups, device = param_groups(model, config.optimization.lr), next(model.parameters()).device
+    optimizer: Any = make_optimizer(config, groups, device)
     settings = deepspeed_config(config, dist.get_world_size(), sum(p.numel() for p in model.parameters()))
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -150,7 +157,8 @@ def schedule(engine: Any, numbers: Tensor) -> None:
     optimizer = engine.basic_optimizer
     lr, weight_decay, momentum = numbers.unbind() if optimizer.reads_tensors else numbers.tolist()
     for group in optimizer.param_groups:
-        group |= {"lr": lr, "momentum": momentum, "weight_decay": weight_decay if group["decays"] else 0.0}
+        rate = lr if group["rate"] is None else group["rate"]
+        group |= {"lr": rate, "momentum": momentum, "weight_decay": weight_decay if group["decays"] else 0.0}
 
 
 def step(engine: Any, clip_grad: float | None = None) -> Outcome | None:
