@@ -37,8 +37,8 @@ def report(config: Config, world_size: int) -> str:
             _table("parameters (million)", 1e6, {**counts.parts, "total": counts.total}),
             _table("GFLOP per image", 1e9, flops | {"total": sum(flops.values())}),
             _table(
-                f"peak memory per rank (GiB), {ranks}, ZeRO {config.engine.zero_stage}, {config.precision}: "
-                + (f"in the mean step, and at the longest context, {longest.context:.0f} patches" if masked else ""),
+                f"peak memory per rank (GiB), {ranks}, ZeRO {config.engine.zero_stage}, {config.precision}"
+                + (f": in the mean step, and at the longest context, {longest.context:.0f} patches" if masked else ""),
                 2**30,
                 *(asdict(memory_per_rank(config, world_size, tokens)) for tokens in dict.fromkeys((mean, longest))),
             ),
