@@ -9,31 +9,28 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .style import BLUE, ORANGE, SCALE, STYLE, UNIT, write
+from .style import PALETTE, SCALE, STYLE, UNIT, write
 
 
 class Panel(NamedTuple):
     """Log keys drawn together, with the label of each line; a single line needs none.
 
-    `noisy`: drawn pale behind a running mean. `optional`: left out if all values are zero, as VICReg's are in I-JEPA.
+    `noisy`: drawn pale behind a running mean.
     """
 
     title: str
     lines: dict[str, str]
     noisy: bool = False
-    optional: bool = False
 
 
+LOSS = Panel("Loss", {"loss": ""}, noisy=True)  # then its terms, a panel for each
+FEATURES = {
+    "std": "Relative std of features",
+    "rank": "Effective rank of features",
+    "cov": "Correlation of features",
+}  # by the ends of their keys, which begin with the features' names (jepa.train.health)
 TIMES = Panel("Step time (ms)", {"step_ms": "all", "data_wait_ms": "waiting for images"}, noisy=True)
-
-PANELS = (
-    Panel("Loss", {"loss": "total", "jepa": "prediction"}, noisy=True),
-    Panel("VICReg: invariance", {"sim": ""}, noisy=True, optional=True),
-    Panel("VICReg: variance", {"std": ""}, noisy=True, optional=True),
-    Panel("VICReg: covariance", {"cov": ""}, noisy=True, optional=True),
-    Panel("Relative std of features", {"target_std": "target", "pred_std": "predicted"}),
-    Panel("Effective rank of features", {"target_rank": "target", "pred_rank": "predicted"}),
-    Panel("Correlation of features", {"target_cov": "target", "pred_cov": "predicted"}),
+OTHERS = (
     Panel("Teacher distance", {"teacher_distance": ""}),
     Panel("k-NN accuracy (%)", {"knn": ""}),
     Panel("Gradient norm", {"grad_norm": ""}, noisy=True),
@@ -46,6 +43,7 @@ PANELS = (
 )
 
 PERCENT = ("knn",)  # logged as a fraction
+UNDRAWN = ("step", "epoch", "bad_images", "skipped")
 
 
 def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
@@ -56,16 +54,8 @@ def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
     """
     rows = _read_log(Path(log_path))
     drawn = []
-    for panel in PANELS:
+    for panel in _panels(rows):
         series = {key: values for key in panel.lines if (values := _series(rows, key)) is not None}
-        if panel.optional and not any(values.any() for _, values in series.values()):
-            continue
-        if (
-            "jepa" in series
-            and "loss" in series
-            and np.array_equal(series["jepa"][1], series["loss"][1], equal_nan=True)
-        ):
-            del series["jepa"]  # I-JEPA has no other term
         if series:
             drawn.append((panel, series))
     if not drawn:
@@ -85,6 +75,27 @@ def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
             if place + columns >= len(drawn):
                 axes.set_xlabel("step")
         return write(figure, out_path)
+
+
+def _panels(rows: list[dict[str, Any]]) -> list[Panel]:
+    """The panels of a log. A method's terms are the keys that are nothing else; one that is always zero or the whole
+    loss has no panel."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    features = [
+        Panel(title, {key: key.removesuffix(f"_{kind}") for key in keys if key.endswith(f"_{kind}")})
+        for kind, title in FEATURES.items()
+    ]
+    taken = {key for panel in (LOSS, *features, *OTHERS) for key in panel.lines} | {*UNDRAWN}
+    terms = [
+        Panel(f"Loss: {key}", {key: ""}, noisy=True)
+        for key in keys
+        if key not in taken and any(_is_finite(row.get(key)) and row[key] not in (0, row.get("loss")) for row in rows)
+    ]
+    return [LOSS, *terms, *features, *OTHERS]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
@@ -111,7 +122,7 @@ def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _draw_panel(axes: Any, panel: Panel, series: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    for color, (key, name) in zip((BLUE, ORANGE), panel.lines.items(), strict=False):
+    for color, (key, name) in zip(PALETTE, panel.lines.items(), strict=False):
         if key not in series:
             continue
         steps, values = series[key]

@@ -115,7 +115,7 @@ class RunLog:
             "images_per_second": self.global_batch * len(steps) / sum(seconds),
             "step_ms": 1000 * sum(seconds) / len(steps),
             "data_wait_ms": 1000 * sum(waits) / len(steps),
-            "context_tokens": contexts[-1],
+            **({"context_tokens": contexts[-1]} if contexts[-1] else {}),
             "bad_images": bad_images,
             **{key: value for key, value in more.items() if value is not None},
         }
