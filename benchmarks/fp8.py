@@ -44,7 +44,7 @@ RUNS = [(arm, seed) for seed in range(3) for arm in ARMS]
 def train(config: str, data: Path, steps: int, folder: Path, seed: int, overrides: Sequence[str]) -> list[dict]:
     """Runs engine/train.py and returns its log: a row every `logging.log_freq` steps, each with their mean loss."""
     given = [f"logging.folder={folder}", f"data.root_path={data}", f"engine.max_steps={steps}", f"engine.seed={seed}"]
-    given += ["meta.use_bfloat16=true", "engine.device=cpu", *overrides]
+    given += ["engine.precision=bf16", "engine.device=cpu", *overrides]
     given += [f"eval.every={steps}", f"eval.train_path={data / 'train'}", f"eval.val_path={data / 'val'}"]
     command = [sys.executable, str(ROOT / "engine/train.py"), "--config", config, "--resume", "auto", *given]
     subprocess.run(command, check=True)

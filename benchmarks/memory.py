@@ -31,9 +31,10 @@ from torch import Tensor
 from jepa.config.file import load_config, parse_config
 from jepa.config.schema import Config
 from jepa.data.masks import sample_masks
+from jepa.model.layout import Layout
 from jepa.train import memory, zero
 from jepa.train.budget import longest_tokens
-from train import start_model
+from jepa.train.step import start_model
 
 LARGE = {"ViT-H/14": "in1k_vith14_ep300_ijepa", "ViT-g/16": "in22k_vitg16_ep44_ijepa"}
 CASES = [*itertools.product(range(4), ("fp32", "bf16"), (1, 2))]  # stage, precision, micro-batches accumulated
@@ -116,7 +117,7 @@ def peak(config: Config) -> int:
             masks = sample_masks(config.mask_spec, seed=0, step=step, first=0, batch=config.data.batch_size)
             images = torch.randint(0, 256, (config.data.batch_size, 32, 32, 3), dtype=torch.uint8)
             zero.schedule(engine, torch.tensor([1e-3, 0.1, 0.9], dtype=torch.float64))
-            loss = engine(images, masks.context, masks.target, teacher(images)).losses.total
+            loss = engine([images], Layout(masks.context, masks.target, (), masks.target, (0, 0)), teacher(images)).loss
             if step:
                 look()
             engine.backward(loss)

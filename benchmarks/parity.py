@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from jepa.config.file import parse_config
 from jepa.config.schema import ConfigError
-from jepa.methods.objective import JepaModel
+from jepa.methods import build
+from jepa.model.layout import Layout
 
 TOLERANCE = 1e-5
 
@@ -74,7 +75,7 @@ def compare(args: argparse.Namespace, contexts: int, seed: int) -> dict[str, flo
             "logging": {"folder": "-"},
         }
     )
-    ours = JepaModel(config)
+    ours = build(config)
     encoder = getattr(published, args.model)(img_size=[args.crop], patch_size=args.patch)
     teacher = getattr(published, args.model)(img_size=[args.crop], patch_size=args.patch)
     predictor = published.vit_predictor(
@@ -96,7 +97,7 @@ def compare(args: argparse.Namespace, contexts: int, seed: int) -> dict[str, flo
     goal = args.code.tensors.repeat_interleave_batch(normed, args.batch, repeat=contexts)
     theirs = F.smooth_l1_loss(predictor(encoder(pixels, context), context, target), goal)
     theirs.backward()
-    loss = ours(images, torch.stack(context), torch.stack(target), h).losses.total
+    loss = ours([images], Layout(torch.stack(context), torch.stack(target), (), torch.stack(target), (0, 0)), h).loss
     loss.backward()
 
     errors = {"loss": relative(loss, theirs)}

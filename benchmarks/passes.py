@@ -22,7 +22,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 import torch
 
 from jepa.model.attention import require
-from jepa.model.vit import Block, compile_blocks
+from jepa.model.execution import compile_blocks
+from jepa.model.vit import Block
 
 
 @dataclass(frozen=True)

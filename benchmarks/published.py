@@ -23,7 +23,7 @@ from machine import Clock
 from torch import Tensor, nn
 
 from jepa.config.schema import SIZES, Config, ConfigError
-from jepa.methods.objective import JepaModel
+from jepa.methods import DEFAULT, build
 from jepa.model.attention import attend, require
 
 MODULES = {
@@ -64,8 +64,8 @@ class Published:
     """Its model with our initial weights, its optimizer, and its step."""
 
     def __init__(self, path: Path, config: Config, device: torch.device, sdpa: bool, compiled: bool) -> None:
-        if config.loss.objective != "ijepa":
-            raise ConfigError(["loss.objective: the published code only has ijepa: set loss.objective=ijepa"])
+        if config.loss.objective != DEFAULT:
+            raise ConfigError([f"loss.objective: the published code only has {DEFAULT}: set loss.objective={DEFAULT}"])
         if config.vit != SIZES[config.meta.model_name] or config.predictor.num_heads != config.vit.num_heads:
             raise ConfigError(["meta: the published code only has the named sizes, the predictor with as many heads"])
         if config.mask.mode == "packed":
@@ -77,7 +77,7 @@ class Published:
                 config.meta.pred_emb_dim,
             )  # fmt: skip
             torch.manual_seed(config.engine.seed)
-            ours = JepaModel(config)
+            ours = build(config)
         encoder.load_state_dict(ours.encoder.state_dict())
         predictor.load_state_dict(ours.predictor.state_dict())
         target = copy.deepcopy(encoder)

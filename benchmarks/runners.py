@@ -21,16 +21,14 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
-import train
 from jepa.config.schema import Config
 from jepa.data.loader import Batch
 from jepa.data.synthetic import noise
-from jepa.methods.objective import JepaModel
-from jepa.model.layout import masks_of, target_rows
+from jepa.model.cost import Kept
+from jepa.model.layout import Place, masks_of, target_rows
 from jepa.ranks import distributed
 from jepa.train import zero
-from jepa.train.budget import Kept
-from train import start_model, take_step
+from jepa.train.step import start_model, take_step
 
 NUMBERS = (1e-4, 0.04, 0.996)  # lr, weight decay and momentum of every step
 WAITS = (
@@ -84,21 +82,6 @@ def graph_count() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@contextlib.contextmanager
-def drawn_on(device: torch.device) -> Iterator[None]:
-    """While open, models draw their initial weights on the device: a CPU takes ten seconds for a ViT-H/14's."""
-
-    def model(config: Config) -> JepaModel:
-        with device:
-            return JepaModel(config)
-
-    train.JepaModel = model  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        train.JepaModel = JepaModel  # type: ignore[misc]
-
-
 class Engine:
     """A contender: the engine as engine/train.py runs it, with some levers switched."""
 
@@ -106,8 +89,8 @@ class Engine:
         self.name, self.ranks, self.clock, self.times = name, ranks, Clock(ranks.device), Times()
         self.config = changed(config, levers)
         self.contexts = [lever.context for lever in levers if lever.context]
-        with drawn_on(ranks.device):
-            self.engine, self.teacher = start_model(self.config, ranks.device)
+        # Weights drawn on the device: a CPU takes ten seconds for a ViT-H/14's.
+        self.engine, self.teacher = start_model(self.config, ranks.device, drawn_on=ranks.device)
         self.numbers = torch.tensor(NUMBERS, dtype=torch.float64, device=zero.schedule_device(self.engine))
 
     def run(self, step: int, batches: Batches) -> tuple[Any, Any, Any]:
@@ -118,7 +101,7 @@ class Engine:
             start = self.clock.mark()
             zero.schedule(self.engine, self.numbers)
             done = take_step(self.config, self.ranks, self.engine, self.teacher, batches, step)
-            return start, self.clock.mark(), done.losses[-1].total.detach()
+            return start, self.clock.mark(), done.losses[-1][0]
 
     @contextlib.contextmanager
     def timing_parts(self) -> Iterator[None]:
@@ -173,7 +156,10 @@ class Reference:
 
     def run(self, step: int, batches: Batches) -> tuple[Any, Any, Any]:
         _, micro, batch = next(batches)
-        device, masks = self.ranks.device, masks_of(self.config, self.ranks, step, micro)
+        device, masks = (
+            self.ranks.device,
+            masks_of(self.config, Place(step, micro, self.ranks.rank, self.ranks.world_size)),
+        )
         context, target = ([*blocks.to(device)] for blocks in (masks.context, masks.target))
         pixels = as_floats(batch.images, self.config)
         start = self.clock.mark()
@@ -258,7 +244,7 @@ def kept(config: Config, ranks: distributed.Ranks, step: int) -> Kept:
     """Mean patches per image in a context, in a target and in the rows that the targets need, in this rank's step."""
     found = []
     for micro in range(config.batch(ranks.world_size).accumulation):
-        masks = masks_of(config, ranks, step, micro)
+        masks = masks_of(config, Place(step, micro, ranks.rank, ranks.world_size))
         contexts = config.mask.num_enc_masks * config.data.batch_size
         rows = target_rows(masks.target, config.grid**2)[2]
         found.append((masks.context.numel() / contexts, masks.target.shape[-1], rows))

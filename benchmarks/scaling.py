@@ -43,12 +43,12 @@ from step_model import gradient_bytes, optimizer_bytes
 
 from jepa.config.file import load_config, parse_config
 from jepa.config.schema import Config
-from jepa.methods.objective import JepaModel
+from jepa.methods import build
 from jepa.ranks import distributed
 from jepa.train import zero
 from jepa.train.budget import flops_per_image, parameters
+from jepa.train.step import start_model, take_step
 from jepa.train.zero import LIVE
-from train import start_model, take_step
 
 IMAGENET, EPOCHS, PAPER_HOURS, PAPER_GPUS = 1_281_167, 300, 72, 16  # arXiv 2301.08243: "in under 72 hours"
 GPUS, KINDS = (1, 8, 16, 64, 256), ("gradients", "weights", "teacher", "statistics")
@@ -100,13 +100,13 @@ def traffic(config: Config, ranks: int, accumulation: int, live: int = LIVE) -> 
         # Small parameters are whole on every rank and gathered after the step. The others are gathered for each
         # forward, and again for the backward if they are too many to keep in between (upper bound: a few may be kept).
         with torch.device("meta"):
-            sizes = [p.numel() for p in JepaModel(config).parameters()]
+            sizes = [p.numel() for p in build(config).parameters()]
         small = sum(n for n in sizes if n <= PERSISTENT)
         times = accumulation * (1 if count.total <= live else 2)
         sent.append(Sent("weights", "all_gather", size * (small + times * (count.total - small))))
     if stage:
-        sent.append(Sent("teacher", "all_gather", size * count.encoder))
-    if config.has_projector:
+        sent.append(Sent("teacher", "all_gather", size * count.averaged))
+    if config.method.couples_images(config):
         sent += [Sent("statistics", op, accumulation * n) for op, n in statistics_bytes(config, ranks, size).items()]
     return sent
 
@@ -123,7 +123,7 @@ def wire(config: Config, ranks: int) -> dict[str, float]:
 
 def statistics_bytes(config: Config, ranks: int, size: int) -> dict[str, float]:
     """Per micro-batch: the projector's batch norms (fp32 mean and variance, forward and backward) and VICReg."""
-    widths = list(config.loss.projector or [config.vit.embed_dim] * 3)
+    widths = config.method.projector_widths(config)[1:]
     M, G, d = config.mask.num_pred_masks, config.data.batch_size * ranks, widths[-1]
     norms = sum(4 * 4 * width for width in widths[:-1])
     if d <= G and G * size > 2 * d * 4:  # as in jepa_kernels.vicreg: send matrices, otherwise rows
@@ -245,7 +245,7 @@ def model(config: Config, cluster: Cluster, ranks: int, stage: int) -> dict[str,
     overrides = [f"engine.zero_stage={stage}", f"data.batch_size={micro}", "engine.global_batch_size=null"]
     here = parse_config(config.model_dump(), [*overrides, f"engine.gradient_accumulation_steps={accumulation}"])
     images = micro * accumulation
-    compute = images * flops_per_image(here).total / (cluster.peak * cluster.share)
+    compute = images * sum(flops_per_image(here).values()) / (cluster.peak * cluster.share)
     optimizer = optimizer_bytes(here) / cluster.memory / (ranks if stage else 1)
     reduction = gradient_bytes(here, ranks) / cluster.memory
     sent = traffic(here, ranks, accumulation)
@@ -302,7 +302,7 @@ def main() -> int:
             f"| {r['gpus']} | {r['stage']} | {r['images_per_gpu']} | {megabytes} | {r['links_ms']:.1f} | "
             f"{r['step_ms']:.0f} | {r['images_per_second_per_gpu']:.0f} | {r['hours']:.1f} |"
         )
-    flops = flops_per_image(config).total
+    flops = sum(flops_per_image(config).values())
     paper = EPOCHS * IMAGENET / (PAPER_HOURS * 3600 * PAPER_GPUS)
     mine = next(r for r in runs if (r["gpus"], r["stage"]) == (PAPER_GPUS, config.engine.zero_stage))
     print(

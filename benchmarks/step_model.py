@@ -259,7 +259,7 @@ def parts(config: Config) -> list[Part]:
     B, E, M, N = config.data.batch_size, config.mask.num_enc_masks, config.mask.num_pred_masks, config.grid**2
     context, target, rows = mean_tokens(config)
     skip, sampled = config.engine.skip_unread, lengths(config.mask_spec, B)
-    fewer_targets = skip and not config.needs_all_targets
+    fewer_targets = skip and not config.method.reads_all_targets(config)
     joined = [(Kt, Kc + Kt) for Kc, Kt in sampled]
     seen = [(Kc, Kc) for Kc, _ in sampled]
     return [
@@ -280,10 +280,10 @@ def outer_products(config: Config) -> list[Product]:
         *linear(B * context, D, Dp, E),
         *linear(B * M * target, Dp, D, E),
     ]
-    widths = (D, *config.projector_widths)
+    widths = config.method.projector_widths(config)
     for inputs, outputs in pairwise(widths):
         products += linear(B * M, inputs, outputs, E)
-    if config.has_projector:  # forward and backward, per block
+    if config.method.couples_images(config):  # forward and backward, per block
         products += [Product(widths[-1], widths[-1], B, E * M), Product(B, widths[-1], widths[-1], E * M)]
     return products
 
@@ -300,7 +300,7 @@ def ops_bytes(config: Config) -> float:
     # Predictor: tokens assembled, forward and backward; the last block's rows sliced out of x and into its gradient.
     values += E * (3 * context * Dp + M * (context + target) * (2 + 4) * Dp + M * target * (2 + 7) * Dp)
     # Bias gradient, prediction_loss (3, counted from its kernels), the mean that is logged; C-JEPA's mean and gradient.
-    values += E * M * target * (5 + (4 if config.loss.objective == "cjepa" else 0)) * D
+    values += E * M * target * (5 + (4 if len(config.method.terms) > 1 else 0)) * D
     return 2 * B * values
 
 
@@ -308,7 +308,7 @@ def optimizer_bytes(config: Config) -> float:
     """AdamWEMA: reads a 16-bit gradient, reads and writes weight and moments, writes the 16-bit weight; the encoder's
     average is read and written, and its 16-bit copy written."""
     count = parameters(config)
-    return 28 * count.total + 10 * count.encoder
+    return 28 * count.total + 10 * count.averaged
 
 
 def gradient_bytes(config: Config, ranks: int) -> float:
@@ -341,12 +341,12 @@ class Step:
 
     @property
     def mfu(self) -> float:
-        return self.images_per_second * flops_per_image(self.config).total / self.gpu.peak
+        return self.images_per_second * sum(flops_per_image(self.config).values()) / self.gpu.peak
 
     @property
     def limit(self) -> float:
         """Images/s at the data sheet's peak."""
-        return self.gpu.peak / flops_per_image(self.config).total
+        return self.gpu.peak / sum(flops_per_image(self.config).values())
 
 
 Wire = Callable[[Config, int], dict[str, float]]  # bytes that a rank sends, by kind

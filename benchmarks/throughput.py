@@ -185,7 +185,7 @@ def figures(contender: Contender, steps: list[Step], rates: dict[str, float | No
     if not clean:
         raise BenchmarkError(f"{contender.name}: compiled a graph in each of {len(steps)} timed steps: raise --warmup")
     seconds = [step.seconds for step in clean]
-    work = [images * flops_per_image(needed, step.kept).total for step in clean]
+    work = [images * sum(flops_per_image(needed, step.kept).values()) for step in clean]
     p50 = statistics.median(seconds)
     row = {
         "contender": contender.name,

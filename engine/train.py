@@ -6,41 +6,31 @@ Any config key can be overridden on the command line as section.key=value. torch
 """
 
 import argparse
-import copy
 import os
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from jepa.config.file import load_config
 from jepa.config.schema import Config
-from jepa.data.loader import Batch, Loader
+from jepa.data.loader import Loader
 from jepa.data.sources import open_images
 from jepa.data.synthetic import SyntheticImages
-from jepa.methods.objective import JepaModel, Losses, poison
-from jepa.model import fp8
-from jepa.model.layout import masks_of, tokens
-from jepa.model.vit import compile_blocks
 from jepa.probes.online import OnlineProbe
 from jepa.ranks import distributed
 from jepa.ranks.distributed import Ranks
 from jepa.ranks.lock import Lock
 from jepa.ranks.stop import RANK_LOST, STOPPED, StopRequest
 from jepa.ranks.watchdog import Watchdog
-from jepa.state import checkpoint
-from jepa.state.restore import CheckpointError, Reader
+from jepa.state.checkpoint import Saver
+from jepa.state.initial import start_from
+from jepa.state.restore import CheckpointError
 from jepa.train import zero
-from jepa.train.health import collapse_warning, health
+from jepa.train.health import examine
 from jepa.train.log import RunLog
-from jepa.train.replay import replay, start_of_replay
+from jepa.train.replay import replay
 from jepa.train.report import report
 from jepa.train.schedules import Schedules, ScheduleTable
 from jepa.train.skipped import Diverged, Outcomes
-from jepa.train.teacher import Teacher
+from jepa.train.step import encoder_of, start_model, take_step
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -55,7 +45,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         watchdog.at(None, "opening the images")
         loader = open_loader(config, ranks)
         if args.replay_step is not None:
-            replay_step(config, args, ranks, loader, watchdog)
+            replay(config, ranks, loader, args.replay_step, args.resume, args.accept_changes, watchdog.at)
             return 0
         return train(config, args, ranks, loader, stop, watchdog, lock)
 
@@ -67,7 +57,7 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
         SyntheticImages(data.synthetic, data.crop_size, config.engine.seed)
         if data.synthetic
         else open_images(data.folder),
-        [data.view],
+        config.method.views(config),
         batch_size=micro_batch,
         accumulation=accumulation,
         seed=config.engine.seed,
@@ -102,9 +92,11 @@ def train(
     watchdog.at(None, "building the model")
     engine, teacher = start_model(config, ranks.device)
     watchdog.at(None, "loading the checkpoint")
-    saver = checkpoint.Saver(config, engine, loader.steps_per_epoch, loader.source.fingerprint, lock)
+    saver = Saver(config, engine, loader.steps_per_epoch, loader.source.fingerprint, lock)
     progress = saver.resume(args.resume, args.accept_changes) if args.resume else saver.begin()
-    if progress.applied:
+    if config.meta.init_from and saver.newest is None:  # nothing was resumed
+        start_from(config, engine)
+    if teacher is not None and engine.basic_optimizer.state:
         teacher.refresh()
 
     log = RunLog(config, progress.step, last_step, loader.steps_per_epoch, global_batch, ranks.device)
@@ -117,144 +109,49 @@ def train(
     outcomes, owed = Outcomes(progress, global_batch), False
     batches = loader.batches(progress.step, last_step)
     for step in range(progress.step, last_step):
+        taken, waited_before = step + 1, loader.wait_seconds
+        examining, probing = due(taken, config.logging.health_freq), due(taken, config.eval.every)
         stop.ask()
-        waited_before = loader.wait_seconds
         numbers = table.next()
         zero.schedule(engine, numbers)
-        done = take_step(config, ranks, engine, teacher, batches, step, watchdog.at)
+        done = take_step(config, ranks, engine, teacher, batches, step, whole=examining, at=watchdog.at)
         table.count(done.applied)
         log.step(step, done.losses, *done.kept, loader.wait_seconds - waited_before, done.replaced)
         outcomes.add(step, done.applied, done.losses, done.files)
 
-        taken, stopping = step + 1, stop.agreed()
+        stopping = stop.agreed()
         ending = stopping or taken == last_step
-        owed = owed or saver.due(taken)
-        saving = owed or ending
-        examining, probing = due(taken, config.logging.health_freq), due(taken, config.eval.every)
+        saving = owed = owed or ending or saver.due(taken)
         if not (saving or examining or probing or due(taken, config.logging.log_freq)):
             continue  # without synchronising, so that the device's queue never runs dry
 
         skipped, applied = outcomes.read(log.say)
-        found = examine(step, done, teacher, log) if examining and applied else {}
+        found = examine(step, done.features, teacher, log.say) if examining and applied else {}
         if probe and probing:
             watchdog.at(step, "evaluating")
-            found |= (accuracy := probe(teacher.encoder))
-            log.say(f"step {step}: k-NN accuracy of the target encoder {100 * accuracy['knn']:.1f} %")
+            found |= (accuracy := probe(encoder_of(engine, teacher)))
+            log.say(f"step {step}: k-NN accuracy of the encoder {100 * accuracy['knn']:.1f} %")
         lr, weight_decay, momentum = numbers.tolist()
         grad_norm = None if done.grad_norm is None else float(done.grad_norm)
         log.flush(skipped, lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=grad_norm, **found)
         outcomes.check(step, config.engine.max_skipped, saver.newest)
-        if ending or (owed and not outcomes.skipped_in_a_row):  # saves wait while steps are being skipped
+        if ending or (saving and not outcomes.skipped_in_a_row):  # saves wait while steps are being skipped
             watchdog.at(step, "saving")
             log.say(f"saved {saver.save(progress, rotate=not outcomes.skipped_in_a_row)}")
             owed = False
+        if probing or saving:
+            log.restart_clock()
         if stopping and taken < last_step:
             log.say(f"stopped on request after step {step}; --resume continues. Exit code {STOPPED}")
             break
-        if probing or saving:
-            log.restart_clock()
 
     log.close()
     return 0 if progress.step >= last_step else STOPPED
 
 
-def examine(step: int, done: "Step", teacher: Teacher, log: RunLog) -> dict[str, float]:
-    """Feature health metrics and the teacher's distance; warns of collapse. Every rank must call it."""
-    found = health(done.h_BUD, done.predicted_RD)  # empty except on the first rank
-    if found and (warning := collapse_warning(found)):
-        log.say(f"step {step}: {warning}")
-    return found | {"teacher_distance": teacher.distance()}
-
-
-def replay_step(config: Config, args: argparse.Namespace, ranks: Ranks, loader: Loader, watchdog: Watchdog) -> None:
-    """Examines one step, after repeating those between the checkpoint and it. Writes nothing."""
-    step = args.replay_step
-    path, state = start_of_replay(config, loader, step, args.resume, args.accept_changes)
-    progress, read = checkpoint.Progress.of(state), Reader(path, state).tensor
-    head = f"step {step} with the weights in {path}, of step {progress.step}"
-    if progress.step > step:
-        head += ": not the weights that the run had at this step, so the numbers differ"
-    elif progress.step < step:
-        engine, teacher = start_model(config, ranks.device)
-        checkpoint.load(path, state, engine)
-        if progress.applied:
-            teacher.refresh()
-        schedules = Schedules(config, loader.steps_per_epoch)
-        table = ScheduleTable(schedules, progress.applied, step - progress.step, zero.schedule_device(engine))
-        batches = loader.batches(progress.step, step)
-        for before in range(progress.step, step):
-            zero.schedule(engine, table.next())
-            done = take_step(config, ranks, engine, teacher, batches, before, watchdog.at)
-            table.count(done.applied)
-            progress.count(bool(done.applied), 0)
-        head += f", advanced by {step - state['step']} steps"
-        read = partial(checkpoint.gathered, engine)
-    watchdog.at(step, "replaying")
-    replay(config, ranks, loader, step, read, progress.applied > 0, head)
-
-
 def due(taken: int, every: int) -> bool:
     """Whether something done every `every` steps (0: never) is due after `taken` steps."""
     return every > 0 and taken % every == 0
-
-
-def start_model(config: Config, device: torch.device) -> tuple[Any, Teacher]:
-    """The DeepSpeed engine around a freshly initialised model, and the teacher."""
-    torch.manual_seed(config.engine.seed)
-    model = JepaModel(config).to(device)
-    target_encoder, compiled = copy.deepcopy(model.encoder).to(config.dtype), config.compiles(device.type)
-    in_fp8 = fp8.Encoder(target_encoder, compiled) if config.engine.target_precision == "fp8" else None
-    engine = zero.start(model, config)
-    if compiled:
-        compile_blocks(engine.module, target_encoder)
-    return engine, Teacher(target_encoder, engine, in_fp8)
-
-
-class Step(NamedTuple):
-    """The outcome of a step. Its tensors are still on the device; reading one synchronises."""
-
-    applied: Tensor  # bool, 0-d: whether the weights were updated
-    grad_norm: Tensor | None
-    losses: list[Losses]  # one per micro-batch
-    kept: tuple[int, int]  # tokens in a context, in a target
-    h_BUD: Tensor  # features and predictions of the last micro-batch
-    predicted_RD: Tensor
-    files: list[str]  # of all micro-batches
-    replaced: int  # how many of these replace a file that cannot be used
-
-
-def take_step(
-    config: Config,
-    ranks: Ranks,
-    engine: Any,
-    teacher: Teacher,
-    batches: Iterator[tuple[int, int, Batch]],
-    step: int,
-    at: Callable[[int, str], None] = lambda step, doing: None,
-) -> Step:
-    """Takes step `step`, all its micro-batches, with the schedule values last given to `zero.schedule`, and updates the
-    teacher. `at` is called with each thing about to be done.
-    """
-    losses, files, replaced = [], [], 0
-    for micro in range(config.batch(ranks.world_size).accumulation):
-        at(step, "waiting for images")
-        _, _, batch = next(batches)
-        at(step, "computing")
-        masks = masks_of(config, ranks, step, micro)
-        rows = tokens(masks, config, ranks.device, whole=(step + 1) % config.logging.health_freq == 0)
-        features: Any = partial(teacher, batch.images, rows.teacher)
-        if ranks.world_size == 1:  # else called later, so that its weights' all-gather overlaps the encoder
-            features = features()
-        output = engine(batch.images, rows.context, rows.target_MBK, features, rows.places_MBK)
-        engine.backward(poison(output.losses.total))
-        losses.append(Losses(*(term.detach() for term in output.losses)))
-        files += batch.files
-        replaced += batch.replaced
-        outcome = zero.step(engine, config.optimization.clip_grad)
-    assert outcome is not None  # the last micro-batch ended the step
-    teacher.follow()
-    kept = (rows.mean_context, rows.target_MBK.shape[-1])
-    return Step(*outcome, losses, kept, output.h_BUD, output.predicted_RD, files, replaced)
 
 
 def arguments() -> argparse.Namespace:
@@ -298,7 +195,7 @@ def main() -> int:
             print(report(config, args.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
         if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
-            args.resume = config.meta.read_checkpoint or "latest"
+            args.resume = config.resumed
         return run(config, args)
     except (CheckpointError, Diverged, distributed.NotMet, ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")

@@ -30,7 +30,7 @@ import yaml
 
 from jepa.config.file import load_config
 from jepa.data.sources import open_images
-from jepa.methods.objective import JepaModel
+from jepa.methods import build
 from jepa.state.checkpoint import Saver
 from jepa.state.restore import KINDS, CheckpointError, Reader, candidates, read_state, verify, versions
 from jepa.train import zero
@@ -186,7 +186,7 @@ def resume_damaged(folder: Path, config: Path, words: tuple[str, ...], number: i
     rng, copy = random.Random(seed), folder / "copy"
     counts = dict.fromkeys(("damaged", "wrong checkpoints", "bytes wrong"), 0)
     settings = load_config(config, [*words, f"logging.folder={copy}", "data.batch_size=8"])
-    engine = zero.start(JepaModel(settings), settings)
+    engine = zero.start(build(settings), settings)
     wanted = []  # of the intact checkpoints, newest first: folder, step, weights
     for _, path in candidates(folder / "killed", "jepa", 5):
         state = read_state(path)

@@ -1,6 +1,7 @@
 """Configs: what loads, what is rejected and with which message, and that DeepSpeed reads the config made for it."""
 
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,13 +13,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa.config.file import KEYS, SECTIONS, load_config, parse_config, to_yaml
+from jepa.config.file import SECTIONS, load_config, parse_config, to_yaml
+from jepa.config.read import read
 from jepa.config.schema import Config, ConfigError
 from jepa.data.augment import View
 from jepa.train.zero import deepspeed_config
+from small import KEYS
 
 CONFIGS = Path(__file__).parents[2] / "engine/configs"
-SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "base")
 PATHS = ["data.root_path=/images", "logging.folder=/runs"]
 
 # The values of the four published configs that differ between them.
@@ -59,6 +62,10 @@ def small(**changes: Any) -> dict[str, dict[str, Any]]:
         section, key = name.split("__")
         mapping.setdefault(section, {})[key] = value
     return mapping
+
+
+def flat(mapping: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, body in mapping.items() for key, value in body.items()}
 
 
 def problems(load: Callable[[], object]) -> list[str]:
@@ -102,15 +109,48 @@ def test_shipped_recipes_are_the_published_ones(published: str, shipped: str, tm
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_configs_are_complete_and_reproduce_themselves(path: Path, tmp_path: Path) -> None:
+def test_shipped_configs_resolve_to_complete_ones(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
-    written = {f"{section}.{key}" for section, body in yaml.safe_load(path.read_text()).items() for key in body}
-    assert written == set(KEYS)
     assert path.stem.endswith(config.loss.objective) or path.stem == "demo"
 
     again = tmp_path / "again.yaml"
     again.write_text(to_yaml(config))
+    others = [key for key in KEYS if not key.startswith("loss.")]
+    own = [f"loss.{key}" for key in type(config.loss).model_fields]
+    assert sorted(flat(yaml.safe_load(to_yaml(config)))) == sorted(others + own)
     assert load_config(again) == config == parse_config(config.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_recipes_say_only_what_their_base_does_not(path: Path) -> None:
+    own = yaml.safe_load(path.read_text())
+    said = flat(read(path.with_name(own.pop("base"))).mapping)
+    assert not [key for key, value in flat(own).items() if key in said and said[key] == value]
+
+
+def test_the_base_explains_every_key_with_its_default(tmp_path: Path) -> None:
+    text = (CONFIGS / "base.yaml").read_text()
+    commented = re.findall(r"^  # (\w+): ", text, re.M)
+    keys = [key for key in KEYS if not key.startswith("loss.")]
+    required = [key for key in keys if SECTIONS[key.split(".")[0]].model_fields[key.split(".")[1]].is_required()]
+    assert sorted(commented) == sorted(key.split(".")[1] for key in required)
+    assert set(flat(yaml.safe_load(text))) == set(keys) - set(required)
+
+    mapping = small(data__root_path=None, data__synthetic=10, mask__min_keep=10, optimization__warmup=40)
+    mapping["optimization"]["epochs"] = 50
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"base": str(CONFIGS / "base.yaml"), **mapping}))
+    assert load_config(tmp_path / "config.yaml") == parse_config(mapping)
+
+    refused = problems(lambda: load_config(CONFIGS / "base.yaml", ["data.synthetic=10"]))
+    assert sorted(refused) == sorted(f"{key}: is missing and has no default" for key in required)
+
+
+def test_the_papers_recipe_explains_every_key_of_its_loss() -> None:
+    path = CONFIGS / "in1k_vitb16_ep600_cjepa.yaml"
+    assert set(yaml.safe_load(path.read_text())["loss"]) == set(load_config(path).loss.model_dump())
+    for other in SHIPPED:
+        if (loss := load_config(other).loss).objective == "cjepa":
+            assert loss == load_config(path).loss
 
 
 def test_twins_differ_in_the_objective_alone() -> None:
@@ -154,6 +194,9 @@ def test_a_misspelt_key_is_told_the_right_one(data: st.DataObject) -> None:
     expected = [f"{place}.{wrong}: unknown key; the nearest known key is {known}"]
     assert problems(lambda: parse_config(small(), [f"{place}.{wrong}=1"])) == expected
     assert problems(lambda: parse_config({**small(), place: {**small().get(place, {}), wrong: 1}})) == expected
+    assert problems(lambda: parse_config({**small(), "bsae": "a.yaml"})) == [
+        "bsae: unknown key; the nearest known key is base"
+    ]
 
 
 @settings(deadline=None, max_examples=25)
@@ -196,7 +239,6 @@ def test_a_key_in_the_wrong_section_is_told_the_right_one(known: str) -> None:
         (["optimization.betas=[0.9, 1]"], "optimization.betas[1]"),
         (["engine.zero_stage=4"], "engine.zero_stage"),
         (["engine.zero_stage=0", "engine.optimizer=apex", "meta.use_bfloat16=true"], "engine.optimizer"),
-        (["engine.precision=fp32"], "engine.precision"),
         (["engine.global_batch_size=12"], "engine.global_batch_size"),
         (["engine.global_batch_size=40", "engine.gradient_accumulation_steps=2"], "engine.global_batch_size"),
         (["loss.objective=cjepa", "mask.num_pred_masks=1"], "mask.num_pred_masks"),
@@ -208,6 +250,16 @@ def test_a_key_in_the_wrong_section_is_told_the_right_one(known: str) -> None:
 def test_what_cannot_run_is_refused(overrides: list[str], key: str) -> None:
     (problem,) = problems(lambda: parse_config(small(), overrides))
     assert problem.startswith(f"{key} = ")
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_engine_precision_wins_over_the_published_key(published: bool) -> None:
+    mapping = small(meta__use_bfloat16=published)
+    for precision in ("bf16", "fp32"):
+        config = parse_config(mapping, [f"engine.precision={precision}"])
+        assert config.precision == precision and config.dtype.itemsize == {"bf16": 2, "fp32": 4}[precision]
+        assert deepspeed_config(config, 1, 1000)["bf16"]["enabled"] == (precision == "bf16")
+    assert parse_config(mapping, ["engine.precision=null"]).precision == ("bf16" if published else "fp32")
 
 
 def test_every_problem_is_reported_at_once() -> None:
@@ -308,18 +360,20 @@ def test_junk_overrides_are_config_errors(overrides: list[str]) -> None:
 
 YAML_BITS = [
     "data:", "data: ", "\n  ", "\n", "root_path", "batch_size", "meta", ": ", "- ", "[", "]", "{", "}", "&a ", "*a",
-    "<<: *a", "!!float ", "!!int ", "!!binary ", "!!timestamp ", "!!set ", "!!omap ", "!!python/name:os.system ",
-    "!!python/object/apply:os.getcwd []", "~", "1_0", "0x" + "f" * 5000, "9" * 5000, "1:59:59", ".inf", "2024-13-45",
-    '"\\uD800"', "'", "? ", "| ", "%YAML 9.9\n", "---", "...", "\t", "#",
+    "base: ", "config.yaml", "<<: *a", "!!float ", "!!int ", "!!binary ", "!!timestamp ", "!!set ", "!!omap ",
+    "!!python/name:os.system ", "!!python/object/apply:os.getcwd []", "~", "1_0", "0x" + "f" * 5000, "9" * 5000,
+    "1:59:59", ".inf", "2024-13-45", '"\\uD800"', "'", "? ", "| ", "%YAML 9.9\n", "---", "...", "\t", "#",
 ]  # fmt: skip
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.sampled_from(YAML_BITS) | st.text(max_size=5), max_size=12).map("".join), st.sampled_from(SHIPPED))
 def test_text_is_a_config_or_a_config_error(text: str, path: Path) -> None:
-    """As a whole file, anywhere in a complete config, and as the value of any key."""
+    """As a whole file, anywhere in a complete config or a recipe, and as the value of any key."""
     folder = Path(tempfile.mkdtemp())
-    whole, at = path.read_text(), random.randrange(2000)
+    shutil.copytree(CONFIGS, folder, dirs_exist_ok=True)
+    whole = random.choice([path.read_text(), to_yaml(load_config(path))])
+    at = random.randrange(len(whole))
     for content in (text, whole[:at] + text + whole[at:], whole[:at] + text):
         (folder / "config.yaml").write_text(content, errors="surrogatepass")
         only_config_errors(lambda: load_config(folder / "config.yaml", PATHS))
@@ -476,3 +530,12 @@ def test_deterministic_runs_decode_where_pixels_do_not_depend_on_the_batch() -> 
         assert parse_config(small(), [f"data.decoder={decoder}"]).decoder == decoder
         if decoder != "gpu":
             assert parse_config(small(), [f"data.decoder={decoder}", "engine.deterministic=true"]).decoder == "cpu"
+
+
+def test_the_checkpoint_to_read_is_a_path_or_a_name_in_the_runs_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/x")
+    for name, wanted in {
+        None: "latest", "jepa-ep3": "runs/x/jepa-ep3", "./jepa-ep3": "jepa-ep3", "/runs/y/jepa-ep3": "/runs/y/jepa-ep3",
+        "other/jepa-ep3": "other/jepa-ep3", "~/jepa-ep3": "/home/x/jepa-ep3", "auto": "auto",
+    }.items():  # fmt: skip
+        assert parse_config(small(meta__read_checkpoint=name)).resumed == wanted, name

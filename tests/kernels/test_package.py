@@ -92,8 +92,14 @@ def registered_in_csrc() -> set[str]:
 def sdist(tmp_path_factory):
     """Built in a copy without git-ignored files: leftovers of other builds would hide what is missing."""
     folder = tmp_path_factory.mktemp("sdist")
-    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
-    shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(".git", "shared", *ignored))
+    lines = (ROOT / ".gitignore").read_text().split()
+    at_root = [line.strip("/") for line in lines if line.startswith("/")]
+    anywhere = shutil.ignore_patterns(".git", "shared", *(line.rstrip("/") for line in lines if line[0] != "/"))
+
+    def ignored(where, names):
+        return anywhere(where, names) | (set(at_root) & set(names) if Path(where) == ROOT else set())
+
+    shutil.copytree(ROOT, folder / "tree", ignore=ignored)
     code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     run(sys.executable, "-c", code, folder, cwd=folder / "tree")
     (archive,) = folder.glob("*.tar.gz")

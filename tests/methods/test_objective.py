@@ -11,22 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jepa.data.masks import sample_masks
-from jepa.methods.objective import GlobalBatchNorm, JepaModel, Losses, mean_pairwise_cosine
+from jepa.methods import build
+from jepa.methods.base import Method
+from jepa.methods.cjepa import mean_pairwise_cosine
+from jepa.model.layout import Layout
+from jepa.model.projector import GlobalBatchNorm
 from plain import criterion
-from small import run_ranks, small_config
+from small import every_row, run_ranks, small_config
 
 
-def batch(images: int, *overrides: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch(images: int, *overrides: str) -> tuple[list[Tensor], Layout, Tensor]:
     """Random images, masks sampled by the config, and target features."""
     config = small_config(*overrides)
     pixels = torch.randint(0, 256, (images, 32, 32, 3), dtype=torch.uint8)
     masks = sample_masks(config.mask_spec, seed=int(torch.randint(2**31, ())), step=3, first=0, batch=images)
-    return pixels, masks.context, masks.target, torch.randn(images, 64, 24) * 3 + 1
+    return [pixels], every_row(masks.context, masks.target), torch.randn(images, 64, 24) * 3 + 1
 
 
-def general_model(*overrides: str) -> JepaModel:
+def general_model(*overrides: str) -> Method:
     """A randomly perturbed model: at initialisation biases are zero and features nearly constant."""
-    model = JepaModel(small_config(*overrides))
+    model = build(small_config(*overrides))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -36,14 +40,14 @@ def norm_of(gradient: Iterable[Tensor]) -> float:
     return math.sqrt(sum(g.double().square().sum().item() for g in gradient))
 
 
-def wanted_losses(model: JepaModel, pixels: Tensor, context: Tensor, target: Tensor, h: Tensor) -> Losses:
+def wanted_losses(model: Method, views: list[Tensor], layout: Layout, h: Tensor) -> tuple[Tensor, ...]:
     """The criterion in float64 on the outputs of the model's encoder and predictor (checked by test_vit.py)."""
-    per_context = []
+    (pixels,), (context, target, *_), per_context = views, layout, []
     for seen in context:
         z = model.encoder(pixels, seen)
         p = model.predictor(z, seen, target).double().view(*target.shape, -1)
         per_context.append(criterion(model, z.double().mean(1), p, target, h))
-    return Losses(*(torch.stack(terms).mean() for terms in zip(*per_context, strict=True)))
+    return tuple(torch.stack(terms).mean() for terms in zip(*per_context, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -61,12 +65,13 @@ def wanted_losses(model: JepaModel, pixels: Tensor, context: Tensor, target: Ten
 def test_losses_are_the_paper_s(overrides: tuple[str, ...]) -> None:
     model = general_model(*overrides)
     inputs = batch(6, *overrides)
-    got = model(*inputs).losses
+    output = model(*inputs)
+    got = output.loss, *output.terms
     names = list(dict(model.named_parameters()))
-    grads = torch.autograd.grad(got.total, list(model.parameters()), allow_unused=True)
+    grads = torch.autograd.grad(got[0], list(model.parameters()), allow_unused=True)
     wanted = wanted_losses(model, *inputs)
-    wanted_grads = torch.autograd.grad(wanted.total, list(model.parameters()), allow_unused=True)
-    for name, a, b in zip(Losses._fields, got, wanted, strict=True):
+    wanted_grads = torch.autograd.grad(wanted[0], list(model.parameters()), allow_unused=True)
+    for name, a, b in zip(("total", *model.terms), got, wanted, strict=True):
         assert a.item() == pytest.approx(b.item(), rel=1e-5, abs=1e-6), name
     scale = norm_of(g for g in wanted_grads if g is not None)
     for name, a, b in zip(names, grads, wanted_grads, strict=True):
@@ -78,12 +83,12 @@ def test_losses_are_the_paper_s(overrides: tuple[str, ...]) -> None:
 def test_features_may_be_made_when_they_are_needed() -> None:
     """After the predictions, and once for two context masks. The loss is bitwise the same."""
     overrides = ("mask.num_enc_masks=2",)
-    model, (pixels, context, target, h) = general_model(*overrides), batch(4, *overrides)
+    model, (views, layout, h) = general_model(*overrides), batch(4, *overrides)
     happened = []
     model.predictor.register_forward_hook(lambda *_: happened.append("predicted"))
-    later = model(pixels, context, target, lambda: happened.append("features") or h)
-    assert happened == ["predicted", "predicted", "features"] and later.h_BUD is h
-    assert [x.item() for x in later.losses] == [x.item() for x in model(pixels, context, target, h).losses]
+    later = model(views, layout, lambda: happened.append("features") or h)
+    assert happened == ["predicted", "predicted", "features"] and later.features["target"] is h
+    assert later.loss.item() == model(views, layout, h).loss.item()
 
 
 def test_cosine_of_equal_and_opposite_blocks() -> None:
@@ -103,20 +108,20 @@ def test_batch_norm_is_torch_s() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-def losses_and_gradient(state: dict, inputs: tuple[Tensor, ...], overrides: tuple[str, ...]) -> tuple:
+def losses_and_gradient(state: dict, inputs: tuple[list[Tensor], Layout, Tensor], overrides: tuple[str, ...]) -> tuple:
     """One rank's part of the batch: its losses, and the gradient averaged over the ranks."""
-    model = JepaModel(small_config(*overrides))
+    model = build(small_config(*overrides))
     model.load_state_dict(state)
     rank, world = dist.get_rank(), dist.get_world_size()
-    pixels, context, target, h = inputs
+    (pixels,), (context, target, *_), h = inputs
     mine = slice(rank * len(pixels) // world, (rank + 1) * len(pixels) // world)
-    output = model(pixels[mine], context[:, mine], target[:, mine], h[mine])
-    output.losses.total.backward()
+    output = model([pixels[mine]], every_row(context[:, mine], target[:, mine]), h[mine])
+    output.loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for grad in grads.values():
         dist.all_reduce(grad)
         grad /= world
-    return [t.detach() for t in output.losses], grads
+    return [output.loss.detach(), *output.terms], grads
 
 
 @pytest.mark.parametrize("where", ["loss.vicreg_on=predictions", "loss.vicreg_on=context"])
@@ -125,10 +130,11 @@ def test_two_ranks_with_half_the_batch_are_one_rank_with_all_of_it(where: str) -
     model = general_model(*overrides)
     inputs = batch(8, *overrides)
     whole = copy.deepcopy(model)
-    wanted = whole(*inputs).losses
-    wanted.total.backward()
+    output = whole(*inputs)
+    output.loss.backward()
+    wanted = output.loss, *output.terms
     ranks = run_ranks(2, losses_and_gradient, model.state_dict(), inputs, overrides)
-    for i, name in enumerate(Losses._fields):
+    for i, name in enumerate(("total", *model.terms)):
         mean = sum(losses[i].item() for losses, _ in ranks) / 2
         assert mean == pytest.approx(wanted[i].item(), rel=1e-5), name
     gradient = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-import train
+import jepa.train.step
 from jepa.config.schema import ConfigError
 from jepa.data.loader import Batch
 from jepa.data.masks import sample_masks
 from jepa.data.synthetic import draw
-from jepa.methods.objective import JepaModel
+from jepa.methods import build
 from jepa.model import fp8
-from jepa.model.layout import tokens
+from jepa.model.layout import lay_out
 from jepa.model.vit import VisionTransformer
 from jepa.ranks import distributed
 from jepa.train import zero
@@ -121,7 +121,7 @@ def test_queries_of_other_rows_are_those_rows_queries() -> None:
 
 
 def teacher_of(*overrides: str) -> VisionTransformer:
-    return JepaModel(small_config(*SMALL, *overrides)).encoder.bfloat16().requires_grad_(False)
+    return build(small_config(*SMALL, *overrides)).encoder.bfloat16().requires_grad_(False)
 
 
 def test_the_encoder_given_is_left_as_it_is_and_its_tensors_are_shared() -> None:
@@ -162,7 +162,7 @@ def steps(stage: int) -> list[str]:
     config = small_config(*FP8, f"engine.zero_stage={stage}", "engine.gradient_accumulation_steps=2")
     rank = dist.get_rank()
     ranks = distributed.Ranks(rank, dist.get_world_size(), CPU, dist.HashStore(), dist.group.WORLD)
-    engine, teacher = train.start_model(config, CPU)
+    engine, teacher = jepa.train.step.start_model(config, CPU)
     assert teacher.in_fp8 is not None
     refresh, seen, wrong = teacher.in_fp8.refresh, [], []
     teacher.in_fp8.refresh = lambda: seen.append(None) or refresh()  # type: ignore[method-assign,func-returns-value]
@@ -173,7 +173,7 @@ def steps(stage: int) -> list[str]:
         torch.manual_seed(10 * step + rank)
         images = [torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8) for _ in range(2)]
         batches = iter([(step, micro, Batch([x], [])) for micro, x in enumerate(images)])
-        done = train.take_step(config, ranks, engine, teacher, batches, step)
+        done = jepa.train.step.take_step(config, ranks, engine, teacher, batches, step)
         if not done.applied or len(seen) != step + 1:
             wrong.append(f"step {step}: applied {bool(done.applied)}, {len(seen)} refreshes since the start")
         for name, module in teacher.in_fp8.encoder.named_modules():
@@ -184,7 +184,7 @@ def steps(stage: int) -> list[str]:
                     wrong.append(f"step {step}: {name} is not the copy of the average before the step")
         averages = whole_weights(engine, "ema")
     with torch.no_grad():
-        if torch.equal(teacher(images[0]), teacher.encoder(images[0])):
+        if torch.equal(teacher(images[0]), teacher.averages["encoder"](images[0])):
             wrong.append("the targets are not in fp8")
     return wrong
 
@@ -230,16 +230,16 @@ def trained() -> VisionTransformer:
         "meta.embed_dim=64", "meta.depth=4", "data.crop_size=64", "mask.patch_size=8", "loss.objective=ijepa"
     )
     torch.manual_seed(0)
-    model = JepaModel(config)
+    model = build(config)
     teacher = copy.deepcopy(model.encoder).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.04)
     losses = []
     for step in range(40):
         images = torch.from_numpy(draw(32 * step, 32).images)
         masks = sample_masks(config.mask_spec, seed=0, step=step, first=0, batch=32)
-        where = tokens(masks, config, CPU)
-        features = teacher(images, rows=where.teacher)
-        loss = model(images, where.context, where.target_MBK, features, where.places_MBK).losses.total
+        where = lay_out(masks, config, CPU)
+        features = teacher(images, rows=where.computed)
+        loss = model([images], where, features).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -337,7 +337,7 @@ def test_an_older_gpu_is_refused(capability: tuple[int, int], refused: bool, mon
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("meta.use_bfloat16=false", "needs bf16 training: give meta.use_bfloat16=true"),
+        ("engine.precision=fp32", "needs bf16 training: give engine.precision=bf16"),
         ("meta.embed_dim=24", "needs an encoder width divisible by 16, not 24; or give bf16"),
         ("meta.mlp_ratio=1.25", "needs an encoder MLP width divisible by 16, not 40; or give bf16"),
     ],

@@ -8,22 +8,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jepa.config.schema import ConfigError
+from jepa.config.schema import Config, ConfigError
 from jepa.data.masks import Masks, sample_masks, thin
-from jepa.methods.objective import JepaModel, Losses
-from jepa.model.layout import masks_of, target_rows, tokens
+from jepa.methods import build
+from jepa.methods.base import Method
+from jepa.model.layout import Place, lay_out, masks_of, target_rows
 from jepa.model.packed import ROUNDING, Ragged, pack
 from jepa.ranks.distributed import Ranks
 from plain import MEAN, STD, criterion, embedded, encoded, predicted
-from small import run_ranks, small_config
+from small import every_row, run_ranks, small_config
 
-PACKED = ("mask.mode=packed", f"data.mean={list(MEAN)}", f"data.std={list(STD)}", "loss.beta_vicreg=1.0")
+PACKED = ("mask.mode=packed", f"data.mean={list(MEAN)}", f"data.std={list(STD)}")
 CPU = torch.device("cpu")
 
 
-def general_model(*overrides: str) -> JepaModel:
+def packed(*overrides: str) -> Config:
+    regularized = () if "loss.objective=ijepa" in overrides else ("loss.beta_vicreg=1.0",)
+    return small_config(*PACKED, *regularized, *overrides)
+
+
+def general_model(*overrides: str) -> Method:
     """A randomly perturbed model: at initialisation biases are zero and features nearly constant."""
-    model = JepaModel(small_config(*PACKED, *overrides))
+    model = build(packed(*overrides))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -31,7 +37,7 @@ def general_model(*overrides: str) -> JepaModel:
 
 def draw(images: int, *overrides: str) -> tuple[Tensor, Masks, Tensor]:
     """Random images, masks, and target features."""
-    spec = small_config(*PACKED, *overrides).mask_spec
+    spec = packed(*overrides).mask_spec
     masks = sample_masks(spec, seed=random.randrange(2**32), step=random.randrange(100), first=0, batch=images)
     return torch.randint(0, 256, (images, 32, 32, 3), dtype=torch.uint8), masks, torch.randn(images, 64, 24) * 3 + 1
 
@@ -43,7 +49,7 @@ def layout(masks: Masks, pad: bool) -> list[Ragged]:
     return [pack(part, n, masks.target, 64, unit) for part, n in zip(parts, masks.lengths, strict=True)]
 
 
-def wanted_losses(model: JepaModel, pixels: Tensor, masks: Masks, h: Tensor) -> Losses:
+def wanted_losses(model: Method, pixels: Tensor, masks: Masks, h: Tensor) -> tuple[Tensor, ...]:
     assert masks.lengths is not None
     w, v = ({name: x.double() for name, x in part.state_dict(keep_vars=True).items()}
             for part in (model.encoder, model.predictor))  # fmt: skip
@@ -57,7 +63,7 @@ def wanted_losses(model: JepaModel, pixels: Tensor, masks: Masks, h: Tensor) -> 
         ]
         pooled = torch.stack([rows.mean(0) for rows in z])
         per_context.append(criterion(model, pooled, torch.stack(p), masks.target, h))
-    return Losses(*(torch.stack(terms).mean() for terms in zip(*per_context, strict=True)))
+    return tuple(torch.stack(terms).mean() for terms in zip(*per_context, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -76,13 +82,14 @@ def wanted_losses(model: JepaModel, pixels: Tensor, masks: Masks, h: Tensor) -> 
 def test_packed_losses_and_gradients(overrides: tuple[str, ...], pad: bool) -> None:
     model = general_model(*overrides)
     pixels, masks, h = draw(5, *overrides)
-    got = model(pixels, layout(masks, pad), masks.target, h).losses
+    output = model([pixels], every_row(layout(masks, pad), masks.target), h)
+    got = output.loss, *output.terms
     wanted = wanted_losses(model, pixels, masks, h)
-    for name, a, b in zip(Losses._fields, got, wanted, strict=True):
+    for name, a, b in zip(("total", *model.terms), got, wanted, strict=True):
         assert a.item() == pytest.approx(b.item(), rel=1e-5, abs=1e-6), name
     parameters = dict(model.named_parameters())
     grads, wanted_grads = (
-        torch.autograd.grad(x, list(parameters.values()), allow_unused=True) for x in (got.total, wanted.total)
+        torch.autograd.grad(x, list(parameters.values()), allow_unused=True) for x in (got[0], wanted[0])
     )
     scale = torch.cat([g.flatten() for g in wanted_grads if g is not None]).norm()
     for name, a, b in zip(parameters, grads, wanted_grads, strict=True):
@@ -120,12 +127,12 @@ def test_a_budget_is_always_filled_and_never_exceeded() -> None:
     """Packed contexts have one total size; larger ones are thinned at random, and no further than needed."""
     sizes = set()
     for share in (0.25, 0.4, 0.9):
-        config = small_config(*PACKED, f"mask.token_budget={share}", "data.batch_size=6", "mask.num_enc_masks=2")
+        config = packed(f"mask.token_budget={share}", "data.batch_size=6", "mask.num_enc_masks=2")
         assert config.token_budget == round(share * 6 * 64)
         for step in range(20):
-            whole, ranks = sample_masks(config.mask_spec, seed=0, step=step, first=0, batch=6), alone()
-            masks = masks_of(config, ranks, step, 0)
-            assert torch.equal(masks.context, masks_of(config, ranks, step, 0).context)
+            whole, place = sample_masks(config.mask_spec, seed=0, step=step, first=0, batch=6), Place(step, 0, 0, 1)
+            masks = masks_of(config, place)
+            assert torch.equal(masks.context, masks_of(config, place).context)
             pairs = zip(by_image(whole), by_image(masks), strict=True)
             assert all(
                 set(kept) <= set(drawn) and kept == sorted(kept) and kept[0] == drawn[0] for drawn, kept in pairs
@@ -134,9 +141,9 @@ def test_a_budget_is_always_filled_and_never_exceeded() -> None:
             for drawn, kept in zip(whole.lengths.sum(1).tolist(), masks.lengths.sum(1).tolist(), strict=True):
                 assert kept == min(drawn, config.token_budget - 1)
                 sizes.add("cut" if kept < drawn else "whole")
-            rows = tokens(masks, config, CPU)
-            assert isinstance(rows.context, list)
-            assert {len(one.patch_T) for one in rows.context} == {config.token_budget}
+            rows = lay_out(masks, config, CPU)
+            assert isinstance(rows.contexts, list)
+            assert {len(one.patch_T) for one in rows.contexts} == {config.token_budget}
     assert sizes == {"cut", "whole"}
 
 
@@ -187,34 +194,34 @@ def test_rows_of_the_targets() -> None:
 
 def losses_and_gradient(state: dict[str, Tensor], pixels: Tensor, h: Tensor, seed: int) -> tuple:
     """One rank's part of the batch, with masks it sampled itself: losses, and the gradient averaged over ranks."""
-    config = small_config(*PACKED)
-    model = JepaModel(config)
+    config = packed()
+    model = build(config)
     model.load_state_dict(state)
     rank, world = dist.get_rank(), dist.get_world_size()
     share = len(pixels) // world
     mine = slice(rank * share, (rank + 1) * share)
     masks = sample_masks(config.mask_spec, seed=seed, step=1, first=rank * share, batch=share)
-    rows = tokens(masks, config, CPU)
+    rows = lay_out(masks, config, CPU)
     order, _, used = target_rows(masks.target, 64)
     features = h[mine].gather(1, order[:, :used, None].expand(-1, -1, h.shape[2]))
-    output = model(pixels[mine], rows.context, rows.target_MBK, features, rows.places_MBK)
-    output.losses.total.backward()
+    output = model([pixels[mine]], rows, features)
+    output.loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for grad in grads.values():
         dist.all_reduce(grad)
         grad /= world
-    return [t.detach() for t in output.losses], grads
+    return [output.loss.detach(), *output.terms], grads
 
 
 def test_two_ranks_with_half_the_batch_are_one_rank_with_all_of_it() -> None:
     model, (pixels, _, h), seed = general_model(), draw(8), random.randrange(2**32)
-    masks = sample_masks(small_config(*PACKED).mask_spec, seed=seed, step=1, first=0, batch=8)
+    masks = sample_masks(packed().mask_spec, seed=seed, step=1, first=0, batch=8)
     wanted = wanted_losses(model, pixels, masks, h)
     names = [name for name, _ in model.named_parameters()]
-    gradient = dict(zip(names, torch.autograd.grad(wanted.total, list(model.parameters())), strict=True))
+    gradient = dict(zip(names, torch.autograd.grad(wanted[0], list(model.parameters())), strict=True))
     scale = torch.cat([g.flatten() for g in gradient.values()]).norm()
     ranks = run_ranks(2, losses_and_gradient, model.state_dict(), pixels, h, seed)
-    for i, name in enumerate(Losses._fields):
+    for i, name in enumerate(("total", *model.terms)):
         assert sum(losses[i].item() for losses, _ in ranks) / 2 == pytest.approx(wanted[i].item(), rel=1e-5), name
     for _, grads in ranks:
         assert torch.cat([(grads[n] - gradient[n]).flatten() for n in gradient]).norm() < 1e-5 * scale

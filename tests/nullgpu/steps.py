@@ -25,7 +25,7 @@ from jepa.config.file import load_config
 from jepa.config.schema import Config
 from jepa.ranks import distributed
 from jepa.train import zero
-from train import start_model, take_step
+from jepa.train.step import start_model, take_step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "engine/configs"
 WAITS = ("stream_sync", "device_sync", "event_sync", "memcpy_sync", "pageable")

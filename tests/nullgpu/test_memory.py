@@ -4,9 +4,9 @@ import pytest
 from steps import load, take
 
 from jepa.data.masks import sample_masks
+from jepa.model.cost import Kept
 from jepa.model.layout import target_rows
 from jepa.ranks import distributed
-from jepa.train.budget import Kept
 from jepa.train.memory import memory_per_rank
 
 # Some cut in depth, so that the processor can draw the weights in seconds.

@@ -9,7 +9,7 @@ from steps import failures, load, take
 from torch import Tensor
 from torch._inductor.exc import InductorError
 
-import train
+import jepa.train.step
 from jepa.model import vit
 from jepa.ranks import distributed
 
@@ -25,13 +25,13 @@ def test_nothing_is_found_without_a_fault(ranks: distributed.Ranks) -> None:
 
 
 def test_a_planted_item(ranks: distributed.Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = train.poison
+    plain = jepa.train.step.poison
 
     def reading(loss: Tensor) -> Tensor:
         loss.detach().item()
         return plain(loss)
 
-    monkeypatch.setattr(train, "poison", reading)
+    monkeypatch.setattr(jepa.train.step, "poison", reading)
     assert any("waits for the GPU" in line for line in found(ranks))
 
 

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jepa.data.masks import sample_masks
-from jepa.methods.objective import JepaModel
+from jepa.methods import build
 from jepa.state import restore
 from jepa.state.checkpoint import Saver
 from jepa.state.interop import load_encoder
 from jepa.state.restore import CheckpointError, read_state
 from jepa.train import zero
-from small import run_ranks, small_config, whole_weights
+from small import every_row, run_ranks, small_config, whole_weights
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 SAVED = list(itertools.product((0, 1, 2, 3), (False, True)))
@@ -34,7 +34,7 @@ def start(folder: Path, stage: int, bf16: bool, *words: str) -> tuple[object, Sa
         f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}", "logging.save_every=1", "logging.keep_last=2",
         f"data.batch_size={8 // dist.get_world_size()}", "mask.cut=global", f"logging.folder={folder}", *words,
     )  # fmt: skip
-    engine = zero.start(JepaModel(config), config)
+    engine = zero.start(build(config), config)
     return engine, Saver(config, engine, steps_per_epoch=1000)
 
 
@@ -46,8 +46,8 @@ def one_step(engine: object, step: int) -> None:
     features = torch.randn(8, 64, 24, generator=torch.Generator().manual_seed(step))
     masks = sample_masks(small_config().mask_spec, seed=0, step=step, first=0, batch=8)
     zero.schedule(engine, torch.tensor([0.01, 0.1, 0.9], dtype=torch.float64))
-    output = engine(images[mine], masks.context[:, mine], masks.target[:, mine], features[mine])
-    engine.backward(output.losses.total)
+    output = engine([images[mine]], every_row(masks.context[:, mine], masks.target[:, mine]), features[mine])
+    engine.backward(output.loss)
     assert zero.step(engine).applied
 
 
@@ -316,7 +316,7 @@ def resume_another(folder: Path) -> list[str]:
         said = io.StringIO()
         try:
             with contextlib.redirect_stdout(said), mock.patch.object(restore, "versions", lambda: {"torch": "9"}):
-                Saver(config, zero.start(JepaModel(config), config), 1000).resume("latest")
+                Saver(config, zero.start(build(config), config), 1000).resume("latest")
             messages.append(said.getvalue())
         except CheckpointError as error:
             messages.append(f"refused: {error}")

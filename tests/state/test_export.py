@@ -17,12 +17,12 @@ from torch import Tensor
 import export
 from jepa.config.file import to_yaml
 from jepa.data.masks import sample_masks
-from jepa.methods.objective import JepaModel
+from jepa.methods import build
 from jepa.state.checkpoint import Saver
 from jepa.state.interop import ENCODERS, PARTS, load_encoder, open_weights
 from jepa.state.restore import CheckpointError
 from jepa.train import zero
-from small import run_ranks, small_config, whole_weights
+from small import every_row, run_ranks, small_config, whole_weights
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 SETTINGS = ("data.batch_size=2", f"data.mean={MEAN}", f"data.std={STD}", "engine.zero_stage=2")
@@ -32,14 +32,14 @@ def train_and_save(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Three steps on two ranks; returns the fp32 weights and the average, gathered from both."""
     config = small_config(*SETTINGS, f"logging.folder={folder}")
     torch.manual_seed(0)
-    engine = zero.start(JepaModel(config), config)
+    engine = zero.start(build(config), config)
     saver = Saver(config, engine, steps_per_epoch=2)
     progress = saver.begin()
     for step in range(3):
         masks = sample_masks(config.mask_spec, seed=0, step=step, first=0, batch=2)
         zero.schedule(engine, torch.tensor([0.05, 0.1, 0.9], dtype=torch.float64))
         images, features = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8), torch.randn(2, 64, 24)
-        engine.backward(engine(images, masks.context, masks.target, features).losses.total)
+        engine.backward(engine([images], every_row(masks.context, masks.target), features).loss)
         progress.count(bool(zero.step(engine).applied), 4)
     saver.save(progress)
     return {kind: whole_weights(engine, kind) for kind in ("weight", "ema")}

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import io
 import json
+import os
 import random
 import resource
 import zipfile
@@ -14,18 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa.config.file import KEYS
 from jepa.config.schema import ConfigError
-from jepa.methods.objective import JepaModel
+from jepa.methods import build
 from jepa.state import interop, manifest
+from jepa.state.foreign import open_initial
 from jepa.state.restore import CheckpointError, read_state
-from small import small_config
+from small import KEYS, small_config
 
 CONFIG = small_config()
 ALLOWED = 200 * 2**10  # KiB by which loading a tiny file may raise the peak memory
@@ -38,7 +40,7 @@ def digest(path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An intact checkpoint of two ranks, each with half of every parameter, as at ZeRO-3."""
-    folder, model = tmp_path_factory.mktemp("hostile") / "whole", JepaModel(CONFIG)
+    folder, model = tmp_path_factory.mktemp("hostile") / "whole", build(CONFIG)
     folder.mkdir()
     files = []
     for rank in range(2):
@@ -79,6 +81,21 @@ def exported(checkpoint: Path) -> Path:
 def published(checkpoint: Path) -> Path:
     path = checkpoint.parent / "x.pth.tar"
     interop.save_published(interop.open_weights(checkpoint), torch.float32, path)
+    torch.save(torch.load(path) | {"loss": np.float64(0.5), "lr": np.float32(0.1)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def timm(checkpoint: Path) -> Path:
+    path = checkpoint.parent / "timm.safetensors"
+    interop.save_timm(interop.open_weights(checkpoint), "encoder", torch.float32, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def huggingface(checkpoint: Path) -> Path:
+    path = checkpoint.parent / "huggingface"
+    interop.save_huggingface(interop.open_weights(checkpoint), "encoder", torch.float32, path)
     return path
 
 
@@ -99,6 +116,13 @@ def read_everything(weights: interop.Weights) -> None:
     for part in weights.shapes:
         for _ in weights.tensors(part):
             pass
+
+
+def start_from(path: Path) -> None:
+    """Opens a file as a run does that starts from it, and reads everything."""
+    for tensors in open_initial(path, CONFIG).parts.values():
+        for shape, read in tensors.values():
+            assert list(read().shape) == shape
 
 
 VALUES = st.one_of(
@@ -276,3 +300,69 @@ def test_a_changed_pickle_loads_or_is_refused(data: st.DataObject, published: Pa
                 target.writestr(name, content)
     path.write_bytes(written.getvalue())
     loads(lambda: read_everything(interop.open_weights(path, CONFIG)))
+    loads(lambda: start_from(path))
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_changed_state_dict_loads_or_is_refused(data: st.DataObject, timm: Path) -> None:
+    content = rewritten(timm, lambda header: change(header, data))
+    path = timm.parent / "changed.timm"
+    path.write_bytes(noise(data, content, 400) if data.draw(st.booleans()) else content)
+    loads(lambda: start_from(path))
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_changed_hugging_face_folder_loads_or_is_refused(data: st.DataObject, huggingface: Path) -> None:
+    folder = huggingface.parent / "changed"
+    folder.mkdir(exist_ok=True)
+    about = json.loads((huggingface / "config.json").read_text())
+    if data.draw(st.booleans()):
+        change(about, data)
+    (folder / "config.json").write_bytes(noise(data, json.dumps(about).encode(), 400))
+    few = data.draw(st.sampled_from([lambda header: None, lambda header: change(header, data)]))
+    (folder / "model.safetensors").write_bytes(rewritten(huggingface / "model.safetensors", few))
+    loads(lambda: start_from(folder))
+
+
+def made(call: Callable, *args: object, state: object = None) -> object:
+    """What a pickle stores as a call of `call` and, if there is a state, as setting it."""
+    return type("Made", (), {"__reduce__": lambda self: (call, args, state) if state else (call, args)})()
+
+
+def test_a_pickle_with_code_in_it_does_not_run(published: Path, tmp_path: Path) -> None:
+    attack, marker = made(os.mkdir, str(tmp_path / "marker")), tmp_path / "marker"
+    weights = torch.load(published, weights_only=False)["encoder"]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text('{"model_type": "ijepa"}')
+    for path, content in {
+        tmp_path / "beside": {"encoder": weights, "loss": attack},
+        tmp_path / "among": {"encoder": weights | {"x": attack}},
+        tmp_path / "alone": attack,
+        tmp_path / "folder" / "pytorch_model.bin": {"embeddings.mask_token": attack},
+    }.items():
+        torch.save(content, path)
+        assert not loads(lambda path=path: start_from(path.parent if path.suffix == ".bin" else path))
+        assert not marker.exists()
+    torch.load(tmp_path / "beside", weights_only=False)
+    assert marker.exists(), "the attack does not work"
+
+
+def test_numpys_own_code_never_sees_a_file(published: Path, tmp_path: Path) -> None:
+    """A dtype whose state calls its bytes pointers: numpy would follow them."""
+    forged = made(np.dtype, "V8", False, True, state=(3, "|", None, None, None, 8, 1, 0x3F))
+    content = torch.load(published, weights_only=False)
+    content["loss"] = made(np.float64(1).__reduce__()[0], forged, b"\x01" * 8)
+    torch.save(content, tmp_path / "forged")
+    assert loads(lambda: start_from(tmp_path / "forged"))
+    assert interop.unpickled(tmp_path / "forged")["loss"] is None
+
+
+def test_a_tensor_larger_than_its_file_is_refused(published: Path, tmp_path: Path) -> None:
+    """Positions of a huge grid from one stored row, by a stride of 0."""
+    content = torch.load(published, weights_only=False)
+    content["encoder"]["module.pos_embed"] = torch.zeros(1, 1, 24).expand(1, 1000**2, 24)
+    torch.save(content, tmp_path / "large")
+    assert (tmp_path / "large").stat().st_size < 2**20
+    assert not loads(lambda: start_from(tmp_path / "large"))

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa.methods.objective import GlobalBatchNorm, JepaModel, Losses
+from jepa.methods.base import Method
+from jepa.model.projector import GlobalBatchNorm
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -84,9 +85,9 @@ def predicted(
     return linear(norm(x, w, "predictor_norm")[0, len(context) :], w, "predictor_proj")
 
 
-def criterion(model: JepaModel, z_BD: Tensor, p_MBKD: Tensor, target: Tensor, h: Tensor) -> Losses:
+def criterion(model: Method, z_BD: Tensor, p_MBKD: Tensor, target: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     """Algorithm 1 and its options, literally: every ordered pair of different blocks. `z_BD`: the pooled context."""
-    loss, (M, B) = model.loss, p_MBKD.shape[:2]
+    loss, (M, B) = getattr(model, "loss", None), p_MBKD.shape[:2]
     total = torch.zeros((), dtype=torch.float64)
     for m in range(M):
         for b in range(B):
@@ -97,9 +98,9 @@ def criterion(model: JepaModel, z_BD: Tensor, p_MBKD: Tensor, target: Tensor, h:
     jepa, zero = total, torch.zeros((), dtype=torch.float64)
     sim = std = cov = zero
     views = p_MBKD.mean(2)
-    if loss.objective == "ijepa":
-        pass
-    elif loss.regularizer == "cosine":
+    if loss is None:
+        return total, jepa
+    if loss.regularizer == "cosine":
         pairs = [F.cosine_similarity(views[i], views[j]).mean() for i, j in permutations(range(M), 2)]
         sim = torch.stack(pairs).mean()
         total = jepa - loss.beta_vicreg * sim
@@ -116,10 +117,10 @@ def criterion(model: JepaModel, z_BD: Tensor, p_MBKD: Tensor, target: Tensor, h:
             std = torch.stack([(variance_term(a) + variance_term(b)) / 2 for a, b in pairs]).mean()
             cov = torch.stack([covariance_term(a) + covariance_term(b) for a, b in pairs]).mean()
         total = jepa + loss.beta_vicreg * (loss.beta_sim * sim + loss.beta_std * std + loss.beta_cov * cov)
-    return Losses(total, jepa, sim, std, cov)
+    return total, jepa, sim, std, cov
 
 
-def projected(model: JepaModel, x: Tensor) -> Tensor:
+def projected(model: Method, x: Tensor) -> Tensor:
     """The projector in float64, batch norm by its definition."""
     assert model.projector is not None
     for layer in model.projector:

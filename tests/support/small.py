@@ -11,8 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from jepa.config.file import parse_config
-from jepa.config.schema import Config
+from jepa.config.file import SECTIONS, parse_config
+from jepa.config.schema import Config, settings_of
+from jepa.model.layout import Layout
 from jepa.state.partitions import flats
 
 MAPPING = {
@@ -29,9 +30,21 @@ MAPPING = {
 }  # fmt: skip
 
 
+KEYS = [
+    f"{section}.{key}"
+    for section, model in {**SECTIONS, "loss": settings_of("cjepa")}.items()
+    for key in model.model_fields
+]  # of a C-JEPA's config
+
+
 def small_config(*overrides: str) -> Config:
     """A C-JEPA: 32 px images, patch 4, encoder 24 x 2, predictor 16 x 2, fp32, with `section.key=value` overrides."""
     return parse_config(MAPPING, list(overrides))
+
+
+def every_row(context: Any, target_MBK: Tensor) -> Layout:
+    """The layout for target features of all patches, in order."""
+    return Layout(context, target_MBK, (), target_MBK, (0, target_MBK.shape[-1]))
 
 
 def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:

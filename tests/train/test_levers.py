@@ -4,6 +4,7 @@ import copy
 import random
 import re
 import traceback
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +15,19 @@ from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
+import jepa.train.step
 from jepa.config.schema import ConfigError
 from jepa.data.loader import Batch
 from jepa.data.masks import sample_masks
-from jepa.methods.objective import JepaModel
-from jepa.model.layout import tokens
-from jepa.model.vit import Block, VisionTransformer, compile_blocks
+from jepa.methods import build
+from jepa.methods.base import Method
+from jepa.model.execution import compile_blocks
+from jepa.model.layout import Layout, Place, lay_out
+from jepa.model.vit import Block, VisionTransformer
 from jepa.ranks import distributed
 from jepa.train import zero
 from jepa.train.schedules import Schedules, ScheduleTable
-from small import run_ranks, small_config
+from small import every_row, run_ranks, small_config
 
 CPU = torch.device("cpu")
 MODES = ("mask.mode=unbiased", "mask.mode=packed")
@@ -32,28 +35,28 @@ DEPTHS = ("meta.pred_depth=3", "loss.beta_vicreg=1.0")
 Step = tuple[Tensor, Tensor]
 
 
-def general_model(*overrides: str) -> tuple[JepaModel, VisionTransformer]:
+def general_model(*overrides: str) -> tuple[Method, VisionTransformer]:
     """A model with perturbed weights, and another model's encoder as its teacher."""
-    models = [JepaModel(small_config(*DEPTHS, *overrides)) for _ in range(2)]
+    models = [build(small_config(*DEPTHS, *overrides)) for _ in range(2)]
     for parameter in (p for model in models for p in model.parameters()):
         parameter.data += 0.1 * torch.randn_like(parameter)
     return models[0], models[1].encoder.requires_grad_(False)
 
 
-def with_levers(model: JepaModel, *overrides: str) -> JepaModel:
-    other = JepaModel(small_config(*DEPTHS, *overrides))
+def with_levers(model: Method, *overrides: str) -> Method:
+    other = build(small_config(*DEPTHS, *overrides))
     other.load_state_dict(model.state_dict())
     return other.to(next(model.parameters()).dtype)
 
 
-def step(model: JepaModel, teacher: VisionTransformer, pixels: Tensor, seed: int, *overrides: str) -> Step:
+def step(model: Method, teacher: VisionTransformer, pixels: Tensor, seed: int, *overrides: str) -> Step:
     """The loss and the whole gradient of a training step."""
     config = small_config(*DEPTHS, *overrides)
     masks = sample_masks(config.mask_spec, seed=seed, step=seed % 100, first=0, batch=len(pixels))
-    rows = tokens(masks, config, torch.device("cpu"))
+    rows = lay_out(masks, config, torch.device("cpu"), all_read=model.reads_all_targets(config))
     with torch.no_grad():
-        features = teacher(pixels, rows=rows.teacher)
-    loss = model(pixels, rows.context, rows.target_MBK, features, rows.places_MBK).losses.total
+        features = teacher(pixels, rows=rows.computed)
+    loss = model([pixels], rows, features).loss
     gradient = torch.autograd.grad(loss, list(model.parameters()))
     return loss.detach(), torch.cat([g.flatten() for g in gradient])
 
@@ -101,7 +104,7 @@ def test_levers_in_bfloat16_err_no_more_than_the_plain_path(mode: str) -> None:
     assert fast_error < 1.25**2 * plain_error
 
 
-def kept_bytes(model: JepaModel, *inputs: object) -> int:
+def kept_bytes(model: Method, *inputs: Any) -> int:
     """Bytes that a forward saves for its backward, besides weights and inputs."""
     saved: dict[int, int] = {}
 
@@ -110,8 +113,9 @@ def kept_bytes(model: JepaModel, *inputs: object) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = model(*inputs).losses.total
-    own = [*model.parameters(), *(x for x in inputs if isinstance(x, Tensor))]
+        loss = model(*inputs).loss
+    views, layout, h = inputs
+    own = [*model.parameters(), *views, layout.contexts, layout.target_MBK, h]
     assert loss.requires_grad
     return sum(n for place, n in saved.items() if place not in {x.untyped_storage().data_ptr() for x in own})
 
@@ -120,8 +124,8 @@ def test_checkpointing_keeps_the_inputs_of_blocks() -> None:
     depths = ("meta.depth=8", "meta.pred_depth=8")
     config = small_config(*depths)
     masks = sample_masks(config.mask_spec, seed=1, step=random.randrange(99), first=0, batch=5)
-    inputs = images(), masks.context, masks.target, torch.randn(5, 64, 24)
-    plain, thrifty = (JepaModel(small_config(*depths, *more)) for more in ((), LEVERS[1:]))
+    inputs = [images()], every_row(masks.context, masks.target), torch.randn(5, 64, 24)
+    plain, thrifty = (build(small_config(*depths, *more)) for more in ((), LEVERS[1:]))
     # A block of width D saves about 16 D values per token, D of which are its input; patches and losses remain.
     assert kept_bytes(thrifty, *inputs) < 0.25 * kept_bytes(plain, *inputs)
 
@@ -194,19 +198,19 @@ def test_nothing_in_a_step_asks_for_a_value(mode: str, where: str) -> None:
     overrides = (mode, f"loss.vicreg_on={where}")
     config = small_config(*DEPTHS, *overrides)
     masks = sample_masks(config.mask_spec, seed=1, step=random.randrange(99), first=0, batch=5)
-    rows, (model, teacher) = tokens(masks, config, torch.device("cpu")), general_model(*overrides)
+    rows, (model, teacher) = lay_out(masks, config, torch.device("cpu")), general_model(*overrides)
     fakes = FakeTensorMode()
     for module in (*model.modules(), *teacher.modules()):
         for name, p in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(fakes.from_tensor(p.detach()), p.requires_grad))
         for name, b in list(module.named_buffers(recurse=False)):
             setattr(module, name, fakes.from_tensor(b))
-    pixels, contexts = fakes.from_tensor(images()), [fake(context, fakes) for context in rows.context]
-    groups, target, places = (fake(x, fakes) for x in (rows.teacher, rows.target_MBK, rows.places_MBK))
+    pixels, contexts = fakes.from_tensor(images()), [fake(context, fakes) for context in rows.contexts]
+    groups, target, places = (fake(x, fakes) for x in (rows.computed, rows.target_MBK, rows.places_MBK))
     with fakes:
         with torch.no_grad():
             features = teacher(pixels, rows=groups)
-        model(pixels, contexts, target, features, places).losses.total.backward()
+        model([pixels], Layout(contexts, target, groups, places, rows.kept), features).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -227,15 +231,15 @@ def whole_steps(stage: int, bf16: bool, clip: str) -> list[str]:
     """Where the host reads a value in a real training step, from the masks to the teacher, except for loading data."""
     config = small_config(f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}", f"optimization.clip_grad={clip}")
     ranks = distributed.Ranks(dist.get_rank(), dist.get_world_size(), CPU, dist.HashStore(), dist.group.WORLD)
-    engine, teacher = train.start_model(config, CPU)
+    engine, teacher = jepa.train.step.start_model(config, CPU)
     table = ScheduleTable(Schedules(config, 10), 0, 9, zero.schedule_device(engine))
-    made = {step: tokens(train.masks_of(config, ranks, step, 0), config, CPU) for step in range(3)}
-    train.masks_of, train.tokens = (lambda config, ranks, step, micro: step), (lambda step, *_, **__: made[step])
+    made = {s: engine.module.layout(config, Place(s, 0, ranks.rank, ranks.world_size), CPU) for s in range(3)}
+    engine.module.layout = lambda config, place, *_: made[place.step]
     with Reads() as reads:
         for step in range(3):
             zero.schedule(engine, table.next())
             batches = iter([(step, 0, Batch([images(4)], []))])
-            table.count(train.take_step(config, ranks, engine, teacher, batches, step).applied)
+            table.count(jepa.train.step.take_step(config, ranks, engine, teacher, batches, step).applied)
     # These do not read values on a GPU.
     return [where for where in reads.found if not re.search("in (check_index|_check_options)", where)]
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from jepa.methods.objective import Losses
 from jepa.train.health import collapse_warning, effective_rank, feature_health
 from jepa.train.log import RunLog
 from small import run_ranks, small_config
@@ -44,8 +43,8 @@ def test_collapse_is_said_and_health_is_not() -> None:
     line = torch.randn(64, 1) * torch.randn(16) + 2
     assert words(healthy, healthy) is None
     for bad in (same, line, torch.ones(64, 16)):
-        assert "collapsing: the target encoder" in str(words(bad, healthy))
-        assert "collapsing: the predictor" in str(words(healthy, bad))
+        assert "collapsing: the features 'target'" in str(words(bad, healthy))
+        assert "collapsing: the features 'pred'" in str(words(healthy, bad))
 
 
 TORN = ('{"step": 1', "2,1,0.3", "\n", "[3]\n", "1", "")
@@ -55,7 +54,7 @@ def log_steps(folder: Path, first: int, last: int, torn: str) -> None:
     """Logs steps, five per epoch; then the files end like those of a run killed while writing."""
     log = RunLog(small_config(f"logging.folder={folder}"), first, 20, 5, 8, torch.device("cpu"))
     for step in range(first, last):
-        log.step(step, [Losses(*torch.full((5,), step + 100.0 * first))], 10, 5, 0.0)
+        log.step(step, [torch.full((5,), step + 100.0 * first)], 10, 5, 0.0)
         log.flush(lr=float("nan") if step == 3 else 0.1)
     log.close()
     for name in ("jepa.jsonl", "jepa_r0.csv"):

@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 from jepa.config.schema import Config, ConfigError
 from jepa.data.masks import sample_masks
-from jepa.methods.objective import JepaModel
+from jepa.methods import build
 from jepa.train import zero
 from jepa.train.optimizer import make_optimizer
 from jepa.train.teacher import Teacher
 from jepa.train.zero import deepspeed_config
-from small import run_ranks, small_config, whole_weights
+from small import every_row, run_ranks, small_config, whole_weights
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 STEPS, BAD_STEP = 5, 3
@@ -31,7 +31,7 @@ def train(optimizer: str, stage: int, seed: int, *more: str) -> tuple[dict[str, 
     words = (f"engine.optimizer={optimizer}", f"engine.zero_stage={stage}", "loss.objective=ijepa")
     config = small_config(*words, *more)
     torch.manual_seed(seed)
-    model = JepaModel(config)
+    model = build(config)
     encoder = copy.deepcopy(model.encoder)
     engine = zero.start(model, config)
     teacher, norms, moved = Teacher(encoder, engine), [], []
@@ -44,8 +44,8 @@ def train(optimizer: str, stage: int, seed: int, *more: str) -> tuple[dict[str, 
                 config.mask_spec, seed=micro, step=step, first=4 * dist.get_rank(), batch=4, cut=(0, 8)
             )
             features = teacher(images) * (float("nan") if step == BAD_STEP else 1)
-            output = engine(images, masks.context, masks.target, features)
-            engine.backward(output.losses.total)
+            output = engine([images], every_row(masks.context, masks.target), features)
+            engine.backward(output.loss)
             outcome = zero.step(engine, clip_grad=0.05)
         teacher.follow()
         norms.append(float(outcome.grad_norm))

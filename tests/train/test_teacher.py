@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from jepa.data.masks import sample_masks
-from jepa.methods.objective import JepaModel
+from jepa.methods import build
 from jepa.state.partitions import flats
 from jepa.train import zero
 from jepa.train.teacher import Teacher
-from small import run_ranks, small_config, whole_weights
+from small import every_row, run_ranks, small_config, whole_weights
 
 STAGES = list(itertools.product((0, 1, 2, 3), ("fp32", "bf16")))
 MOMENTA = (0.9, 0.5, 0.99, 0.7, 1.0)
@@ -51,7 +51,7 @@ def follow(stage: int, precision: str) -> list[str]:
         "optimization.clip_grad=0.5",
     )
     torch.manual_seed(stage)
-    model = JepaModel(config)
+    model = build(config)
     started = {name: p.detach().clone() for name, p in model.named_parameters()}
     encoder = copy.deepcopy(model.encoder)
     engine = zero.start(model, config)
@@ -75,8 +75,8 @@ def follow(stage: int, precision: str) -> list[str]:
             features = teacher(images)
             if step == BAD_STEP and micro == 1 and rank == world - 1:
                 features = features * float("nan")
-            output = engine(images, masks.context, masks.target, features)
-            engine.backward(output.losses.total)
+            output = engine([images], every_row(masks.context, masks.target), features)
+            engine.backward(output.loss)
             outcome = zero.step(engine, config.optimization.clip_grad)
         applied, norm = bool(outcome.applied), outcome.grad_norm
         before, weights = weights, whole_weights(engine)
@@ -125,6 +125,8 @@ class Parameters(nn.ModuleList):
 
 class Model(nn.Module):
     """Parameters with an average and without; the gradient depends on x alone."""
+
+    averaged = ("encoder",)
 
     def __init__(self, encoder: list[tuple[int, ...]], rest: list[tuple[int, ...]]) -> None:
         super().__init__()

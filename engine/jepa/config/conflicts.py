@@ -18,12 +18,12 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
         yield "mask.patch_size", f"must divide data.crop_size {c.data.crop_size}; {near} do"
     elif not 2 <= c.grid <= MAX_SIDE:
         yield "mask.patch_size", f"must give 2 to {MAX_SIDE} patches along data.crop_size {c.data.crop_size}"
-    else:
+    elif c.method.masked:
         yield from _mask_conflicts(c)
 
     for size, width, heads in (
         (c.vit, "meta.embed_dim", "meta.num_heads"),
-        (c.predictor, "meta.pred_emb_dim", "meta.pred_num_heads"),
+        *([(c.predictor, "meta.pred_emb_dim", "meta.pred_num_heads")] if c.method.masked else []),
     ):
         if size.embed_dim % 4:
             yield width, "must be divisible by 4, for the 2-D sine-cosine position embeddings"
@@ -45,23 +45,18 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
             "optimization.warmup",
             f"must be at most optimization.epochs x ipe_scale = {length:g}; to stop a run early, give engine.max_steps",
         )
-    if c.engine.precision and (c.engine.precision == "bf16") != c.meta.use_bfloat16:
-        other = str(not c.meta.use_bfloat16).lower()
-        yield (
-            "engine.precision",
-            f"contradicts meta.use_bfloat16: give meta.use_bfloat16={other}, or engine.precision=null",
-        )
     if c.engine.target_precision == "fp8":
         if c.precision == "fp32":
-            yield "engine.target_precision", "needs bf16 training: give meta.use_bfloat16=true, or bf16 here"
+            yield "engine.target_precision", "needs bf16 training: give engine.precision=bf16, or bf16 here"
+        if "encoder" not in c.method.averaged:
+            yield "engine.target_precision", f"needs a target encoder, which {c.loss.objective} has not: give bf16"
         for name, wide in (("width", c.vit.embed_dim), ("MLP width", int(c.vit.embed_dim * c.vit.mlp_ratio))):
             if wide % 16:
                 yield "engine.target_precision", f"needs an encoder {name} divisible by 16, not {wide}; or give bf16"
     unit = c.data.batch_size * (c.engine.gradient_accumulation_steps or 1)
     if (c.engine.global_batch_size or 0) % unit:
         yield "engine.global_batch_size", f"must be a multiple of data.batch_size x accumulation = {unit}"
-    if c.loss.objective == "cjepa" and c.loss.vicreg_on == "predictions" and c.mask.num_pred_masks < 2:
-        yield "mask.num_pred_masks", "must be at least 2: C-JEPA compares the predicted blocks of an image"
+    yield from c.method.conflicts(c)
     if c.token_budget is not None and c.mask.mode != "packed":
         yield "mask.token_budget", "must be null: it applies only to mask.mode packed"
     elif c.token_budget is not None and c.token_budget <= c.data.batch_size:
@@ -71,7 +66,7 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
     if c.engine.optimizer in ("deepspeed", "apex") and c.engine.zero_stage == 0 and c.precision == "bf16":
         yield "engine.optimizer", "needs engine.zero_stage 1 or more in bf16; on one GPU stage 1 needs no more memory"
     if c.engine.attention == "flash_attn" and (c.precision == "fp32" or c.engine.device == "cpu"):
-        yield "engine.attention", "needs bf16 and a GPU: give sdpa, or meta.use_bfloat16=true and a GPU"
+        yield "engine.attention", "needs bf16 and a GPU: give sdpa, or engine.precision=bf16 and a GPU"
     if c.engine.attention == "xformers" and c.mask.mode == "packed":
         yield "engine.attention", "does not support mask.mode packed: give sdpa or flash_attn"
     if (c.engine.device, c.data.decoder) == ("cpu", "gpu"):

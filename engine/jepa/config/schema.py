@@ -1,22 +1,35 @@
 """The config of a run: one validated YAML.
 
 Sections and key names are those of the published I-JEPA configs (`meta data mask optimization logging`), so such a
-file loads unchanged; `loss`, `engine` and `eval` are this engine's own. Keys with a default may be omitted;
-`section.key=value` on the command line overrides the file (jepa.config.file). All problems are reported at once, in
-one ConfigError.
+file loads unchanged; `loss`, `engine` and `eval` are this engine's own. Keys with a default may be omitted; a file's
+`base` holds what it does not say (jepa.config.read), and `section.key=value` on the command line overrides both
+(jepa.config.file). All problems are reported at once, in one ConfigError.
 """
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    Strict,
+    model_validator,
+)
 
 from jepa.data.augment import View
 from jepa.data.masks import MaskSpec
 
 from .conflicts import conflicts, show
+
+if TYPE_CHECKING:
+    from jepa.methods.base import Method
 
 
 class ConfigError(ValueError):
@@ -118,9 +131,11 @@ class Meta(_Section):
     pred_depth: Depth = 6
     pred_emb_dim: Width = 384
     pred_num_heads: Natural | None = None  # null: as many as the encoder
-    use_bfloat16: bool = True
+    use_bfloat16: bool = True  # the published key; engine.precision, if given, wins
     load_checkpoint: bool = False  # resume, like --resume
-    read_checkpoint: Text | None = None  # the checkpoint to resume from; null: the newest
+    read_checkpoint: Text | None = None  # what to resume: a path, or a name in logging.folder; null: the newest
+    init_from: Text | None = None  # weights to start a new run from: our checkpoint or export, a published .pth.tar, a
+    # Hugging Face folder or a timm state dict (jepa.state.foreign)
     copy_data: bool = False
 
 
@@ -209,16 +224,9 @@ class Optimization(_Section):
 
 
 class Loss(_Section):
-    """I-JEPA's prediction loss, and the regulariser that C-JEPA adds."""
+    """The pretraining method. Its other keys are its own: see its file in jepa.methods."""
 
-    objective: Literal["ijepa", "cjepa"] = "ijepa"
-    regularizer: Literal["vicreg", "cosine"] = "vicreg"
-    vicreg_on: Literal["predictions", "context"] = "predictions"
-    beta_vicreg: NonNegative = 0.001
-    beta_sim: NonNegative = 25.0
-    beta_std: NonNegative = 25.0
-    beta_cov: NonNegative = 1.0
-    projector: Widths | None = None  # output widths of its layers; null: three layers of the encoder's width
+    objective: Text = ""  # empty: the default of jepa.methods
 
 
 class Engine(_Section):
@@ -227,7 +235,7 @@ class Engine(_Section):
     seed: Annotated[int, BeforeValidator(_integer), Field(ge=0, lt=2**63)] = 0
     deterministic: bool = False  # bitwise reproducible, at some cost in speed; runs on CPUs always are
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["bf16", "fp32"] | None = None  # null: set by meta.use_bfloat16
+    precision: Literal["bf16", "fp32"] | None = None  # null: as meta.use_bfloat16 says
     target_precision: Literal["bf16", "fp8"] = "bf16"  # of the target encoder's matrix products in training; bf16: as
     # precision says; fp8 (jepa.model.fp8): on Hopper or newer, emulated on a CPU; not yet measured on a GPU
     zero_stage: Annotated[Count, Field(le=3)] = 1
@@ -268,6 +276,35 @@ class Eval(_Section):
     knn_k: Natural = 20
 
 
+def _methods() -> Any:
+    """jepa.methods, which stands on this room; by name, so that a new method needs no word here."""
+    return importlib.import_module("jepa.methods")
+
+
+def objectives() -> list[str]:
+    """The methods there are."""
+    return _methods().names()
+
+
+def settings_of(objective: object) -> type[Loss]:
+    """The section `loss` of a method. Raises ValueError if there is no such method."""
+    return _methods().find(objective or _methods().DEFAULT).Settings
+
+
+def _loss(given: object) -> object:
+    """The section as its method understands it."""
+    if isinstance(given, Loss):
+        given = given.model_dump()
+    if not isinstance(given, Mapping):
+        return given
+    objective = given.get("objective") or _methods().DEFAULT
+    try:
+        section = settings_of(objective)
+    except ValueError as error:
+        raise ConfigError([f"loss.objective = {show(objective)}: {error}"]) from error
+    return section.model_validate({**given, "objective": objective})
+
+
 class Config(_Section):
     """The config of a run, made by `load_config` or `parse_config`. Immutable."""
 
@@ -275,7 +312,7 @@ class Config(_Section):
     data: Data
     mask: Mask
     optimization: Optimization
-    loss: Loss = Loss()
+    loss: Annotated[SerializeAsAny[Loss], BeforeValidator(_loss)] = Field(Loss(), validate_default=True)
     engine: Engine = Engine()
     logging: Logging
     eval: Eval = Eval()
@@ -308,6 +345,14 @@ class Config(_Section):
         return Size(self.meta.pred_emb_dim, self.meta.pred_depth, self.meta.pred_num_heads or self.vit.num_heads)
 
     @property
+    def resumed(self) -> str:
+        """The checkpoint that meta.load_checkpoint resumes from. As in the published code, a bare name is one in
+        logging.folder."""
+        name = self.meta.read_checkpoint or "latest"
+        bare = Path(name).name == name and name not in ("latest", "auto")
+        return str(Path(self.logging.folder, name) if bare else Path(name).expanduser())
+
+    @property
     def grid(self) -> int:
         """Patches along a side of the crop."""
         return self.data.crop_size // self.mask.patch_size
@@ -338,18 +383,9 @@ class Config(_Section):
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
-    def has_projector(self) -> bool:
-        return self.loss.objective == "cjepa" and self.loss.regularizer == "vicreg"
-
-    @property
-    def projector_widths(self) -> tuple[int, ...]:
-        """Output widths of the projector's layers; empty if the loss has none."""
-        return (self.loss.projector or (self.vit.embed_dim,) * 3) if self.has_projector else ()
-
-    @property
-    def needs_all_targets(self) -> bool:
-        """Whether a loss reads the target encoder's output at patches outside the targets."""
-        return self.has_projector and self.loss.vicreg_on == "context"
+    def method(self) -> "type[Method]":
+        """The class of the method."""
+        return _methods().find(self.loss.objective)
 
     @property
     def gated(self) -> bool:
@@ -382,21 +418,23 @@ class Config(_Section):
         total = micro * steps * world_size
         if wanted and wanted != total:
             raise ConfigError([self._batch_problem(wanted, world_size)])
-        if self.has_projector and micro * world_size < 2:
-            problem = f"data.batch_size = {micro}: must be at least 2 on one rank, for VICReg's variance over images"
+        if micro * world_size < 2 and self.method.couples_images(self):
+            problem = f"data.batch_size = {micro}: must be at least 2 on one rank, for the loss's variance over images"
             raise ConfigError([problem])
         return Batch(micro, steps, total)
 
     def fingerprint(self, world_size: int) -> dict[str, int | str]:
         """What determines the steps of a run besides model, data and loss: runs that agree in it compute the same steps
-        on any number of ranks. VICReg's statistics are over a micro-batch of all ranks, so accumulation matters there;
+        on any number of ranks. Accumulation matters where the loss has statistics over a micro-batch of all ranks;
         masks that are cut, or have a token budget, per micro-batch of a rank depend on its size.
         """
         micro, accumulation, total = self.batch(world_size)
-        found: dict[str, int | str] = {"engine.seed": self.engine.seed, "global batch": total, "mask.cut": self.cut}
-        if self.cut == "rank" or self.token_budget:
-            found["data.batch_size"] = micro
-        if self.has_projector:
+        found: dict[str, int | str] = {"engine.seed": self.engine.seed, "global batch": total}
+        if self.method.masked:
+            found["mask.cut"] = self.cut
+            if self.cut == "rank" or self.token_budget:
+                found["data.batch_size"] = micro
+        if self.method.couples_images(self):
             found["accumulation"] = accumulation
         return found
 
@@ -404,14 +442,16 @@ class Config(_Section):
         """What else determines what a step computes, defaults resolved, except for the optimizer's settings."""
         colour = ("use_color_distortion", "use_gaussian_blur", "color_jitter_strength")
         data = ("crop_size", "crop_scale", "mean", "std", "use_horizontal_flip", *colour)
+        masked = self.method.masked
         sections = {
             "data": {key: self[f"data.{key}"] for key in data},
-            "mask": self.mask.model_dump(exclude={"cut"}),
+            "mask": self.mask.model_dump(exclude={"cut"}) if masked else {"patch_size": self.mask.patch_size},
             "loss": self.loss.model_dump(),
         }
+        networks = {"encoder": self.vit} | ({"predictor": self.predictor} if masked else {})
         recipe = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
         recipe |= {"engine.precision": self.precision, "engine.target_precision": self.engine.target_precision}
-        return {"encoder": self.vit, "predictor": self.predictor, **recipe}
+        return networks | recipe
 
     def _batch_problem(self, wanted: int, world_size: int) -> str:
         micro, steps = self.data.batch_size, self.engine.gradient_accumulation_steps

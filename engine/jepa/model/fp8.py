@@ -22,7 +22,8 @@ from torch.nn.functional import ScalingType
 
 from jepa.config.schema import ConfigError
 
-from .vit import Block, VisionTransformer, compile_blocks
+from .execution import compile_blocks
+from .vit import Block, VisionTransformer
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448

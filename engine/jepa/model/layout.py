@@ -11,63 +11,74 @@ from torch import Tensor
 from jepa.config.schema import Config
 from jepa.data.masks import Masks, sample_masks, thin
 from jepa.ranks.device import to_device
-from jepa.ranks.distributed import Ranks
 
 from .packed import ROUNDING, Ragged, pack
 
 
-class Tokens(NamedTuple):
-    """The rows of a micro-batch, on the device."""
+class Place(NamedTuple):
+    """A micro-batch of a run: its step, its number in the step, and the rank that takes it."""
 
-    context: Tensor | list[Ragged]
+    step: int
+    micro: int
+    rank: int
+    world_size: int
+
+
+class Layout(NamedTuple):
+    """The rows that a micro-batch reads, on the device."""
+
+    contexts: Tensor | list[Ragged]
     """int64 [E, B, Kc], or the packed rows of each context mask."""
     target_MBK: Tensor
     """The patches of the targets, int64 [M, B, Kt]."""
-    teacher: tuple[Tensor, ...]
-    """The patches that the target encoder's last block computes, in groups; (): all."""
+    computed: tuple[Tensor, ...]
+    """The patches [B, U] whose target features are computed, in groups; (): all, in order."""
     places_MBK: Tensor
-    """The positions of the targets in those rows."""
-    mean_context: int
-    """Patches in a context, on average."""
+    """The positions of the targets in those."""
+    kept: tuple[int, int]
+    """Patches in a context, on average, and in a target."""
 
 
-def masks_of(config: Config, ranks: Ranks, step: int, micro: int) -> Masks:
-    """The masks of this rank's `micro`-th micro-batch of a step."""
-    batch, _, whole = config.batch(ranks.world_size)
-    first = (micro * ranks.world_size + ranks.rank) * batch
-    cut, seed = (0, whole) if config.cut == "global" else None, config.engine.seed
+def masks_of(config: Config, place: Place) -> Masks:
+    """The masks of a micro-batch."""
+    batch, _, whole = config.batch(place.world_size)
+    first = (place.micro * place.world_size + place.rank) * batch
+    cut, seed, step = (0, whole) if config.cut == "global" else None, config.engine.seed, place.step
     masks = sample_masks(config.mask_spec, seed=seed, step=step, first=first, batch=batch, cut=cut)
     if config.token_budget is None:
         return masks
     return thin(masks, config.token_budget - 1, seed=seed, step=step, first=first)  # one row is reserved for padding
 
 
-def tokens(masks: Masks, config: Config, device: torch.device, *, whole: bool = False) -> Tokens:
-    """`whole`: compute the features of all patches, not only of the targets, as the health metrics need them.
+def lay_out(
+    masks: Masks, config: Config, device: torch.device, *, whole: bool = False, all_read: bool = False
+) -> Layout:
+    """The layout of a micro-batch's masks, on `device`.
 
-    The targets' rows are then still a group of their own, so that training stays bitwise the same.
+    `all_read`: the loss reads the target features of all patches. `whole`: they are wanted for another reason; those of
+    the targets are then still a group of their own, so that training stays bitwise the same.
     """
     target, N = masks.target, config.grid**2
-    context: Tensor | list[Ragged]
+    contexts: Tensor | list[Ragged]
     if masks.lengths is None:
-        context = to_device(masks.context, device)
+        contexts = to_device(masks.context, device)
     else:
         parts, budget = masks.context.split(masks.lengths.sum(1).tolist()), config.token_budget
         unit = budget or (-(-target.shape[1] * N // ROUNDING) if device.type == "cuda" else 0)
         ragged = [pack(part, n, target, N, unit) for part, n in zip(parts, masks.lengths, strict=True)]
-        context = [one.to(device) for one in ragged]
-    mean = masks.context.numel() // (config.mask.num_enc_masks * target.shape[1])
+        contexts = [one.to(device) for one in ragged]
     on_device = to_device(target, device)
-    if not config.engine.skip_unread or config.needs_all_targets:
-        return Tokens(context, on_device, (), on_device, mean)
+    kept = masks.context.numel() // (config.mask.num_enc_masks * target.shape[1]), target.shape[-1]
+    if all_read or not config.engine.skip_unread:
+        return Layout(contexts, on_device, (), on_device, kept)
     order, places, used = target_rows(target, N)
     groups = (order[:, :used], order[:, used:]) if whole else (order[:, :used],)
-    return Tokens(
-        context,
+    return Layout(
+        contexts,
         on_device,
         tuple(to_device(rows, device) for rows in groups if rows.numel()),
         to_device(places, device),
-        mean,
+        kept,
     )
 
 

@@ -4,17 +4,13 @@ Legend: B images, N patches, K kept patches, D width, T rows of all contexts if 
 those of the published checkpoints. Images stay uint8 until `patchify`, which writes only the patches that are kept.
 
 What no loss reads is not computed, without changing results: a block's queries and MLP run only on its `rows`.
-Everything between the matrix products (residual + norm, bias + GELU) is left to torch.compile, one block at a time
-(`compile_blocks`).
+Everything between the matrix products (residual + norm, bias + GELU) is left to torch.compile (jepa.model.execution).
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._inductor.config
-import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -26,18 +22,21 @@ from .attention import attend
 from .packed import Ragged, Sequences, attend_packed
 
 LAYER_NORM_EPS = 1e-6
-
 INIT_STD = 0.02
 
 
-def sincos_positions(dim: int, side: int) -> Tensor:
+def sincos_positions(dim: int, side: int, span: int | None = None) -> Tensor:
     """Fixed 2-D sine-cosine position embeddings, fp32 [side * side, dim], in raster order.
 
     The first half of the width encodes the column, the second the row; each half is [sin | cos] of the coordinate
-    times omega_i = 10000 ** (-i / (dim / 4)).
+    times omega_i = 10000 ** (-i / (dim / 4)). Coordinates are 0 .. side - 1, or with `span` the centres of `side` cells
+    that share the area of 0 .. span - 1.
     """
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    places = torch.arange(side, dtype=torch.float64)
+    if span is not None:
+        places = (places + 0.5) * span / side - 0.5
+    angles = places[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)
@@ -170,6 +169,7 @@ class VisionTransformer(nn.Module):
         self.img_size = img_size
         self.embed_dim = embed_dim
         self.checkpointing = False
+        self.other_sizes: dict[int, Tensor] = {}  # further sizes of images, and the positions of their patches
         self.patch_embed = PatchEmbed(patch_size, embed_dim, mean, std)
         positions = sincos_positions(embed_dim, img_size // patch_size)
         self.pos_embed: Tensor
@@ -180,6 +180,10 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor, index: Tensor | Ragged | None = None) -> Tensor:
         S = self.img_size
+        if (size := images.shape[2]) in self.other_sizes and tuple(images.shape[1:]) == (size, size, 3):
+            x = self.patch_embed(images, None)
+            self.other_sizes[size] = self.other_sizes[size].to(x.device, x.dtype)
+            return x + self.other_sizes[size]
         if tuple(images.shape[1:]) not in ((S, S, 3), (3, S, S)):
             raise ValueError(
                 f"images: given {list(images.shape)}, wanted [B, {S}, {S}, 3] or [B, 3, {S}, {S}] (data.crop_size)"
@@ -191,6 +195,11 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images, index)
         pos_ND = self.pos_embed[0].to(x.dtype)  # DeepSpeed keeps buffers in fp32; cast N rows, not B * K
         return x + (pos_ND if index is None else pos_ND[index])
+
+    def allow(self, size: int) -> None:
+        """Also takes whole images [B, size, size, 3], as crops of the area that images of `img_size` show."""
+        own, patch = self.img_size // self.patch_embed.patch_size, self.patch_embed.patch_size
+        self.other_sizes[size] = sincos_positions(self.embed_dim, size // patch, own)
 
     def forward(self, images: Tensor, index: Tensor | Ragged | None = None, rows: Sequence[Tensor] = ()) -> Tensor:
         x, sequences = self.embed(images, index), index.contexts if isinstance(index, Ragged) else None
@@ -226,24 +235,6 @@ def run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
-
-
-def compile_blocks(*models: nn.Module, backend: str = "inductor") -> None:
-    """Compiles every block of the models: one graph for identical blocks, dynamic in the number of images and tokens.
-
-    Per block, because that compiles quickly and leaves DeepSpeed and the kernels' ops outside the graphs.
-    """
-    torch._dynamo.config.recompile_limit = 64  # encoder, target encoder, predictor and eval all compile Block.forward
-    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance stay separate symbols
-    # Inductor fuses a layer norm's gradients from a number of rows on, and would compile again on crossing it.
-    if hasattr(torch._inductor.config.triton, "mix_order_reduction_non_strict_mode"):
-        torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
-    else:  # torch 2.10
-        torch._inductor.config.triton.mix_order_reduction = False
-    for block in (module for model in models for module in model.modules() if isinstance(module, Block)):
-        # Its patterns would turn materialised scores into scaled_dot_product_attention.
-        options = {"pattern_matcher": False} if block.attn.backend == "math" else None
-        block.compile(dynamic=True, backend=backend, options=options)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -18,11 +18,9 @@ from torch import Tensor
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY)
 
 INK, FAINT = "#333333", "#DDDDDD"
-
 STYLE = {
     "font.size": 10,
     "text.color": INK,
@@ -50,7 +48,6 @@ STYLE = {
 }
 
 UNIT, SCALE = 100, 2  # sheets of images are laid out in units of 1/100 inch, each 2 x 2 pixels of a PNG
-
 CELL, GAP, MARGIN = 160, 6, 22  # an image, the space between two, and the space for a line of titles
 
 

@@ -22,11 +22,9 @@ import torch.distributed as dist
 from .distributed import Ranks, launchers
 
 STOPPED, RANK_LOST = os.EX_TEMPFAIL, os.EX_UNAVAILABLE
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 RELAYED = 2.0  # seconds within which a second signal counts as the first, relayed by a launcher
-
 PULSE = 1.0  # seconds between two heartbeats, at most
 
 

@@ -39,6 +39,7 @@ from .restore import (
     candidates,
     entries,
     find_whole,
+    kinds_in,
     on_all,
     on_first,
     refuse_change,
@@ -231,10 +232,12 @@ class Saver:
         return {
             "format": manifest.FORMAT,
             **asdict(progress),
+            "moments": all(flat.weight in self.engine.basic_optimizer.state for flat in flats(self.engine)),
             "steps_per_epoch": self.steps_per_epoch,
             "fingerprint": self.config.fingerprint(dist.get_world_size()) | self.images,
             "config": self.config.model_dump(mode="json"),
             "versions": versions(),
+            "averaged": list(self.config.method.averaged),
             "shapes": shapes_of(self.engine.module),
             "files": files,
         }
@@ -288,31 +291,19 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
     `state` is its state.json; the caller has verified the files and that they hold this model.
     """
     progress = Progress.of(state)
-    optimizer, reader = engine.basic_optimizer, Reader(path, state)
+    optimizer, reader, begun = engine.basic_optimizer, Reader(path, state), "ema" in kinds_in(state)
     for flat in flats(engine):
         kept = {kind: torch.zeros_like(flat.weight) for kind in KINDS[1:] if kind != "ema" or flat.group["ema"]}
-        if progress.applied:
+        if begun:
             counter = torch.tensor(float(progress.applied), device=flat.weight.device)
             optimizer.state[flat.weight] = {"step": counter, **kept}
-        for kind, target in {"weight": flat.weight.data, **(kept if progress.applied else {})}.items():
+        for kind, target in {"weight": flat.weight.data, **(kept if begun else {})}.items():
             for piece in flat.pieces:
                 for start, values in reader.read(kind, piece.name, piece.start, piece.length):
                     place = piece.offset + start - piece.start
                     target.view(-1)[place : place + len(values)].copy_(values)
     refresh_training_weights(engine)
     return progress
-
-
-def gathered(engine: Any, kind: str, name: str, shape: list[int]) -> Tensor:
-    """One whole parameter, fp32, from all ranks, as `Reader.tensor` reads it from a file. Every rank calls it."""
-    values = torch.zeros(shape, device=flats(engine)[0].weight.device)
-    for flat in _to_write(engine):
-        line = flat.weight.detach() if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)
-        for piece in (piece for piece in flat.pieces if piece.name == name):
-            part = line.view(-1)[piece.offset : piece.offset + piece.length]
-            values.view(-1)[piece.start : piece.start + piece.length] = part
-    dist.all_reduce(values)  # each element is nonzero on at most one rank
-    return values
 
 
 def tidy(folder: Path, tag: str) -> None:

@@ -3,12 +3,14 @@
 `open_weights` reads a run's checkpoint, a safetensors file that `save_safetensors` wrote, or a file of the published
 code, one tensor at a time; the writers take what it returns. No file can run code: safetensors holds none, and a
 published file is unpickled by torch's `weights_only` loader, which creates only tensors and plain containers.
+(jepa.state.foreign also reads the others' formats, to start a run from them.)
 
 There are three parts, named as in the published code: `target_encoder`, `encoder` and `predictor`. C-JEPA's projector
 is used only by the loss and is not exported. A writer needs memory for what it writes plus one parameter.
 """
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -26,10 +28,11 @@ from torch import Tensor
 
 from jepa.config.file import parse_config
 from jepa.config.schema import Config
+from jepa.data.masks import MAX_SIDE
 from jepa.model.predictor import build_predictor
 from jepa.model.vit import LAYER_NORM_EPS, VisionTransformer, build_encoder, sincos_positions
 
-from .restore import CheckpointError, Reader, read_state, verify
+from .restore import CheckpointError, Reader, kinds_in, read_state, verify
 
 PARTS = ("target_encoder", "encoder", "predictor")
 ENCODERS = PARTS[:2]
@@ -105,14 +108,15 @@ def _open_checkpoint(path: Path) -> Weights:
     except OSError as error:
         raise CheckpointError(str(error)) from error
     config, reader = parse_config(state["config"], source=str(path / "state.json")), Reader(path, state)
-    average = "ema" if state["applied"] else "weight"
+    average = "ema" if "ema" in kinds_in(state) and "encoder" in state["averaged"] else "weight"
     places = {"target_encoder": (average, "encoder."), "encoder": ("weight", "encoder.")}
-    places["predictor"] = ("weight", "predictor.")
+    if config.method.masked:
+        places["predictor"] = ("weight", "predictor.")
     shapes = {
         part: {name.removeprefix(prefix): shape for name, shape in state["shapes"].items() if name.startswith(prefix)}
         for part, (_, prefix) in places.items()
     }
-    _check(path, config, shapes)
+    check(path, config, shapes)
 
     def read(part: str, name: str) -> Tensor:
         kind, prefix = places[part]
@@ -140,14 +144,49 @@ def _open_safetensors(path: Path) -> Weights:
         shapes.setdefault(part, {})[name] = file.get_slice(key).get_shape()
         if file.get_slice(key).get_dtype() not in ("F32", "BF16"):
             raise CheckpointError(f"{path}: {key} is {file.get_slice(key).get_dtype()}, wanted F32 or BF16")
-    _check(path, config, shapes)
+    check(path, config, shapes)
     return Weights(config, trained, shapes, lambda part, name: file.get_tensor(f"{part}.{name}").float())
 
 
 def _open_published(path: Path, config: Config) -> Weights:
     """A file of the published code: its tensors stay on disk until they are read."""
+    content = unpickled(path)
+    found = published_parts(path, content)
+    if not found:
+        given = f"the keys {list(map(str, content))[:8]}" if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path}: given {given}, wanted a dict of {', '.join(PARTS)}")
+    for part, tensors in found.items():
+        _take_positions(path, part, tensors, config)
+    shapes = {part: {name: list(value.shape) for name, value in tensors.items()} for part, tensors in found.items()}
+    check(path, config, shapes)
+    epoch = content.get("epoch")
+    trained = {"epoch": epoch} if isinstance(epoch, int) and epoch >= 0 else {}
+    return Weights(config, trained, shapes, lambda part, name: found[part][name].float())
+
+
+class _NumpyType:
+    """Made in place of a numpy.dtype, whose state a file could set to anything: numpy would follow its pointers."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def _numpy_scalar(*_: object) -> None:
+    """Called in place of numpy's: a loss or learning rate beside the tensors, which nothing here reads."""
+
+
+NUMPY = [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # before numpy 2, since
+
+
+def unpickled(path: Path) -> Any:
+    """What torch.save wrote: plain containers and tensors, which stay on disk until they are read. Numpy scalars become
+    None. Raises CheckpointError for anything else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([*NUMPY, (_NumpyType, "numpy.dtype")]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # What torch's unpickler raises for a damaged file, besides its own error.
     except (
         pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
@@ -155,43 +194,60 @@ def _open_published(path: Path, config: Config) -> Weights:
     ) as error:  # fmt: skip
         reason = str(error).split("\n")[0].split("WeightsUnpickler error: ")[-1].strip()[:300]
         raise CheckpointError(f"{path} is not a file of plain tensors, and nothing else is loaded: {reason}") from error
-    found = [part for part in PARTS if isinstance(content, dict) and isinstance(content.get(part), dict)]
-    if not found:
-        given = f"the keys {list(map(str, content))[:8]}" if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path}: given {given}, wanted a dict of {', '.join(PARTS)}")
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for part in found:
-        tensors[part] = {str(name).removeprefix("module."): value for name, value in content[part].items()}
-        for name, value in tensors[part].items():
-            plain = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-            if not plain or not value.is_floating_point():
-                raise CheckpointError(f"{path}: {part}.{name} is not a plain floating-point tensor")
-        _take_positions(path, part, tensors[part], config)
-    shapes = {part: {name: list(value.shape) for name, value in tensors[part].items()} for part in found}
-    _check(path, config, shapes)
-    epoch = content.get("epoch")
-    trained = {"epoch": epoch} if isinstance(epoch, int) and epoch >= 0 else {}
-    return Weights(config, trained, shapes, lambda part, name: tensors[part][name].float())
+
+
+def published_parts(path: Path, content: Any) -> dict[str, dict[str, Tensor]]:
+    """The parts that the contents of a file of the published code have, by part and plain name."""
+    parts = [part for part in PARTS if isinstance(content, dict) and isinstance(content.get(part), dict)]
+    return {part: plain_tensors(f"{path}: {part}.", content[part]) for part in parts}
+
+
+def plain_tensors(where: str, given: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict, without the prefixes that DistributedDataParallel and torch.compile give to names.
+    Raises CheckpointError, which begins with `where`, if it holds anything else."""
+    found: dict[str, Tensor] = {}
+    for key, value in given.items():
+        name = ".".join(word for word in str(key).split(".") if word not in ("module", "_orig_mod"))
+        plain = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+        if not plain or not value.is_floating_point():
+            raise CheckpointError(f"{where}{name[:200]} is not a plain floating-point tensor")
+        if name in found:
+            raise CheckpointError(f"{where}{name[:200]} is there twice, with and without a prefix")
+        found[name] = value
+    return found
 
 
 def _take_positions(path: Path, part: str, tensors: dict[str, Tensor], config: Config) -> None:
     """Removes the fixed position embeddings from a part: this engine computes its own, which must match."""
-    name, (dim, *_) = _positions(part), config.predictor if part == "predictor" else config.vit
+    name, (dim, *_) = positions_of(part), config.predictor if part == "predictor" else config.vit
     given = tensors.pop(name, None)
     if given is None:
         return
-    wanted = sincos_positions(dim, config.grid)[None]
-    if given.shape != wanted.shape:
+    wanted = [1, config.grid**2, dim]
+    if list(given.shape) != wanted:
         raise CheckpointError(
-            f"{path}: {part}.{name} is {list(given.shape)}, by the config it is {list(wanted.shape)}; check "
+            f"{path}: {part}.{name} is {list(given.shape)}, by the config it is {wanted}; check "
             "meta.model_name, data.crop_size and mask.patch_size"
         )
-    apart = float((given.float() - wanted).abs().max())
-    if not apart <= (1e-5 if given.dtype == torch.float32 else 2**-8):
-        raise CheckpointError(f"{path}: {part}.{name} is not I-JEPA's sine-cosine table; it is off by {apart:.1e}")
+    side_of(f"{path}: {part}.{name}", given, dim)
 
 
-def _check(path: Path, config: Config, shapes: Mapping[str, dict[str, list[int]]]) -> None:
+def side_of(where: str, given: Tensor, dim: int) -> int:
+    """The patches along a side of the square grid whose sine-cosine table `given` is.
+
+    Raises CheckpointError, which begins with `where`, if it is no such table of width `dim`.
+    """
+    side = math.isqrt(given.shape[1]) if given.dim() == 3 else 0
+    if list(given.shape) != [1, side**2, dim] or not 1 <= side <= MAX_SIDE or not given.is_contiguous():
+        raise CheckpointError(f"{where} is {list(given.shape)}, wanted [1, N, {dim}] for a square grid of N patches")
+    apart = float((given.float() - sincos_positions(dim, side)[None]).abs().max())
+    rounded = any(torch.equal(given, given.to(low).to(given.dtype)) for low in (torch.bfloat16, torch.float16))
+    if not apart <= (2**-8 if rounded else 1e-5):
+        raise CheckpointError(f"{where} is not I-JEPA's sine-cosine table; it is off by {apart:.1e}")
+    return side
+
+
+def check(path: Path, config: Config, shapes: Mapping[str, dict[str, list[int]]]) -> None:
     """Raises CheckpointError if the shapes in a file do not match the model that the config describes."""
     if foreign := [part for part in shapes if part not in PARTS]:
         raise CheckpointError(f"{path} holds {foreign[0]!r}, wanted only {', '.join(PARTS)}")
@@ -206,11 +262,11 @@ def _check(path: Path, config: Config, shapes: Mapping[str, dict[str, list[int]]
             there, here = found.get(wrong[0], "missing"), wanted.get(wrong[0], "missing")
             raise CheckpointError(
                 f"{path}: its {part} is not the one that the config describes; they differ in {len(set(wrong))} "
-                f"tensors, such as {wrong[0]}: {there} in the file, {here} in the model"
+                f"tensors, such as {wrong[0][:200]}: {there} in the file, {here} in the model"
             )
 
 
-def _positions(part: str) -> str:
+def positions_of(part: str) -> str:
     return "predictor_pos_embed" if part == "predictor" else "pos_embed"
 
 
@@ -315,7 +371,7 @@ def _huggingface_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
 def _with_positions(weights: Weights, part: str, dtype: torch.dtype) -> dict[str, Tensor]:
     dim = (weights.config.predictor if part == "predictor" else weights.config.vit).embed_dim
     tensors = {name: value.to(dtype) for name, value in weights.tensors(part)}
-    return {_positions(part): sincos_positions(dim, weights.config.grid)[None].to(dtype), **tensors}
+    return {positions_of(part): sincos_positions(dim, weights.config.grid)[None].to(dtype), **tensors}
 
 
 @contextmanager

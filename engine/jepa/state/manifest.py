@@ -49,10 +49,12 @@ class State(_Checked):
     applied: Number
     samples: Number
     skipped: Number
+    moments: bool = False  # whether there are moments and an average though no step was applied (jepa.state.initial)
     steps_per_epoch: Natural
     fingerprint: Annotated[dict[Label, Number | Label], Field(max_length=20)]  # `Config.fingerprint`
     config: dict[str, Any]  # `parse_config` checks it
     versions: dict[str, str]
+    averaged: list[Label] = ["encoder"]  # the submodules whose parameters have an average
     shapes: dict[Name, Annotated[list[Natural], Field(max_length=8)]]
     files: Annotated[list[File], Field(min_length=1)]
 

@@ -180,7 +180,7 @@ class Reader:
     def __init__(self, path: Path, state: dict[str, Any]) -> None:
         self.files: dict[str, Any] = {}
         self.pieces: dict[str, list[tuple[str, manifest.Piece]]] = {}  # by parameter: its pieces and their files
-        kinds = KINDS if state["applied"] else KINDS[:1]
+        kinds = kinds_in(state)
         for file in state["files"]:
             where = path / file["name"]
             try:
@@ -190,7 +190,7 @@ class Reader:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             found = {key: (s.get_dtype(), s.get_shape()) for key, s in slices.items()}
             for piece in itertools.starmap(manifest.Piece, file["pieces"]):
-                for kind in [k for k in kinds if k != "ema" or piece.name.startswith("encoder.")]:
+                for kind in [k for k in kinds if k != "ema" or piece.name.partition(".")[0] in state["averaged"]]:
                     key = f"{kind}.{piece.flat}"
                     dtype, shape = found.get(key, (None, []))
                     if dtype != "F32" or len(shape) != 1 or shape[0] < piece.offset + piece.length:
@@ -217,6 +217,11 @@ class Reader:
         for start, part in self.read(kind, name, 0, values.numel()):
             values.view(-1)[start : start + len(part)] = part
         return values
+
+
+def kinds_in(state: dict[str, Any]) -> tuple[str, ...]:
+    """What a checkpoint holds of each parameter: moments and average only if the run had any."""
+    return KINDS if state["applied"] or state["moments"] else KINDS[:1]
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """The health of the features: do they still tell images apart?"""
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .teacher import Teacher
 
 MAX_ROWS = 4096
 
@@ -48,23 +52,35 @@ def all_rows(x_RD: Tensor) -> Tensor:
     return gathered
 
 
-def health(target_BND: Tensor, predicted_RD: Tensor) -> dict[str, float]:
-    """`feature_health` of the images' mean target features and of the predicted blocks, over all ranks' images.
+def health(features: Mapping[str, Tensor]) -> dict[str, float]:
+    """`feature_health` of a method's features (`Output.features`), over all ranks' images, as `{name}_{key}`.
 
     Every rank calls it; the first one computes it, the others get an empty dict.
     """
     found: dict[str, float] = {}
-    for name, rows in (("target", all_rows(target_BND.mean(1))), ("pred", all_rows(predicted_RD))):
+    for name, x in features.items():
+        rows = all_rows(x if x.ndim == 2 else x.mean(1))
         if dist.get_rank() == 0:
             found |= {f"{name}_{key}": value for key, value in feature_health(rows).items()}
     return found
 
 
-def collapse_warning(found: dict[str, float]) -> str | None:
+def collapse_warning(found: Mapping[str, float]) -> str | None:
     """A message if the features of different images have become the same, else None."""
-    for name, words in (("target", "the target encoder's features"), ("pred", "the predictor's outputs")):
-        if found[f"{name}_std"] < 1e-3:
-            return f"collapsing: {words} hardly differ between images (relative std {found[f'{name}_std']:.1e})"
-        if found[f"{name}_rank"] < 1.5:
-            return f"collapsing: {words} vary along a single direction (effective rank {found[f'{name}_rank']:.2f})"
+    for key, value in found.items():
+        name, _, kind = key.rpartition("_")
+        if kind == "std" and value < 1e-3:
+            return f"collapsing: the features {name!r} hardly differ between images (relative std {value:.1e})"
+        if kind == "rank" and value < 1.5:
+            return f"collapsing: the features {name!r} vary along a single direction (effective rank {value:.2f})"
     return None
+
+
+def examine(
+    step: int, features: Mapping[str, Tensor], teacher: Teacher | None, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Health of the features, and the teacher's distance; warns of collapse. Every rank must call it."""
+    found = health(features)
+    if warning := collapse_warning(found):
+        say(f"step {step}: {warning}")
+    return found if teacher is None else found | {"teacher_distance": teacher.distance()}

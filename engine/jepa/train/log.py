@@ -22,13 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jepa.config.schema import Config
-from jepa.methods.objective import Losses
 
 CSV_COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")
 
 SECONDS_BETWEEN_LINES = 30.0
-
-SHOWN = ("loss", "jepa", "sim", "std", "cov", "knn", "images_per_second", "data_wait_ms", "lr")
+SHOWN = ("knn", "images_per_second", "data_wait_ms", "lr")  # and the loss with its terms
 
 
 class RunLog:
@@ -48,6 +46,7 @@ class RunLog:
         device: torch.device,
     ) -> None:
         self.steps_per_epoch, self.global_batch, self.last_step = steps_per_epoch, global_batch, last_step
+        self.terms = ("loss", *config.method.terms)
         self.on_gpu = device.type == "cuda"
         self.pending: list[tuple[int, Tensor, int, int, Any, float, int]] = []
         self.writes = dist.get_rank() == 0
@@ -77,15 +76,15 @@ class RunLog:
     def step(
         self,
         step: int,
-        losses: list[Losses],
+        losses: list[Tensor],
         context_tokens: int,
         target_tokens: int,
         data_wait: float,
         bad_images: int = 0,
     ) -> None:
-        """Records a step: its micro-batches' losses on the device, the kept tokens, the seconds spent waiting for
-        images, and how many of this rank's images replace unusable ones."""
-        terms = torch.stack([torch.stack(micro).detach() for micro in losses]).mean(0)
+        """Records a step: its micro-batches' losses and terms on the device, the kept tokens, the seconds spent waiting
+        for images, and how many of this rank's images replace unusable ones."""
+        terms = torch.stack(losses).mean(0)
         self.pending.append((step, terms, context_tokens, target_tokens, self._mark(), data_wait, bad_images))
         self.bar.update()
 
@@ -109,7 +108,7 @@ class RunLog:
         for step, value, context, target, second in zip(steps, values, contexts, targets, seconds, strict=True):
             epoch, iteration = divmod(step, self.steps_per_epoch)
             self.csv.write(f"{epoch + 1},{iteration},{value[0]:.5f},{context},{target},{1000 * second:.0f}\n")
-            terms_of = dict(zip(("loss", "jepa", "sim", "std", "cov"), value, strict=True))
+            terms_of = dict(zip(self.terms, value, strict=True))
             rows[step] = {"step": step, "epoch": step / self.steps_per_epoch, **terms_of, **skipped.get(step, {})}
         self.csv.flush()
         rows[steps[-1]] |= {
@@ -141,7 +140,7 @@ class RunLog:
         self.jsonl.flush()
         for write in self.writers:
             write(row)
-        line = {k: f"{row[k]:.3g}" for k in SHOWN if row.get(k) is not None}
+        line = {k: f"{row[k]:.3g}" for k in (*self.terms, *SHOWN) if row.get(k) is not None}
         self.bar.set_postfix(line, refresh=False)
         now, done = time.monotonic(), row["step"] + 1
         if self.bar.disable and (now - self.last_line > SECONDS_BETWEEN_LINES or done == self.last_step):

@@ -1,12 +1,12 @@
-"""Replays a single step after the run: which of its values are not finite, and which files they come from.
+"""Takes a single step again after the run: which of its values are not finite, and which files they come from.
 
 A step is a pure function of its number and the weights, so one that went wrong can be examined later: `--replay-step`
-takes the images, crops and masks of the step, and the weights of an earlier checkpoint, from which engine/train.py
-repeats the steps in between. Nothing is written.
+starts from an earlier checkpoint, takes the steps in between and then the step itself as training did, and watches it.
+Nothing is written.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +16,14 @@ from torch import Tensor
 
 from jepa.config.schema import Config
 from jepa.data.loader import Loader
-from jepa.methods.objective import JepaModel, Losses, poison
-from jepa.model.fp8 import Encoder
-from jepa.model.layout import masks_of, tokens
-from jepa.model.vit import build_encoder
+from jepa.methods.base import Method, Output
 from jepa.ranks.distributed import Ranks
+from jepa.state import checkpoint
 from jepa.state.restore import CheckpointError, candidates, find_whole, on_first, refuse_change, shapes_of
 
-
-def start_of_replay(
-    config: Config, loader: Loader, step: int, which: str | None, accept_changes: bool
-) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint to replay step `step` from, and its state: the one named, or the newest intact one that is not of
-    a later step. Every rank calls it. Raises CheckpointError like `Saver.resume`."""
-    folder, tag = Path(config.logging.folder), config.logging.write_tag
-    if which:
-        paths = [Path(which)]
-    else:
-        found = on_first(folder, lambda: candidates(folder, tag, loader.steps_per_epoch))
-        paths = [path for at, path in found if at <= step]
-    if not paths:
-        raise CheckpointError(f"--replay-step: no checkpoint of step {step} or before in {folder}")
-    path, state = find_whole(paths)
-    refuse_change(path, state, config, shapes_of(JepaModel(config)), loader.source.fingerprint, accept_changes)
-    return path, state
+from . import zero
+from .schedules import Schedules, ScheduleTable
+from .step import start_model, take_step
 
 
 def replay(
@@ -47,81 +31,88 @@ def replay(
     ranks: Ranks,
     loader: Loader,
     step: int,
-    read: Callable[[str, str, list[int]], Tensor],
-    averaged: bool,
-    head: str,
+    which: str | None,
+    accept_changes: bool,
+    at: Callable[[int, str], None],
 ) -> None:
-    """Runs forward and backward of `step`, prints what it finds under `head`, and saves nothing.
+    """Prints what `step` does, starting from the checkpoint named by `which`, or by default from the newest intact one
+    that is not of a later step. Every rank calls it. Raises CheckpointError like `Saver.resume`."""
+    paths = _paths(config, loader, step, which)
+    path, state = find_whole(paths)
+    engine, teacher = start_model(config, ranks.device)
+    refuse_change(path, state, config, shapes_of(engine.module), loader.source.fingerprint, accept_changes)
+    progress = checkpoint.load(path, state, engine)
+    if teacher is not None and engine.basic_optimizer.state:
+        teacher.refresh()
+    head, first = f"step {step} with the weights in {path}, of step {progress.step}", min(progress.step, step)
+    if progress.step > step:
+        head += ": not the weights that the run had at this step, so the numbers differ"
+    elif progress.step < step:
+        head += f", advanced by {step - progress.step} steps"
 
-    `read` returns a kind ("weight", "ema") of a parameter by name and shape; `averaged`: whether there is an EMA yet.
-    Every rank calls it and holds the whole model: nothing is sharded.
-    """
-    model, teacher = JepaModel(config), build_encoder(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(read("weight", name, list(weight.shape)))
-        for name, weight in teacher.named_parameters():
-            weight.copy_(read("ema" if averaged else "weight", f"encoder.{name}", list(weight.shape)))
-    model.to(ranks.device)
-    for weight in model.parameters():  # like DeepSpeed, which does not cast buffers
-        weight.data = weight.data.to(config.dtype)
-    teacher.to(ranks.device, config.dtype)
-    targets: Any = teacher
-    if config.engine.target_precision == "fp8":
-        targets = Encoder(teacher)
-        targets.refresh()
-
-    found: dict[str, list[str]] = {"losses": [], "target features of": [], "predictions for": [], "gradients of": []}
-    losses = []
-    for micro in range(loader.accumulation):
-        batch = loader.batch(step, micro)
-        images, files = batch.images, batch.files
-        masks = masks_of(config, ranks, step, micro)
-        rows = tokens(masks, config, ranks.device)
-        with torch.no_grad():
-            features = targets(images, rows=rows.teacher)
-        output = model(images, rows.context, rows.target_MBK, features, rows.places_MBK)
-        poison(output.losses.total / loader.accumulation).backward()
-        losses.append(torch.stack(output.losses).detach().double())
-        predicted = output.predicted_RD.view(-1, len(files), output.predicted_RD.shape[-1]).transpose(0, 1)
-        if not features.isfinite().all():  # of whole images, one per file, whichever rows the step uses
-            with torch.no_grad():
-                found["target features of"] += _not_finite(files, targets(images))
-        found["predictions for"] += _not_finite(files, predicted)
-    terms = dict(zip(Losses._fields, torch.stack(losses).mean(0).tolist(), strict=True))
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    found["losses"] = [name for name, value in terms.items() if not math.isfinite(value)]
-    found["gradients of"] = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    _tell(head, terms, found, gradients)
+    table = ScheduleTable(
+        Schedules(config, loader.steps_per_epoch), progress.applied, step + 1 - first, zero.schedule_device(engine)
+    )
+    batches, findings = loader.batches(first, step + 1), Findings(engine.module)
+    for number in range(first, step + 1):
+        zero.schedule(engine, table.next())
+        watch = findings if number == step else None
+        done = take_step(config, ranks, engine, teacher, batches, number, whole=watch is not None, at=at, watch=watch)
+        table.count(done.applied)
+    findings.tell(head)
 
 
-def _not_finite(files: list[str], rows: Tensor) -> list[str]:
-    return [name for name, row in zip(files, rows, strict=True) if not row.isfinite().all()]
+def _paths(config: Config, loader: Loader, step: int, which: str | None) -> list[Path]:
+    """The checkpoints to try, in this order."""
+    if which:
+        return [Path(which)]
+    folder, tag = Path(config.logging.folder), config.logging.write_tag
+    found = on_first(folder, lambda: candidates(folder, tag, loader.steps_per_epoch))
+    paths = [path for of, path in found if of <= step]
+    if not paths:
+        raise CheckpointError(f"--replay-step: no checkpoint of step {step} or before in {folder}")
+    return paths
 
 
-def _tell(head: str, terms: dict[str, float], found: dict[str, list[str]], gradients: dict[str, Tensor]) -> None:
-    """Prints the findings on the first rank."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (terms, found))
-    norms = {name: float(norm) for name, norm in _norms(gradients)}
-    if dist.get_rank() != 0:
-        return
-    print(head)
-    for rank, (terms, _) in enumerate(everyone):
-        print(f"rank {rank}: " + "  ".join(f"{name} {value:.8g}" for name, value in terms.items()))
-    whole = math.sqrt(sum(norm**2 for norm in norms.values()))
-    print(f"gradient norm {whole:.6g}: " + "  ".join(f"{name} {norm:.6g}" for name, norm in norms.items()))
-    lines = [f"rank {r}, {k} {', '.join(v)}" for r, (_, found) in enumerate(everyone) for k, v in found.items() if v]
-    print("\n".join(["not finite:", *lines]) if lines else "everything is finite", flush=True)
+class Findings:
+    """Watches a step (jepa.train.step.Watch)."""
 
+    def __init__(self, method: Method) -> None:
+        self.names = ("total", *method.terms)
+        self.losses: list[Tensor] = []
+        self.bad: dict[str, list[str]] = {"losses": []}  # what is not finite: of this rank, and where
+        self.norms: dict[str, float] = {}  # of the gradient, by parameter
 
-def _norms(gradients: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The norm of the rank-averaged gradient, by top-level module."""
-    for module in dict.fromkeys(name.partition(".")[0] for name in gradients):
-        squares = []
-        for name, gradient in gradients.items():
-            if name.partition(".")[0] == module:
-                mean = gradient.float()
-                dist.all_reduce(mean)
-                squares.append((mean / dist.get_world_size()).square().sum())
-        yield module, torch.stack(squares).sum().sqrt()
+    def micro_batch(self, files: list[str], output: Output) -> None:
+        self.losses.append(torch.stack([output.loss.detach(), *output.terms]).double())
+        for name, rows in output.features.items():
+            fine = rows.isfinite().flatten(1).all(1).view(-1, len(files)).all(0).tolist()
+            found = self.bad.setdefault(f"features {name!r} of", [])
+            found += [file for file, is_fine in zip(files, fine, strict=True) if not is_fine]
+
+    def gradients(self, engine: Any) -> None:
+        for name, parameter in engine.module.named_parameters():
+            gradient = zero.gradient(parameter)
+            if gradient is not None:
+                self.norms[name] = float(gradient.float().norm())
+
+    def tell(self, head: str) -> None:
+        """Prints the findings of all ranks on the first one."""
+        terms = dict(zip(self.names, torch.stack(self.losses).mean(0).tolist(), strict=True))
+        self.bad["losses"] = [name for name, value in terms.items() if not math.isfinite(value)]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (terms, self.bad))
+        if dist.get_rank() != 0:
+            return
+        print(head)
+        for rank, (terms, _) in enumerate(everyone):
+            print(f"rank {rank}: " + "  ".join(f"{name} {value:.8g}" for name, value in terms.items()))
+        modules: dict[str, list[float]] = {}
+        for name, norm in self.norms.items():
+            modules.setdefault(name.partition(".")[0], []).append(norm)
+        parts = "  ".join(f"{name} {math.hypot(*norms):.6g}" for name, norms in modules.items())
+        print(f"gradient norm {math.hypot(*self.norms.values()):.6g}: {parts}")
+        lines = [f"rank {r}, {k} {', '.join(v)}" for r, (_, bad) in enumerate(everyone) for k, v in bad.items() if v]
+        if broken := [name for name, norm in self.norms.items() if not math.isfinite(norm)]:
+            lines.append(f"gradients of {', '.join(broken)}")
+        print("\n".join(["not finite:", *lines]) if lines else "everything is finite", flush=True)

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jepa.methods.objective import Losses
 from jepa.state.checkpoint import Progress
 
 
@@ -26,10 +25,10 @@ class Outcomes:
 
     def __init__(self, progress: Progress, global_batch: int) -> None:
         self.progress, self.global_batch = progress, global_batch
-        self.unread: list[tuple[int, Tensor, list[Losses], list[str]]] = []
+        self.unread: list[tuple[int, Tensor, list[Tensor], list[str]]] = []
         self.skipped_in_a_row = self.longest = 0  # currently; at most so far
 
-    def add(self, step: int, applied: Tensor, losses: list[Losses], files: list[str]) -> None:
+    def add(self, step: int, applied: Tensor, losses: list[Tensor], files: list[str]) -> None:
         """Records a step: `applied` (bool, 0-d) and its micro-batches' losses, on the device, and its image files."""
         self.unread.append((step, applied, losses, files))
 
@@ -61,12 +60,12 @@ class Outcomes:
             )
 
 
-def not_finite(losses: list[Losses], files: list[str]) -> dict[str, Any]:
+def not_finite(losses: list[Tensor], files: list[str]) -> dict[str, Any]:
     """For the log of a skipped step: the ranks whose losses are not finite, and the files of their images.
 
     If all losses are finite, only the gradient is not, and the files are those of all ranks. Every rank calls it.
     """
-    mine = all(math.isfinite(value) for micro in losses for value in torch.stack(micro).tolist())
+    mine = all(math.isfinite(value) for micro in losses for value in micro.tolist())
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (mine, files))
     bad = [rank for rank, (fine, _) in enumerate(everyone) if not fine]

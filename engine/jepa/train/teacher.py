@@ -1,10 +1,10 @@
-"""The target encoder: the rounded exponential moving average of the encoder, the same on every rank.
+"""The teacher: the rounded exponential moving averages of a method's submodules, the same on every rank.
 
 The fp32 average is optimizer state, so under ZeRO each rank holds a part of it. The optimizer writes its part, rounded
-to the training precision, in the same pass that updates it; one asynchronous all-gather for each of the encoder's two
+to the training precision, in the same pass that updates it; one asynchronous all-gather for each of the two averaged
 param groups (with and without weight decay) then assembles the parts before the teacher is next used. If a parameter's
-parts are contiguous in the gathered buffer (stages 1 and 2, or one rank), the target encoder's weight is a view of it
-and nothing is copied. With `engine.target_precision: fp8` the targets are made with e4m3 copies of these weights.
+parts are contiguous in the gathered buffer (stages 1 and 2, or one rank), the average's weight is a view of it and
+nothing is copied. With `engine.target_precision: fp8` the targets are made with e4m3 copies of these weights.
 """
 
 from collections.abc import Sequence
@@ -12,25 +12,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from jepa.model.fp8 import Encoder
-from jepa.model.vit import VisionTransformer
 from jepa.state.partitions import Flat, flats
-
-PREFIX = "encoder."
 
 
 class Teacher:
-    """`encoder`: a copy of the encoder made before DeepSpeed wrapped the model; it becomes the target encoder.
-    `in_fp8`: its forward in fp8, if that is to make the targets."""
+    """`copies`: of the averaged submodules, by name, made before DeepSpeed wrapped the model; they become the averages.
+    `in_fp8`: the forward of the encoder's in fp8, if that is to make the targets."""
 
-    def __init__(self, encoder: VisionTransformer, engine: Any, in_fp8: Encoder | None = None) -> None:
+    def __init__(self, copies: dict[str, nn.Module], engine: Any, in_fp8: Encoder | None = None) -> None:
         self.in_fp8, self.written = in_fp8, True
-        self._encoder = encoder.requires_grad_(False).eval()
+        self._averages = nn.ModuleDict(copies).requires_grad_(False).eval()
         self.optimizer = engine.basic_optimizer
         self.averaged = [flat for flat in flats(engine) if flat.group["ema"] and flat.weight.numel()]
-        self.weights = {PREFIX + name: p for name, p in encoder.named_parameters()}
+        self.weights = dict(self._averages.named_parameters())
         self.sharded = engine.zero_optimization_stage() > 0
         self.gathered = [self._adopt(flat) for flat in self.averaged] if self.sharded else []
         if self.sharded:
@@ -47,8 +44,8 @@ class Teacher:
         self.under_way: list[dist.Work] = []
 
     @property
-    def encoder(self) -> VisionTransformer:
-        """The target encoder, once its all-gathers have completed."""
+    def averages(self) -> nn.ModuleDict:
+        """The averaged submodules, once their all-gathers have completed."""
         if self.under_way:
             for work in self.under_way:
                 work.wait()
@@ -56,15 +53,15 @@ class Teacher:
             for _, copies in self.gathered:
                 for weight, source in copies:
                     weight.copy_(source)
-        return self._encoder
+        return self._averages
 
     @torch.no_grad()
     def __call__(self, images: Tensor, rows: Sequence[Tensor] = ()) -> Tensor:
-        """uint8 images -> target features [B, N, D], or those of the given rows, in the training precision, not yet
-        layer-normalized."""
-        encoder = self.encoder
+        """By the average of `encoder`: uint8 images -> features [B, N, D], or those of the given rows, in the training
+        precision."""
+        averages = self.averages
         if self.in_fp8 is None:
-            return encoder(images, rows=rows)
+            return averages["encoder"](images, rows=rows)
         if self.written:  # once per step, not in every micro-batch
             self.in_fp8.refresh()
             self.written = False

@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jepa.config.schema import Config
-from jepa.methods.objective import JepaModel
+from jepa.methods.base import Method
 from jepa.state.partitions import flats
 
 from .optimizer import make_optimizer
 
 BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 makes a single buffer larger than most of these models
-
 LIVE = 100_000_000  # elements ZeRO-3 keeps gathered; its default of 1e9 would hold all of a ViT-H until the backward
 
 
@@ -54,16 +53,22 @@ def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[s
     }
 
 
-def param_groups(model: JepaModel) -> list[dict[str, Any]]:
-    """Separate groups for the encoder, which has an EMA, and the rest; each split into parameters with and without
-    weight decay (biases and one-dimensional weights). The mask token, [1, 1, D], decays as in the published code."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+def param_groups(model: Method, lr: float) -> list[dict[str, Any]]:
+    """Separate groups for the submodules that have an EMA, those whose learning rate is always `lr`, and the rest; each
+    split into parameters with and without weight decay (biases and one-dimensional weights). The mask token, [1, 1, D],
+    decays as in the published code."""
+    groups: dict[tuple[bool, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups.setdefault((name.startswith("encoder."), parameter.ndim > 1), []).append(parameter)
-    return [{"params": params, "ema": ema, "decays": decays} for (ema, decays), params in groups.items()]
+        part = name.partition(".")[0]
+        key = part in model.averaged, parameter.ndim > 1, part not in model.undecayed
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": params, "ema": ema, "decays": decays, "rate": None if scheduled else lr}
+        for (ema, decays, scheduled), params in groups.items()
+    ]
 
 
-def start(model: JepaModel, config: Config) -> Any:
+def start(model: Method, config: Config) -> Any:
     """Wraps the model in a DeepSpeed engine with the optimizer named by `engine.optimizer`. Raises ConfigError."""
     import deepspeed
 
@@ -72,7 +77,8 @@ def start(model: JepaModel, config: Config) -> Any:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.utils.logger.setLevel(logging.ERROR)  # hides warnings about the custom optimizer and skipped steps
     # DeepSpeed may take a step with zero gradients to allocate memory: lr 0 makes it a no-op; state is cleared below.
-    optimizer: Any = make_optimizer(config, param_groups(model), next(model.parameters()).device)
+    groups, device = param_groups(model, config.optimization.lr), next(model.parameters()).device
+    optimizer: Any = make_optimizer(config, groups, device)
     settings = deepspeed_config(config, dist.get_world_size(), sum(p.numel() for p in model.parameters()))
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -151,7 +157,8 @@ def schedule(engine: Any, numbers: Tensor) -> None:
     optimizer = engine.basic_optimizer
     lr, weight_decay, momentum = numbers.unbind() if optimizer.reads_tensors else numbers.tolist()
     for group in optimizer.param_groups:
-        group |= {"lr": lr, "momentum": momentum, "weight_decay": weight_decay if group["decays"] else 0.0}
+        rate = lr if group["rate"] is None else group["rate"]
+        group |= {"lr": rate, "momentum": momentum, "weight_decay": weight_decay if group["decays"] else 0.0}
 
 
 def step(engine: Any, clip_grad: float | None = None) -> Outcome | None:
@@ -170,6 +177,14 @@ def step(engine: Any, clip_grad: float | None = None) -> Outcome | None:
     engine.basic_optimizer.gate(scale, (~norm.isfinite()).float())
     engine.step()
     return Outcome(norm.isfinite(), norm)
+
+
+def gradient(parameter: torch.nn.Parameter) -> Tensor | None:
+    """The whole gradient of a parameter, averaged over the ranks, from the last backward of a step to the step's end;
+    None if it has none. Every rank calls it."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
 
 
 def _gradient_norm(engine: Any) -> Tensor:

@@ -1,0 +1,1 @@
+"""Images in: where they are, their pixels, which of them a step takes, and which patches of them."""
