@@ -47,7 +47,7 @@ endif
 $(CUDA_ENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CUDA_ENV)
 	$(CUDA_ENV)/bin/pip install --quiet torch===$(TORCH)
-	grep -v -E "^(torch|triton|nvidia)" constraints.txt > $(CUDA_ENV)/constraints.txt
+	(grep -v -E "^(torch|triton|nvidia)" constraints.txt; echo "torch===$(TORCH)") > $(CUDA_ENV)/constraints.txt
 	$(CUDA_ENV)/bin/pip install --quiet -c $(CUDA_ENV)/constraints.txt deepspeed numpy pydantic PyYAML safetensors \
 		matplotlib tqdm pillow ninja setuptools pytest pytest-xdist
 	touch $@

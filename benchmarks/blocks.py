@@ -30,7 +30,7 @@ from machine import ROOT, ceilings, matmul_flops, milliseconds, provenance
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jepa.config.schema import SIZES as MODELS
+from jepa.config.schema import MODELS as MODELS
 from jepa.config.schema import ConfigError
 from jepa.model.attention import attend, require
 from jepa.ranks.device import choose

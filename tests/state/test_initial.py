@@ -24,6 +24,7 @@ from jepa.state.checkpoint import Progress, Saver
 from jepa.state.foreign import open_initial
 from jepa.state.initial import start_from
 from jepa.state.interop import PARTS, Weights, save_safetensors
+from jepa.state.partitions import flats
 from jepa.state.restore import CheckpointError
 from jepa.train import zero
 from jepa.train.teacher import Teacher
@@ -392,7 +393,7 @@ def step_deviates(config: Config, engine: Any, teacher: Teacher, wanted: Model) 
         moved = (weights[name] - before * (1 - 0.01 * 0.1 * (len(wanted.encoder[name[8:]].shape) > 1))).abs()
         if not 0.005 < moved.max() < 0.0101:  # AdamW's first step is lr times the gradient's sign
             wrong.append(f"the first step of {name}: {moved.max()}")
-    counts = {float(engine.basic_optimizer.state[flat.weight]["step"]) for flat in zero.flats(engine) if flat.pieces}
+    counts = {float(engine.basic_optimizer.state[flat.weight]["step"]) for flat in flats(engine) if flat.fragments}
     return wrong if counts == {1.0} else [*wrong, f"steps counted: {counts}"]
 
 

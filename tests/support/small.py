@@ -76,7 +76,7 @@ def whole_weights(engine: object, kind: str = "weight") -> dict[str, Tensor]:
         values = flat.weight if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)
         if values is not None:
             line = values.detach().flatten()
-            mine += [(p.name, p.start, line[p.offset : p.offset + p.length].clone()) for p in flat.pieces]
+            mine += [(p.name, p.start, line[p.offset : p.offset + p.length].clone()) for p in flat.fragments]
     everything = [None] * dist.get_world_size()
     dist.all_gather_object(everything, mine)
     sizes: dict[str, int] = {}

@@ -98,12 +98,12 @@ def deepspeeds_own(config: Config, *args: int) -> dict[str, Any]:
 
 def ours_and_deepspeeds_own(seed: int) -> list[str]:
     """Where the one-pass step, or a single rank's step without buckets, differs in any bit from DeepSpeed's own."""
-    wrong, ways = [], (zero._join_passes, zero._send_nothing, zero.deepspeed_config)
+    wrong, ways = [], (zero.join_passes, zero.send_nothing, zero.deepspeed_config)
     for stage, bf16, accumulation in itertools.product((1, 2), ("true", "false"), (1, 3)):
         words = (f"meta.use_bfloat16={bf16}", f"engine.gradient_accumulation_steps={accumulation}")
-        zero._join_passes, zero._send_nothing, zero.deepspeed_config = ways
+        zero.join_passes, zero.send_nothing, zero.deepspeed_config = ways
         ours = train("adamw_ema", stage, seed, *words)[0]
-        zero._join_passes = zero._send_nothing = lambda _: None
+        zero.join_passes = zero.send_nothing = lambda _: None
         zero.deepspeed_config = deepspeeds_own
         theirs = train("adamw_ema", stage, seed, *words)[0]
         wrong += [f"ZeRO-{stage}, {words}: {name}" for name in ours if not torch.equal(ours[name], theirs[name])]

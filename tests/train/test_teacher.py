@@ -88,7 +88,7 @@ def follow(stage: int, precision: str) -> list[str]:
             for name in average:
                 average[name] = momentum * average[name] + (1 - momentum) * weights[name].double()
         wrong += deviations(engine, teacher, average, roundings=len(MOMENTA), where=f"step {step}: ")
-    counts = {float(engine.basic_optimizer.state[flat.weight]["step"]) for flat in flats(engine) if flat.pieces}
+    counts = {float(engine.basic_optimizer.state[flat.weight]["step"]) for flat in flats(engine) if flat.fragments}
     if counts != {len(MOMENTA) - 1.0}:
         wrong.append(f"the optimizer counted {counts} steps of {len(MOMENTA) - 1}")
     return wrong
