@@ -54,7 +54,8 @@ def attend_packed(
             )
         )
     if backend == "sdpa" and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
-        return _Packed.apply(q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest)
+        lengths = queries.offsets, keys.offsets, queries.longest, keys.longest
+        return torch.ops.jepa.attention_packed(q, k, v, *lengths)[0]
     return _attend_padded(q, k, v, queries, keys, backend)
 
 
@@ -62,7 +63,7 @@ def attend_packed(
 # would build a plan for each new number of rows.)
 
 _aten = torch.ops.aten
-_LENGTHS = "Tensor q_offsets, Tensor k_offsets, int q_longest, int k_longest"
+_LENGTHS = "Tensor q_offsets, Tensor k_offsets, SymInt q_longest, SymInt k_longest"
 torch.library.define(
     "jepa::attention_packed", f"(Tensor q, Tensor k, Tensor v, {_LENGTHS}) -> (Tensor, Tensor, Tensor)"
 )
@@ -98,20 +99,17 @@ def _packed_backward_fake(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) 
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-class _Packed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *lengths: Any) -> Tensor:
-        y, logsumexp, state = torch.ops.jepa.attention_packed(q, k, v, *lengths)
-        ctx.save_for_backward(q, k, v, y, logsumexp, state, *lengths[:2])
-        ctx.longest = lengths[2:]
-        return y
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.q_longest, ctx.k_longest = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, logsumexp, state, *offsets = ctx.saved_tensors
-        grads = torch.ops.jepa.attention_packed_backward(dy, q, k, v, y, logsumexp, state, *offsets, *ctx.longest)
-        return *grads, None, None, None, None
+
+def _packed_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.jepa.attention_packed_backward(dy, *ctx.saved_tensors, ctx.q_longest, ctx.k_longest)
+    return *grads, None, None, None, None
+
+
+torch.library.register_autograd("jepa::attention_packed", _packed_backward, setup_context=_remember)
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, backend: str) -> Tensor:
