@@ -129,7 +129,7 @@ def train(
         found = examine(step, done.features, teacher, log.say) if examining and applied else {}
         if probe and probing:
             watchdog.at(step, "evaluating")
-            found |= (accuracy := probe(encoder_of(engine, teacher)))
+            found |= (accuracy := probe(encoder_of(config, engine, teacher)))
             log.say(f"step {step}: k-NN accuracy of the encoder {100 * accuracy['knn']:.1f} %")
         lr, weight_decay, momentum = numbers.tolist()
         grad_norm = None if done.grad_norm is None else float(done.grad_norm)
