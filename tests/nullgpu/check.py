@@ -10,13 +10,12 @@ from contextlib import contextmanager
 
 os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
+import nullgpu
 import torch
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from triton import language as tl
-
-import nullgpu
 
 GIB = 2**30
 

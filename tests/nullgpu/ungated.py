@@ -17,9 +17,8 @@ GATES = {  # by module: what stands in for each check
 }
 
 if __name__ == "__main__":
-    import torch
-
     import nullgpu  # noqa: F401  fails on any other GPU
+    import torch
 
     torch.backends.cudnn.enabled = False  # it has none, and the published code convolves
     sys.argv[:2] = [f"benchmarks/{sys.argv[1]}"]
