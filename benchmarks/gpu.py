@@ -36,8 +36,8 @@ SITE = ROOT / "build/site"  # the unpacked wheels
 LIBRARY = ROOT / "kernels/jepa_kernels/_C.abi3.so"
 # The files with tests that use a GPU (`pytest -m gpu`): the others would be imported only to be deselected.
 TESTED = (
-    "adamw_ema", "attention", "ema", "fp8", "gather", "patchify", "prediction_loss", "predictor_tokens", "step_model",
-    "vicreg",
+    "adamw_ema", "attention", "ema", "fp8", "gather", "patchify", "prediction_loss", "predictor_tokens", "sigreg",
+    "step_model", "vicreg",
 )  # fmt: skip
 PUBLISHED = "the published code's contenders are left out: no --checkout"
 TAIL = 15  # lines of a failed stage's log that are printed
