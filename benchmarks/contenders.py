@@ -184,6 +184,32 @@ def vicreg(size: Size, device: str, dtype: torch.dtype) -> Case:
     return differentiable(contenders, [z], [z], work, device, dtype)
 
 
+def sigreg(size: Size, device: str, dtype: torch.dtype) -> Case:
+    """Eight views, 128 channels and the paper's 1024 slices and 17 knots."""
+    V, D, S, K = 8, 128, 1024, 17
+
+    def eager(z: Tensor, slices: Tensor) -> Tensor:
+        wide = torch.promote_types(z.dtype, torch.float32)
+        t = torch.arange(K, dtype=wide, device=z.device) * (3 / (K - 1))
+        phi = torch.exp(-t * t / 2)
+        weight = torch.cat([t[1:2], (2 * t[1]).expand(K - 2), t[1:2]])
+        angle = (z.to(wide) @ slices.to(wide))[..., None] * t
+        off = (angle.cos().mean(1) - phi).square() + angle.sin().mean(1).square()
+        return z.shape[1] * (off @ (weight * phi)).mean()
+
+    z, slices = randn(V, size.B, D), randn(D, S)
+    slices /= slices.norm(dim=0)
+    n, e = V * size.B * S, dtype.itemsize
+    product, one = 2 * n * D, (z.numel() + slices.numel()) * e
+    turning = 8 * n * (K - 1)  # a rotation and two sums per knot, or Horner's rule
+    work = {
+        "forward": (one, product + turning),
+        "backward": (one + z.numel() * e, product + turning),
+        "both": (2 * one + z.numel() * e, 2 * (product + turning)),
+    }
+    return differentiable({"ours": ours.sigreg, "eager": eager}, [z, slices], [z], work, device, dtype)
+
+
 def ema(size: Size, device: str, dtype: torch.dtype) -> Case:
     """float32 averages of float32 weights."""
     return averages(size, device, torch.float32)
@@ -415,7 +441,7 @@ def rms(x: Tensor) -> float:
 OPS = {
     f.__name__: f
     for f in (
-        *(gather, patchify, predictor_tokens, prediction_loss, vicreg),
+        *(gather, patchify, predictor_tokens, prediction_loss, vicreg, sigreg),
         *(ema, ema_bf16, adamw_ema, adamw_ema_bf16),
     )
 }
