@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from support.small import MAPPING
 
 from jepa.config.file import load_config, parse_config
 from jepa.config.read import MAX_FILES
 from jepa.config.schema import ConfigError
+from small import MAPPING
 
 # Keys whose values do not depend on one another's, and makers of such values.
 VALUES: dict[str, Callable[[], Any]] = {

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
@@ -117,7 +118,7 @@ def compiled() -> None:
 
 
 @triton.jit
-def nothing(pointer):
+def nothing(pointer: Any) -> None:
     tl.store(pointer, 1)
 
 
