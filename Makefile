@@ -54,7 +54,7 @@ $(CUDA_ENV)/installed: pyproject.toml constraints.txt
 
 # Fault injection in real runs, seven to ten minutes: kills, damaged files, moves to other numbers of ranks.
 soak: setup
-	PYTHONPATH=kernels:engine:tests/support OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+	PYTHONPATH=kernels:engine:tests/support OMP_NUM_THREADS=1 $(BIN)/python tests/support/soak.py
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

@@ -37,8 +37,9 @@ LIBRARY = ROOT / "kernels/jepa_kernels/_C.abi3.so"
 # The files with tests that use a GPU (`pytest -m gpu`): the others would be imported only to be deselected.
 TESTED = (
     "kernels/test_adamw_ema.py", "kernels/test_ema.py", "kernels/test_gather.py", "kernels/test_patchify.py",
-    "kernels/test_prediction_loss.py", "kernels/test_predictor_tokens.py", "kernels/test_vicreg.py",
-    "model/test_attention.py", "model/test_fp8.py", "benchmarks/test_step_model.py",
+    "kernels/test_prediction_loss.py", "kernels/test_predictor_tokens.py", "kernels/test_sigreg.py",
+    "kernels/test_vicreg.py", "model/test_attention.py", "model/test_fp8.py", "data/test_augment.py",
+    "data/test_loader.py", "benchmarks/test_step_model.py",
 )  # fmt: skip
 PUBLISHED = "the published code's contenders are left out: no --checkout"
 TAIL = 15  # lines of a failed stage's log that are printed

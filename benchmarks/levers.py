@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,14 +24,15 @@ MODULES = ("patchify", "gather", "predictor_tokens", "prediction_loss", "covaria
 @contextlib.contextmanager
 def deterministically(_device: torch.device) -> Iterator[None]:
     """As ranks.distributed.start sets; on a GPU cuBLAS needs CUBLAS_WORKSPACE_CONFIG=:4096:8 before it is loaded."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before
+        settings.fill_uninitialized_memory = before
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Published:
                 config.meta.pred_emb_dim,
             )  # fmt: skip
             torch.manual_seed(config.engine.seed)
-            ours = build(config)
+            ours: Any = build(config)
         encoder.load_state_dict(ours.encoder.state_dict())
         predictor.load_state_dict(ours.predictor.state_dict())
         target = copy.deepcopy(encoder)

@@ -343,12 +343,13 @@ class Squaring:
 def test_steps_that_recompile_enter_no_figure() -> None:
     torch._dynamo.reset()
     config, first, images = small_config(), 2, SimpleNamespace(batches=lambda step: None)
-    ours, theirs = (Squaring(name, config, sides) for name, sides in (("a", [3] * 8), ("b", [5, 5, 5, 6, 5, 7, 5, 5])))
-    for contender in (ours, theirs):
+    contenders: Any = [Squaring("a", config, [3] * 8), Squaring("b", config, [5, 5, 5, 6, 5, 7, 5, 5])]
+    ours, theirs = contenders
+    for contender in contenders:
         for step in range(first):
             contender.run(step, None)
     bar = SimpleNamespace(update=lambda: None)
-    throughput.measure([ours, theirs], images, first, 6, 4, bar)
+    throughput.measure(contenders, images, first, 6, 4, bar)
     assert [step.graphs for step in ours.times.steps] == [0] * 6
     assert [step.graphs for step in theirs.times.steps] == [0, 1, 0, 1, 0, 0]
     clean = [step.seconds for step in theirs.times.steps if not step.graphs]

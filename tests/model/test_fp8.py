@@ -164,8 +164,8 @@ def steps(stage: int) -> list[str]:
     ranks = distributed.Ranks(rank, dist.get_world_size(), CPU, dist.HashStore(), dist.group.WORLD)
     engine, teacher = jepa.train.step.start_model(config, CPU)
     assert teacher.in_fp8 is not None
-    refresh, seen, wrong = teacher.in_fp8.refresh, [], []
-    teacher.in_fp8.refresh = lambda: seen.append(None) or refresh()  # type: ignore[method-assign,func-returns-value]
+    refresh, seen, wrong = teacher.in_fp8.refresh, list[None](), []
+    teacher.in_fp8.refresh = lambda: seen.append(None) or refresh()
     averages: dict[str, Tensor] = {n: p.float().flatten() for n, p in teacher.weights.items()}
     numbers = torch.tensor([0.01, 0.1, 0.5], dtype=torch.float64, device=zero.schedule_device(engine))
     for step in range(3):

@@ -171,7 +171,7 @@ def test_a_budget_that_cannot_be_kept_is_refused() -> None:
 
 
 def alone() -> Ranks:
-    return Ranks(0, 1, CPU, dist.HashStore(), None)  # type: ignore[arg-type]
+    return Ranks(0, 1, CPU, dist.HashStore(), None)
 
 
 def by_image(masks: Masks) -> list[list[int]]:

@@ -158,7 +158,7 @@ def test_a_log_has_a_panel_for_what_it_holds_and_the_lines_go_through_its_values
     figure = training_curves(log_file(tmp_path / "run.jsonl", rows, '{"step": 6'), tmp_path / "curves.png")
 
     found = {axes.get_title("left"): [line.get_xydata() for line in axes.lines] for axes in figure.axes}
-    assert all(len(lines) == 1 for lines in found.values())  # a term that is the loss, or zero, has none
+    assert all(len(lines) == 1 for lines in found.values())  # the loss of I-JEPA is its prediction loss
     lines = {title: lines[0] for title, lines in found.items()}
     assert set(lines) == {"Loss", "Learning rate", "k-NN accuracy (%)", "Effective rank of features"}
     np.testing.assert_allclose(lines["Learning rate"][:, 0], [5 * i for i in range(12) if i != 4])
@@ -178,7 +178,7 @@ def test_a_long_noisy_log_of_a_cjepa_is_smoothed_past_a_slow_first_step(tmp_path
     ]  # fmt: skip
     figure = training_curves(log_file(tmp_path / "run.jsonl", rows), tmp_path / "curves.png")
     axes = {axes.get_title("left"): axes for axes in figure.axes}
-    assert set(axes) == {"Loss", *(f"Loss: {term}" for term in ("jepa", "sim", "std", "cov")), "Step time (ms)"}
+    assert set(axes) == {"Loss", *(f"Loss term {key!r}" for key in ("jepa", "sim", "std", "cov")), "Step time (ms)"}
     raw, smooth = (line.get_ydata() for line in axes["Loss"].lines[:2])
     wanted = 2 - np.arange(400) / 400
     assert abs(smooth - wanted).mean() < 0.7 * abs(raw - wanted).mean()

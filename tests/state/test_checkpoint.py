@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -29,7 +30,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 SAVED = list(itertools.product((0, 1, 2, 3), (False, True)))
 
 
-def start(folder: Path, stage: int, bf16: bool, *words: str) -> tuple[object, Saver]:
+def start(folder: Path, stage: int, bf16: bool, *words: str) -> tuple[Any, Saver]:
     config = small_config(
         f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}", "logging.save_every=1", "logging.keep_last=2",
         f"data.batch_size={8 // dist.get_world_size()}", "mask.cut=global", f"logging.folder={folder}", *words,
@@ -38,7 +39,7 @@ def start(folder: Path, stage: int, bf16: bool, *words: str) -> tuple[object, Sa
     return engine, Saver(config, engine, steps_per_epoch=1000)
 
 
-def one_step(engine: object, step: int) -> None:
+def one_step(engine: Any, step: int) -> None:
     """A step whose images depend only on its number, however many ranks share them."""
     share = 8 // dist.get_world_size()
     mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)

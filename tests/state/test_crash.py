@@ -1,4 +1,4 @@
-"""Killed, damaged and moved runs, as a short form of tests/soak.py; and disks that fail to write."""
+"""Killed, damaged and moved runs, as a short form of tests/support/soak.py; and disks that fail to write."""
 
 import errno
 import os

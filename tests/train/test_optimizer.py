@@ -34,7 +34,7 @@ def train(optimizer: str, stage: int, seed: int, *more: str) -> tuple[dict[str, 
     model = build(config)
     encoder = copy.deepcopy(model.encoder)
     engine = zero.start(model, config)
-    teacher, norms, moved = Teacher(encoder, engine), [], []
+    teacher, norms, moved = Teacher({"encoder": encoder}, engine), [], []
     for step in range(STEPS):
         zero.schedule(engine, torch.tensor([1e-3 * (step + 1), 0.1, 0.9 - 0.1 * step], dtype=torch.float64))
         torch.manual_seed(seed + 10 * step + dist.get_rank())
@@ -51,7 +51,7 @@ def train(optimizer: str, stage: int, seed: int, *more: str) -> tuple[dict[str, 
         norms.append(float(outcome.grad_norm))
         moved.append(bool(outcome.applied))
     found = {f"{kind} of {n}": v for kind in KINDS for n, v in whole_weights(engine, kind).items()}
-    found |= {f"teacher's {n}": p.flatten().clone() for n, p in teacher.encoder.named_parameters()}
+    found |= {f"teacher's {n}": p.flatten().clone() for n, p in teacher.averages["encoder"].named_parameters()}
     return found, norms, moved
 
 

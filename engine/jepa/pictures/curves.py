@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +24,8 @@ class Panel(NamedTuple):
     noisy: bool = False
 
 
-LOSS = Panel("Loss", {"loss": ""}, noisy=True)  # then its terms, a panel for each
-FEATURES = {
-    "std": "Relative std of features",
-    "rank": "Effective rank of features",
-    "cov": "Correlation of features",
-}  # by the ends of their keys, which begin with the features' names (jepa.train.health)
 TIMES = Panel("Step time (ms)", {"step_ms": "all", "data_wait_ms": "waiting for images"}, noisy=True)
+LOSS = Panel("Loss", {"loss": ""}, noisy=True)
 OTHERS = (
     Panel("Teacher distance", {"teacher_distance": ""}),
     Panel("k-NN accuracy (%)", {"knn": ""}),
@@ -41,9 +37,28 @@ OTHERS = (
     TIMES,
     Panel("Context tokens", {"context_tokens": ""}, noisy=True),
 )
-
+HEALTH = {"std": "Relative std of features", "rank": "Effective rank of features", "cov": "Correlation of features"}
+UNSEEN = ("step", "epoch", "bad_images", "skipped")  # and what is not a number
 PERCENT = ("knn",)  # logged as a fraction
-UNDRAWN = ("step", "epoch", "bad_images", "skipped")
+
+
+def panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """The panels of a log: its loss and the terms of its method, the health of its method's features, and the rest."""
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
+    health = []
+    for kind, title in HEALTH.items():
+        names = [key.removesuffix(f"_{kind}") for key in keys if key.endswith(f"_{kind}")]
+        health.append(Panel(title, {f"{name}_{kind}": name for name in names}))
+    known = {*UNSEEN, *(key for panel in (LOSS, *health, *OTHERS) for key in panel.lines)}
+    terms = [key for key in keys if key not in known and _adds(rows, key)]
+    return [LOSS, *(Panel(f"Loss term {key!r}", {key: ""}, noisy=True) for key in terms), *health, *OTHERS]
+
+
+def _adds(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether a term is neither always zero nor the loss itself."""
+    values = [(row[key], row.get("loss")) for row in rows if row.get(key) is not None]
+    same = all(value == loss or (value != value and loss != loss) for value, loss in values)
+    return not same and any(value for value, _ in values)
 
 
 def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
@@ -54,7 +69,7 @@ def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
     """
     rows = _read_log(Path(log_path))
     drawn = []
-    for panel in _panels(rows):
+    for panel in panels(rows):
         series = {key: values for key in panel.lines if (values := _series(rows, key)) is not None}
         if series:
             drawn.append((panel, series))
@@ -75,27 +90,6 @@ def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
             if place + columns >= len(drawn):
                 axes.set_xlabel("step")
         return write(figure, out_path)
-
-
-def _panels(rows: list[dict[str, Any]]) -> list[Panel]:
-    """The panels of a log. A method's terms are the keys that are nothing else; one that is always zero or the whole
-    loss has no panel."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    features = [
-        Panel(title, {key: key.removesuffix(f"_{kind}") for key in keys if key.endswith(f"_{kind}")})
-        for kind, title in FEATURES.items()
-    ]
-    taken = {key for panel in (LOSS, *features, *OTHERS) for key in panel.lines} | {*UNDRAWN}
-    terms = [
-        Panel(f"Loss: {key}", {key: ""}, noisy=True)
-        for key in keys
-        if key not in taken and any(_is_finite(row.get(key)) and row[key] not in (0, row.get("loss")) for row in rows)
-    ]
-    return [LOSS, *terms, *features, *OTHERS]
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
