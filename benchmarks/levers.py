@@ -123,6 +123,8 @@ EXTRAS = {
 def switchable(config: Config, mode: str, ranks: Ranks) -> dict[str, Lever]:
     """The levers that are on in this config on this device and that `mode` exercises."""
     off = {"compile": not config.compiles(ranks.device.type)}
+    if not config.method.masked:
+        off |= {"sampler": True, "skip_unread": True}
     return {
         name: lever
         for name, lever in LEVERS.items()
@@ -134,6 +136,7 @@ def addable(config: Config, ranks: Ranks) -> dict[str, Lever]:
     """The extras that are off in this config, have an effect here, and whose packages are installed."""
     idle = {"overlap_comm"} if ranks.world_size == 1 or config.engine.zero_stage not in (1, 2) else set()
     idle |= {"global_cut"} if ranks.world_size == 1 or config.cut == "global" else set()
+    idle |= set() if config.method.masked else {"global_cut", "packed", "token_budget"}
     idle |= {"fp8_target"} if ranks.device.type == "cpu" else set()  # emulated there: no speed
     idle |= {"deterministic"} if ranks.device.type == "cuda" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ else set()
     return {name: lever for name, lever in EXTRAS.items() if name not in idle and _is_new_here(config, lever, ranks)}

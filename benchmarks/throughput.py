@@ -320,7 +320,7 @@ def run_model(
         with base.timing_parts():
             measure([base], images, later, min(args.steps, 5), args.block, bar)
         waits = host_waits(base, images, later)
-        sampler = sampler_ms(config)
+        parts = {"mask sampler": sampler_ms(config)} if config.method.masked else {}
 
         def so_far() -> dict[str, Any]:
             """The engine's row is from its turns with the first other contender."""
@@ -332,7 +332,7 @@ def run_model(
                 "rows": [engine, *rows, *({"contender": name, "failed": why} for name, why in failed.items())],
                 "times_longer": longer, "levers": {n: x.what for n, x in (less | more).items()},
                 "recompilations": sum(step.graphs > 0 for step in base.times.steps), "host_waits": waits,
-                "parts_ms": {"mask sampler": sampler},
+                "masked": config.method.masked, "parts_ms": parts,
             }  # fmt: skip
 
         for name, make in timed.items():

@@ -1,4 +1,4 @@
-"""Pretrains a vision transformer by joint-embedding prediction (I-JEPA, C-JEPA).
+"""Pretrains a vision transformer by one of the methods in jepa/methods, such as I-JEPA and C-JEPA.
 
     deepspeed engine/train.py --config engine/configs/in1k_vith14_ep300_cjepa.yaml data.root_path=/data/imagenet
 
@@ -17,11 +17,11 @@ from jepa.data.synthetic import SyntheticImages
 from jepa.probes.online import OnlineProbe
 from jepa.ranks import distributed
 from jepa.ranks.distributed import Ranks
-from jepa.ranks.lock import Lock
 from jepa.ranks.stop import RANK_LOST, STOPPED, StopRequest
 from jepa.ranks.watchdog import Watchdog
 from jepa.state.checkpoint import Saver
 from jepa.state.initial import start_from
+from jepa.state.lock import Lock
 from jepa.state.restore import CheckpointError
 from jepa.train import zero
 from jepa.train.health import examine
@@ -129,11 +129,13 @@ def train(
         found = examine(step, done.features, teacher, log.say) if examining and applied else {}
         if probe and probing:
             watchdog.at(step, "evaluating")
-            found |= (accuracy := probe(encoder_of(engine, teacher)))
+            found |= (accuracy := probe(encoder_of(config, engine, teacher)))
             log.say(f"step {step}: k-NN accuracy of the encoder {100 * accuracy['knn']:.1f} %")
         lr, weight_decay, momentum = numbers.tolist()
         grad_norm = None if done.grad_norm is None else float(done.grad_norm)
-        log.flush(skipped, lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=grad_norm, **found)
+        if teacher is not None:
+            found["momentum"] = momentum
+        log.flush(skipped, lr=lr, weight_decay=weight_decay, grad_norm=grad_norm, **found)
         skips.check(step, config.engine.max_skipped, saver.newest)
         if ending or (saving and not skips.skipped_in_a_row):  # saves wait while steps are being skipped
             watchdog.at(step, "saving")

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import BLOCK, CACHES, at, lerp, table, tables, upload
+from .tables import BLOCK, CACHES, lerp, pointer, table, tables, upload
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -75,31 +75,37 @@ def adamw_ema_ref(
 
 @triton.jit
 def _coefficients_kernel(
-    steps,  # int64 [R]: addresses of the float32 step counters
-    lr,  # this and the next four: pointers to scalars of any floating-point dtype
-    weight_decay,
-    momentum,
-    grad_scale,
-    found_inf,
-    log_betas,  # float64 [2]
-    coefficients,  # float32 [R, 6]
+    steps_ptr,  # int64 [R]: addresses of the float32 step counters
+    lr_ptr,  # this and the next four: a scalar of any floating-point dtype
+    weight_decay_ptr,
+    momentum_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    log_betas_ptr,  # float64 [2]
+    coefficients_ptr,  # float32 [R, 6]
     R,
-    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = r < R
-    apply = tl.where(tl.load(found_inf) == 0, 1.0, 0.0)
-    counter = tl.load(steps + r, inside, other=0).to(tl.pointer_type(tl.float32))
-    t = tl.load(counter, inside, other=0) + apply
-    tl.store(counter, t, inside)
-    t, step_size = t.to(tl.float64), tl.load(lr).to(tl.float64)
-    row = coefficients + 6 * r
-    tl.store(row, (step_size * tl.load(weight_decay).to(tl.float64)).to(tl.float32), inside)
-    tl.store(row + 1, (step_size / (1 - tl.exp(t * tl.load(log_betas)))).to(tl.float32), inside)
-    tl.store(row + 2, (1 / tl.sqrt(1 - tl.exp(t * tl.load(log_betas + 1)))).to(tl.float32), inside)
-    tl.store(row + 3, (1 - tl.load(momentum).to(tl.float64)).to(tl.float32), inside)
-    tl.store(row + 4, tl.load(grad_scale).to(tl.float32), inside)
-    tl.store(row + 5, apply, inside)
+    pid = tl.program_id(0)
+    offs_r = pid * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    apply = tl.where(tl.load(found_inf_ptr) == 0, 1.0, 0.0)
+    step_ptrs = tl.load(steps_ptr + offs_r, mask=mask_r, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(step_ptrs, mask=mask_r, other=0) + apply
+    tl.store(step_ptrs, step, mask=mask_r)
+    t = step.to(tl.float64)
+    lr = tl.load(lr_ptr).to(tl.float64)
+    row_ptrs = coefficients_ptr + 6 * offs_r
+    decay = lr * tl.load(weight_decay_ptr).to(tl.float64)
+    tl.store(row_ptrs, decay.to(tl.float32), mask=mask_r)
+    step_size = lr / (1 - tl.exp(t * tl.load(log_betas_ptr)))
+    tl.store(row_ptrs + 1, step_size.to(tl.float32), mask=mask_r)
+    rsqrt_bias2 = 1 / tl.sqrt(1 - tl.exp(t * tl.load(log_betas_ptr + 1)))
+    tl.store(row_ptrs + 2, rsqrt_bias2.to(tl.float32), mask=mask_r)
+    weight = 1 - tl.load(momentum_ptr).to(tl.float64)
+    tl.store(row_ptrs + 3, weight.to(tl.float32), mask=mask_r)
+    tl.store(row_ptrs + 4, tl.load(grad_scale_ptr).to(tl.float32), mask=mask_r)
+    tl.store(row_ptrs + 5, apply, mask=mask_r)
 
 
 def adamw_ema_coefficients_triton(steps: list[Tensor], numbers: list[Tensor], beta1: float, beta2: float) -> Tensor:
@@ -111,21 +117,34 @@ def adamw_ema_coefficients_triton(steps: list[Tensor], numbers: list[Tensor], be
         torch._foreach_add_(steps, 1.0)
     here = [x.item() if x.device != device else 0.0 for x in numbers]
     sent = table((*here, *(math.log(beta) if beta else -math.inf for beta in (beta1, beta2))), torch.float64, device)
-    pointers = [x if x.device == device else sent[i] for i, x in enumerate(numbers)]
-    addresses = table(tuple(t.data_ptr() for t in counters), torch.int64, device)
+    lr, weight_decay, momentum, grad_scale, found_inf = (
+        x if x.device == device else sent[i] for i, x in enumerate(numbers)
+    )
     coefficients = torch.empty(len(steps), 6, dtype=torch.float32, device=device)
+    block = 128
+    grid = (triton.cdiv(len(steps), block),)
     with torch.cuda.device_of(coefficients):
-        _coefficients_kernel[triton.cdiv(len(steps), 128),](
-            addresses, *pointers, sent[len(numbers) :], coefficients, len(steps), 128, num_warps=4
+        _coefficients_kernel[grid](
+            steps_ptr=table(tuple(t.data_ptr() for t in counters), torch.int64, device),
+            lr_ptr=lr,
+            weight_decay_ptr=weight_decay,
+            momentum_ptr=momentum,
+            grad_scale_ptr=grad_scale,
+            found_inf_ptr=found_inf,
+            log_betas_ptr=sent[len(numbers) :],
+            coefficients_ptr=coefficients,
+            R=len(steps),
+            BLOCK_R=block,
+            num_warps=4,
         )
     return coefficients
 
 
 @triton.jit
 def _adamw_ema_kernel(
-    blocks,  # int32 [total, 2]: row, block within the row
-    rows,  # int64 [R, 8]: element count, addresses of p, g, m, v, e and the copies of p and e (0: none)
-    coefficients,  # float32 [R, 6]
+    blocks_ptr,  # int32 [total, 2]: row, block within the row
+    rows_ptr,  # int64 [R, 8]: element count, addresses of p, g, m, v, e and the copies of p and e (0: none)
+    coefficients_ptr,  # float32 [R, 6]
     beta1_c,  # 1 - beta1
     beta2_c,  # 1 - beta2
     eps,
@@ -135,30 +154,30 @@ def _adamw_ema_kernel(
     EMA_COPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
-    r = tl.load(blocks + 2 * b).to(tl.int64)
-    start = tl.load(blocks + 2 * b + 1).to(tl.int64) * BLOCK
-    row = rows + r * 8
-    left = tl.load(row) - start
-    c = coefficients + r * 6
-    addresses = tl.load(row + 1)
+    pid = tl.program_id(0).to(tl.int64)
+    r = tl.load(blocks_ptr + 2 * pid).to(tl.int64)
+    start = tl.load(blocks_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
+    row_ptr = rows_ptr + r * 8
+    left = tl.load(row_ptr) - start
+    coefficient_ptr = coefficients_ptr + r * 6
+    addresses = tl.load(row_ptr + 1)
     for column in tl.static_range(2, 8):
-        addresses |= tl.load(row + column)
+        addresses |= tl.load(row_ptr + column)
     wide = (left >= BLOCK) & (addresses % 16 == 0)
     for WIDE in tl.static_range(2):  # a mask or an unaligned address would split wide loads into single elements
-        if (tl.load(c + 5) != 0) & (wide == WIDE):
+        if (tl.load(coefficient_ptr + 5) != 0) & (wide == WIDE):
             PIECE: tl.constexpr = BLOCK if WIDE else BLOCK // 4  # single-element accesses need more registers
             for k in range(0, BLOCK, PIECE):
                 _update(
-                    row, c, start + k, left - k, beta1_c, beta2_c, eps,
+                    row_ptr, coefficient_ptr, start + k, left - k, beta1_c, beta2_c, eps,
                     GRAD, EMA, WEIGHT_COPY, EMA_COPY, WIDE, PIECE,
                 )  # fmt: skip
 
 
 @triton.jit
 def _update(
-    row,
-    c,
+    row_ptr,  # int64 [8]
+    coefficient_ptr,  # float32 [6]
     start,
     left,
     beta1_c,
@@ -171,37 +190,41 @@ def _update(
     WIDE: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    decay, lr, rsqrt_bias2, weight, scale = tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
-    offset = tl.arange(0, PIECE)
-    mask = None if WIDE else offset < left
-    p_at = at(tl.load(row + 1), tl.float32, start, WIDE) + offset
-    g_at = at(tl.load(row + 2), GRAD, start, WIDE) + offset
-    m_at = at(tl.load(row + 3), tl.float32, start, WIDE) + offset
-    v_at = at(tl.load(row + 4), tl.float32, start, WIDE) + offset
-    e_at = at(tl.load(row + 5), tl.float32, start, WIDE) + offset
-    g = tl.load(g_at, mask=mask).to(tl.float32) * scale
-    m = tl.load(m_at, mask=mask)
-    v = tl.load(v_at, mask=mask)
-    p = tl.load(p_at, mask=mask)
+    decay = tl.load(coefficient_ptr)
+    lr = tl.load(coefficient_ptr + 1)
+    rsqrt_bias2 = tl.load(coefficient_ptr + 2)
+    weight = tl.load(coefficient_ptr + 3)
+    scale = tl.load(coefficient_ptr + 4)
+    offs = tl.arange(0, PIECE)
+    mask = None if WIDE else offs < left
+    p_ptrs = pointer(tl.load(row_ptr + 1), tl.float32, start, WIDE) + offs
+    g_ptrs = pointer(tl.load(row_ptr + 2), GRAD, start, WIDE) + offs
+    m_ptrs = pointer(tl.load(row_ptr + 3), tl.float32, start, WIDE) + offs
+    v_ptrs = pointer(tl.load(row_ptr + 4), tl.float32, start, WIDE) + offs
+    e_ptrs = pointer(tl.load(row_ptr + 5), tl.float32, start, WIDE) + offs
+    g = tl.load(g_ptrs, mask=mask).to(tl.float32) * scale
+    m = tl.load(m_ptrs, mask=mask)
+    v = tl.load(v_ptrs, mask=mask)
+    p = tl.load(p_ptrs, mask=mask)
     if EMA:
-        e = tl.load(e_at, mask=mask)
+        e = tl.load(e_ptrs, mask=mask)
     m = lerp(m, g, beta1_c)
     v = lerp(v, g * g, beta2_c)
     tiny = v < 1e-30  # tl.sqrt flushes subnormals to 0, and eps may be 0
     root = tl.sqrt(tl.where(tiny, v * 2.0**64, v)) * tl.where(tiny, 2.0**-32, 1.0)
     p -= decay * p + lr * m / (root * rsqrt_bias2 + eps)
-    tl.store(m_at, m, mask=mask)
-    tl.store(v_at, v, mask=mask)
-    tl.store(p_at, p, mask=mask)
+    tl.store(m_ptrs, m, mask=mask)
+    tl.store(v_ptrs, v, mask=mask)
+    tl.store(p_ptrs, p, mask=mask)
     if WEIGHT_COPY is not None:
-        copy_at = at(tl.load(row + 6), WEIGHT_COPY, start, WIDE) + offset
-        tl.store(copy_at, p.to(WEIGHT_COPY), mask=mask)
+        copy_ptrs = pointer(tl.load(row_ptr + 6), WEIGHT_COPY, start, WIDE) + offs
+        tl.store(copy_ptrs, p.to(WEIGHT_COPY), mask=mask)
     if EMA:
         e = lerp(e, p, weight)
-        tl.store(e_at, e, mask=mask)
+        tl.store(e_ptrs, e, mask=mask)
         if EMA_COPY is not None:
-            copy_at = at(tl.load(row + 7), EMA_COPY, start, WIDE) + offset
-            tl.store(copy_at, e.to(EMA_COPY), mask=mask)
+            copy_ptrs = pointer(tl.load(row_ptr + 7), EMA_COPY, start, WIDE) + offs
+            tl.store(copy_ptrs, e.to(EMA_COPY), mask=mask)
 
 
 def adamw_ema_triton(
@@ -226,12 +249,12 @@ def adamw_ema_triton(
     if len(blocks):
         with torch.cuda.device_of(params[0]):
             _adamw_ema_kernel[(len(blocks),)](
-                blocks,
-                rows,
-                coefficients,
-                1 - beta1,
-                1 - beta2,
-                eps,
+                blocks_ptr=blocks,
+                rows_ptr=rows,
+                coefficients_ptr=coefficients,
+                beta1_c=1 - beta1,
+                beta2_c=1 - beta2,
+                eps=eps,
                 GRAD=DTYPES[grads[0].dtype],
                 EMA=bool(emas),
                 WEIGHT_COPY=DTYPES[weight_copies[0].dtype] if weight_copies else None,

@@ -74,10 +74,10 @@ def squares_of(matrix: Tensor) -> Tensor:
 
 @triton.jit
 def _moments_kernel(
-    z,  # [N, M, D]
-    mean,  # [C, M, D], of the rows of each chunk
-    scatter,  # [C, M, D], sums of squared deviations from it
-    spread,  # [C, D / BLOCK_D]
+    z_ptr,  # [N, M, D]
+    mean_ptr,  # [C, M, D], of the rows of each chunk
+    scatter_ptr,  # [C, M, D], sums of squared deviations from it
+    spread_ptr,  # [C, D / BLOCK_D]
     N,
     M,
     D,
@@ -86,37 +86,38 @@ def _moments_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    wide = mean.dtype.element_ty
-    chunk = tl.program_id(0)
-    row = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = (row < N)[:, None] & (column < D)[None, :]
-    at = z + row.to(tl.int64)[:, None] * stride_n + column[None, :]
-    count = tl.minimum(N - chunk * BLOCK_N, BLOCK_N)
+    wide = mean_ptr.dtype.element_ty
+    pid_n = tl.program_id(0)  # a chunk
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid_d = tl.program_id(1)
+    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+    z_ptrs = z_ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
+    count = tl.minimum(N - pid_n * BLOCK_N, BLOCK_N)
 
     views = tl.zeros([BLOCK_N, BLOCK_D], wide)
     for i in range(M):
-        x = tl.load(at + i * tl.cast(stride_m, tl.int64), mask, other=0).to(wide)
+        x = tl.load(z_ptrs + i * tl.cast(stride_m, tl.int64), mask=mask, other=0).to(wide)
         views += x
         center = tl.sum(x, 0) / count
         x = tl.where(mask, x - center[None, :], 0)
-        out = (chunk.to(tl.int64) * M + i) * D + column
-        tl.store(mean + out, center, column < D)
-        tl.store(scatter + out, tl.sum(x * x, 0), column < D)
+        offs = (pid_n.to(tl.int64) * M + i) * D + offs_d
+        tl.store(mean_ptr + offs, center, mask=offs_d < D)
+        tl.store(scatter_ptr + offs, tl.sum(x * x, 0), mask=offs_d < D)
     views /= M
     apart = tl.zeros([BLOCK_N, BLOCK_D], wide)
     for i in range(M):  # reads from cache
-        x = tl.load(at + i * tl.cast(stride_m, tl.int64), mask, other=0).to(wide) - views
+        x = tl.load(z_ptrs + i * tl.cast(stride_m, tl.int64), mask=mask, other=0).to(wide) - views
         apart += x * x
-    tl.store(spread + chunk * tl.num_programs(1) + tl.program_id(1), tl.sum(apart))
+    tl.store(spread_ptr + pid_n * tl.num_programs(1) + pid_d, tl.sum(apart))
 
 
 @triton.jit
 def _combine_kernel(
-    means,  # [C, S], S = M*D
-    scatters,  # [C, S]
-    mean,  # [S]
-    scatter,  # [S]
+    means_ptr,  # [C, S], S = M*D
+    scatters_ptr,  # [C, S]
+    mean_ptr,  # [S]
+    scatter_ptr,  # [S]
     N,
     C,
     S,
@@ -124,45 +125,46 @@ def _combine_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    wide = mean.dtype.element_ty
-    column = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    wide = mean_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    offs_s = pid * BLOCK_S + tl.arange(0, BLOCK_S)
     total = tl.zeros([BLOCK_S], wide)
-    for first in range(0, C, BLOCK_C):
-        chunk = first + tl.arange(0, BLOCK_C)
-        mask = (chunk < C)[:, None] & (column < S)[None, :]
-        count = tl.minimum(N - chunk * ROWS, ROWS)
-        m = tl.load(means + chunk.to(tl.int64)[:, None] * S + column[None, :], mask, other=0)
+    for start_c in range(0, C, BLOCK_C):
+        offs_c = start_c + tl.arange(0, BLOCK_C)
+        mask = (offs_c < C)[:, None] & (offs_s < S)[None, :]
+        count = tl.minimum(N - offs_c * ROWS, ROWS)
+        m = tl.load(means_ptr + offs_c.to(tl.int64)[:, None] * S + offs_s[None, :], mask=mask, other=0)
         total += tl.sum(m * count[:, None], 0)
     center = total / N
     total = tl.zeros([BLOCK_S], wide)
-    for first in range(0, C, BLOCK_C):
-        chunk = first + tl.arange(0, BLOCK_C)
-        mask = (chunk < C)[:, None] & (column < S)[None, :]
-        count = tl.minimum(N - chunk * ROWS, ROWS)
-        at = chunk.to(tl.int64)[:, None] * S + column[None, :]
-        off = tl.load(means + at, mask, other=0) - center[None, :]
-        within = tl.load(scatters + at, mask, other=0)
-        total += tl.sum(tl.where(mask, within + off * off * count[:, None], 0), 0)
-    tl.store(mean + column, center, column < S)
-    tl.store(scatter + column, total, column < S)
+    for start_c in range(0, C, BLOCK_C):
+        offs_c = start_c + tl.arange(0, BLOCK_C)
+        mask = (offs_c < C)[:, None] & (offs_s < S)[None, :]
+        count = tl.minimum(N - offs_c * ROWS, ROWS)
+        offs = offs_c.to(tl.int64)[:, None] * S + offs_s[None, :]
+        off_center = tl.load(means_ptr + offs, mask=mask, other=0) - center[None, :]
+        within = tl.load(scatters_ptr + offs, mask=mask, other=0)
+        total += tl.sum(tl.where(mask, within + off_center * off_center * count[:, None], 0), 0)
+    tl.store(mean_ptr + offs_s, center, mask=offs_s < S)
+    tl.store(scatter_ptr + offs_s, total, mask=offs_s < S)
 
 
 @triton.jit
 def _products_kernel(
-    z,  # [N, M, D]; the matrix is D x D, summed over N; if GRAM, N x N, summed over D
-    mean,  # [M, D]
-    partial,  # [P, M, T(T+1)/2, BLOCK, BLOCK], T = side / BLOCK: partial sums if P > 1
-    matrix,  # [M, side, side], written if KEEP
-    squares,  # [M, T * T]
+    z_ptr,  # [N, M, D]; the matrix is D x D, summed over N; if GRAM, N x N, summed over D
+    mean_ptr,  # [M, D]
+    partial_ptr,  # [P, M, T(T+1)/2, BLOCK, BLOCK], T = side / BLOCK: partial sums if P > 1
+    matrix_ptr,  # [M, side, side], written if KEEP
+    squares_ptr,  # [M, T * T]
     rows,  # over all ranks
     side,
-    length,  # of the summed axis
+    K,  # length of the summed axis
     M,
     D,
     stride_side,
-    stride_sum,
+    stride_k,
     stride_m,
-    part,  # length / P, a multiple of BLOCK_K
+    part,  # K / P, a multiple of BLOCK_K
     IN_PARTS: tl.constexpr,
     GRAM: tl.constexpr,
     KEEP: tl.constexpr,
@@ -170,46 +172,52 @@ def _products_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    wide = mean.dtype.element_ty
+    wide = mean_ptr.dtype.element_ty
     tiles = tl.cdiv(side, BLOCK)
-    p, q, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
-    if q < p:  # below the diagonal: mirrors another tile
+    pid = tl.program_id(0)  # of T * T tiles
+    pid_a = pid // tiles
+    pid_b = pid % tiles
+    i = tl.program_id(1)
+    if pid_b < pid_a:  # below the diagonal: mirrors another tile
         if not IN_PARTS:
-            tl.store(squares + i.to(tl.int64) * tiles * tiles + tl.program_id(0), 0.0)
+            tl.store(squares_ptr + i.to(tl.int64) * tiles * tiles + pid, 0.0)
         return
-    a_side = (p * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    b_side = (q * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    z += i * tl.cast(stride_m, tl.int64)
-    mean += i * D
+    offs_a = (pid_a * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    offs_b = (pid_b * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    z_ptr += i * tl.cast(stride_m, tl.int64)
+    mean_ptr += i * D
     product = tl.zeros([BLOCK, BLOCK], wide)
     if not GRAM:
-        a_mean = tl.load(mean + a_side, a_side < side, other=0)[:, None]
-        b_mean = tl.load(mean + b_side, b_side < side, other=0)[None, :]
-    start = tl.program_id(2) * part
-    for k0 in range(start, tl.minimum(start + part, length), BLOCK_K):
-        k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
-        a_mask = (a_side < side)[:, None] & (k < length)[None, :]
-        b_mask = (k < length)[:, None] & (b_side < side)[None, :]
+        mean_a = tl.load(mean_ptr + offs_a, mask=offs_a < side, other=0)[:, None]
+        mean_b = tl.load(mean_ptr + offs_b, mask=offs_b < side, other=0)[None, :]
+    pid_k = tl.program_id(2)
+    start = pid_k * part
+    for start_k in range(start, tl.minimum(start + part, K), BLOCK_K):
+        offs_k = (start_k + tl.arange(0, BLOCK_K)).to(tl.int64)
+        mask_a = (offs_a < side)[:, None] & (offs_k < K)[None, :]
+        mask_b = (offs_k < K)[:, None] & (offs_b < side)[None, :]
         if GRAM:
-            k_mean = tl.load(mean + k, k < length, other=0)
-            a_mean = k_mean[None, :]
-            b_mean = k_mean[:, None]
-        a = tl.load(z + a_side[:, None] * stride_side + k[None, :] * stride_sum, a_mask, other=0).to(wide)
-        b = tl.load(z + k[:, None] * stride_sum + b_side[None, :] * stride_side, b_mask, other=0).to(wide)
-        a = tl.where(a_mask, a - a_mean, 0)
-        b = tl.where(b_mask, b - b_mean, 0)
+            mean_k = tl.load(mean_ptr + offs_k, mask=offs_k < K, other=0)
+            mean_a = mean_k[None, :]
+            mean_b = mean_k[:, None]
+        a_ptrs = z_ptr + offs_a[:, None] * stride_side + offs_k[None, :] * stride_k
+        a = tl.load(a_ptrs, mask=mask_a, other=0).to(wide)
+        b_ptrs = z_ptr + offs_k[:, None] * stride_k + offs_b[None, :] * stride_side
+        b = tl.load(b_ptrs, mask=mask_b, other=0).to(wide)
+        a = tl.where(mask_a, a - mean_a, 0)
+        b = tl.where(mask_b, b - mean_b, 0)
         product = tl.dot(a, b, product, input_precision=PRECISION, out_dtype=wide)
     if IN_PARTS:
-        tl.store(_partial_tile(partial, tl.program_id(2), M, i, p, q, tiles, BLOCK), product)
+        tl.store(_partial_ptrs(partial_ptr, pid_k, M, i, pid_a, pid_b, tiles, BLOCK), product)
     else:
-        _keep_and_square(product, matrix, squares, rows, side, i, p, q, GRAM, KEEP, BLOCK)
+        _keep_and_square(product, matrix_ptr, squares_ptr, rows, side, i, pid_a, pid_b, GRAM, KEEP, BLOCK)
 
 
 @triton.jit
 def _parts_kernel(
-    partial,  # as above
-    matrix,
-    squares,
+    partial_ptr,  # this and the next two: as in _products_kernel
+    matrix_ptr,
+    squares_ptr,
     rows,
     side,
     M,
@@ -218,121 +226,161 @@ def _parts_kernel(
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    wide = squares.dtype.element_ty
+    wide = squares_ptr.dtype.element_ty
     tiles = tl.cdiv(side, BLOCK)
-    p, q, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
-    if q < p:
-        tl.store(squares + i.to(tl.int64) * tiles * tiles + tl.program_id(0), 0.0)
+    pid = tl.program_id(0)
+    pid_a = pid // tiles
+    pid_b = pid % tiles
+    i = tl.program_id(1)
+    if pid_b < pid_a:
+        tl.store(squares_ptr + i.to(tl.int64) * tiles * tiles + pid, 0.0)
         return
     product = tl.zeros([BLOCK, BLOCK], wide)
     for k in range(parts):
-        product += tl.load(_partial_tile(partial, k, M, i, p, q, tiles, BLOCK))
-    _keep_and_square(product, matrix, squares, rows, side, i, p, q, GRAM, KEEP, BLOCK)
+        product += tl.load(_partial_ptrs(partial_ptr, k, M, i, pid_a, pid_b, tiles, BLOCK))
+    _keep_and_square(product, matrix_ptr, squares_ptr, rows, side, i, pid_a, pid_b, GRAM, KEEP, BLOCK)
 
 
 @triton.jit
-def _partial_tile(partial, k, M, i, p, q, tiles, BLOCK: tl.constexpr):
-    tile = p * (2 * tiles - p - 1) // 2 + q  # counts tiles on and above the diagonal, row by row
+def _partial_ptrs(partial_ptr, k, M, i, pid_a, pid_b, tiles, BLOCK: tl.constexpr):
+    """Pointers [BLOCK, BLOCK] to part k of a tile of view i."""
+    tile = pid_a * (2 * tiles - pid_a - 1) // 2 + pid_b  # counts tiles on and above the diagonal, row by row
     place = (tl.cast(k, tl.int64) * M + i) * (tiles * (tiles + 1) // 2) + tile
-    inside = tl.arange(0, BLOCK)
-    return partial + place * BLOCK * BLOCK + inside[:, None] * BLOCK + inside[None, :]
+    offs = tl.arange(0, BLOCK)
+    return partial_ptr + place * BLOCK * BLOCK + offs[:, None] * BLOCK + offs[None, :]
 
 
 @triton.jit
 def _keep_and_square(
-    product, matrix, squares, rows, side, i, p, q, GRAM: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr
+    product,  # [BLOCK, BLOCK], a tile
+    matrix_ptr,  # this and the next: as in _products_kernel
+    squares_ptr,
+    rows,
+    side,
+    i,
+    pid_a,
+    pid_b,
+    GRAM: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     tiles = tl.cdiv(side, BLOCK)
-    a_side = (p * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    b_side = (q * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    offs_a = (pid_a * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    offs_b = (pid_b * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     product /= rows - 1
     if not GRAM:
-        product = tl.where(a_side[:, None] == b_side[None, :], 0, product)
+        product = tl.where(offs_a[:, None] == offs_b[None, :], 0, product)
     if KEEP:
-        mask = (a_side < side)[:, None] & (b_side < side)[None, :]
-        matrix += i.to(tl.int64) * side * side
-        tl.store(matrix + a_side[:, None] * side + b_side[None, :], product, mask)
-        if p < q:
-            tl.store(matrix + b_side[None, :] * side + a_side[:, None], product, mask)
-    times = tl.where(p < q, 2, 1)
-    tl.store(squares + i.to(tl.int64) * tiles * tiles + p * tiles + q, tl.sum(product * product) * times)
+        mask = (offs_a < side)[:, None] & (offs_b < side)[None, :]
+        matrix_ptr += i.to(tl.int64) * side * side
+        tl.store(matrix_ptr + offs_a[:, None] * side + offs_b[None, :], product, mask=mask)
+        if pid_a < pid_b:
+            tl.store(matrix_ptr + offs_b[None, :] * side + offs_a[:, None], product, mask=mask)
+    times = tl.where(pid_a < pid_b, 2, 1)
+    square_ptr = squares_ptr + i.to(tl.int64) * tiles * tiles + pid_a * tiles + pid_b
+    tl.store(square_ptr, tl.sum(product * product) * times)
 
 
 @triton.jit
 def _backward_kernel(
-    z,  # [G, M, D]
-    mean,  # [M, D]
-    matrix,  # [M, D, D]; if GRAM, [M, G, G]
-    weight,  # [M, D]
-    pull,  # scalar
-    push,  # scalar
-    grad,  # [N, M, D], for rows [first, first + N)
+    z_ptr,  # [G, M, D]
+    mean_ptr,  # [M, D]
+    matrix_ptr,  # [M, K, K]
+    weight_ptr,  # [M, D]
+    pull_ptr,  # scalar
+    push_ptr,  # scalar
+    grad_ptr,  # [N, M, D], for rows [first, first + N)
     first,
     N,
     M,
     D,
-    length,  # side of the matrix
-    stride_n,
-    stride_m,
-    grad_stride_n,
-    grad_stride_m,
+    K,  # D; if GRAM, G
+    stride_zn,
+    stride_zm,
+    stride_gn,
+    stride_gm,
     GRAM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    wide = mean.dtype.element_ty
-    across = tl.cdiv(D, BLOCK_D)
-    row = (tl.program_id(0) // across * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    column = tl.program_id(0) % across * BLOCK_D + tl.arange(0, BLOCK_D)
+    wide = mean_ptr.dtype.element_ty
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    pid = tl.program_id(0)
+    offs_n = (pid // tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    offs_d = pid % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
     i = tl.program_id(1)
-    mask = (row < N)[:, None] & (column < D)[None, :]
-    mean += i * D
-    matrix += i.to(tl.int64) * length * length
-    view = z + i * tl.cast(stride_m, tl.int64)
-    column_mean = tl.load(mean + column, column < D, other=0)[None, :]
+    mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+    mean_ptr += i * D
+    matrix_ptr += i.to(tl.int64) * K * K
+    view_ptr = z_ptr + i * tl.cast(stride_zm, tl.int64)
+    mean = tl.load(mean_ptr + offs_d, mask=offs_d < D, other=0)[None, :]
 
     mixed = tl.zeros([BLOCK_N, BLOCK_D], wide)
-    for k0 in range(0, length, BLOCK_K):
-        k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
-        a_mask = (row < N)[:, None] & (k < length)[None, :]
-        b_mask = (k < length)[:, None] & (column < D)[None, :]
+    for start_k in range(0, K, BLOCK_K):
+        offs_k = (start_k + tl.arange(0, BLOCK_K)).to(tl.int64)
+        mask_a = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+        mask_b = (offs_k < K)[:, None] & (offs_d < D)[None, :]
         if GRAM:
-            a = tl.load(matrix + (first + row)[:, None] * length + k[None, :], a_mask, other=0)
-            b = tl.load(view + k[:, None] * stride_n + column[None, :], b_mask, other=0).to(wide)
-            b = tl.where(b_mask, b - column_mean, 0)
+            a = tl.load(matrix_ptr + (first + offs_n)[:, None] * K + offs_k[None, :], mask=mask_a, other=0)
+            b = tl.load(view_ptr + offs_k[:, None] * stride_zn + offs_d[None, :], mask=mask_b, other=0).to(wide)
+            b = tl.where(mask_b, b - mean, 0)
         else:
-            a = tl.load(view + (first + row)[:, None] * stride_n + k[None, :], a_mask, other=0).to(wide)
-            a = tl.where(a_mask, a - tl.load(mean + k, k < length, other=0)[None, :], 0)
-            b = tl.load(matrix + k[:, None] * length + column[None, :], b_mask, other=0)
+            a_ptrs = view_ptr + (first + offs_n)[:, None] * stride_zn + offs_k[None, :]
+            a = tl.load(a_ptrs, mask=mask_a, other=0).to(wide)
+            a = tl.where(mask_a, a - tl.load(mean_ptr + offs_k, mask=offs_k < K, other=0)[None, :], 0)
+            b = tl.load(matrix_ptr + offs_k[:, None] * K + offs_d[None, :], mask=mask_b, other=0)
         mixed = tl.dot(a, b, mixed, input_precision=PRECISION, out_dtype=wide)
 
-    at = (first + row)[:, None] * stride_n + column[None, :]
-    x = tl.load(view + at, mask, other=0).to(wide)
+    offs = (first + offs_n)[:, None] * stride_zn + offs_d[None, :]
+    z = tl.load(view_ptr + offs, mask=mask, other=0).to(wide)
     views = tl.zeros([BLOCK_N, BLOCK_D], wide)
     for j in range(M):
-        views += tl.load(z + at + j * tl.cast(stride_m, tl.int64), mask, other=0).to(wide)
-    y = tl.load(push) * mixed + tl.load(pull) * (x - views / M)
-    y += tl.load(weight + i * D + column, column < D, other=0)[None, :] * (x - column_mean)
-    grad += i * tl.cast(grad_stride_m, tl.int64) + row[:, None] * grad_stride_n + column[None, :]
-    tl.store(grad, y.to(grad.dtype.element_ty), mask)
+        views += tl.load(z_ptr + offs + j * tl.cast(stride_zm, tl.int64), mask=mask, other=0).to(wide)
+    grad = tl.load(push_ptr) * mixed + tl.load(pull_ptr) * (z - views / M)
+    grad += tl.load(weight_ptr + i * D + offs_d, mask=offs_d < D, other=0)[None, :] * (z - mean)
+    grad_ptrs = grad_ptr + i * tl.cast(stride_gm, tl.int64) + offs_n[:, None] * stride_gn + offs_d[None, :]
+    tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 def vicreg_moments_triton(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     z = _unit_stride(z)
-    (N, M, D), rows, columns = z.shape, 256 // wide(z).itemsize, 64  # a tile twice as large would spill
-    chunks, across = triton.cdiv(N, rows), triton.cdiv(D, columns)
+    N, M, D = z.shape
+    rows = 256 // wide(z).itemsize  # a tile twice as large would spill
+    columns = 64
+    chunks, tiles_d = triton.cdiv(N, rows), triton.cdiv(D, columns)
     means, scatters = z.new_empty(2, chunks, M, D, dtype=wide(z))
     mean = z.new_empty(M, D, dtype=wide(z))
     scatter = torch.empty_like(mean)
-    spread = mean.new_empty(chunks, across)
+    spread = mean.new_empty(chunks, tiles_d)
     with torch.cuda.device_of(z):
-        _moments_kernel[chunks, across](
-            z, means, scatters, spread, N, M, D, z.stride(0), z.stride(1), rows, columns, num_warps=4
+        _moments_kernel[chunks, tiles_d](
+            z_ptr=z,
+            mean_ptr=means,
+            scatter_ptr=scatters,
+            spread_ptr=spread,
+            N=N,
+            M=M,
+            D=D,
+            stride_n=z.stride(0),
+            stride_m=z.stride(1),
+            BLOCK_N=rows,
+            BLOCK_D=columns,
+            num_warps=4,
         )
-        _combine_kernel[triton.cdiv(M * D, 64),](
-            means, scatters, mean, scatter, N, chunks, M * D, rows, 32, 64, num_warps=4
+        _combine_kernel[(triton.cdiv(M * D, 64),)](
+            means_ptr=means,
+            scatters_ptr=scatters,
+            mean_ptr=mean,
+            scatter_ptr=scatter,
+            N=N,
+            C=chunks,
+            S=M * D,
+            ROWS=rows,
+            BLOCK_C=32,
+            BLOCK_S=64,
+            num_warps=4,
         )
     return mean, scatter, spread.sum()
 
@@ -342,26 +390,56 @@ def vicreg_products_triton(
 ) -> tuple[Tensor, Tensor]:
     z = _unit_stride(z)
     N, M, D = z.shape
-    side, length, strides = (N, D, (z.stride(0), 1)) if gram else (D, N, (1, z.stride(0)))
+    side, K = (N, D) if gram else (D, N)
+    stride_side, stride_k = (z.stride(0), 1) if gram else (1, z.stride(0))
     block, block_k = 256 // mean.itemsize, _block_k(precision)
     tiles = triton.cdiv(side, block)
     upper = tiles * (tiles + 1) // 2
     # A few tiles with long sums (small batch, wide projector) would leave most of the GPU idle: such sums are split
     # into parts, using at most 256 tiles of 16 KiB in total.
-    parts = max(1, min(256 // (M * upper), length // 256))
-    part = triton.cdiv(triton.cdiv(length, parts), block_k) * block_k
-    parts = triton.cdiv(length, part)
+    parts = max(1, min(256 // (M * upper), K // 256))
+    part = triton.cdiv(triton.cdiv(K, parts), block_k) * block_k
+    parts = triton.cdiv(K, part)
     partial = mean.new_empty((parts, M, upper, block, block) if parts > 1 else 0)
     matrix = mean.new_empty((M, side, side) if keep else 0)
     squares = mean.new_empty(M, tiles * tiles)
     with torch.cuda.device_of(z):
         _products_kernel[tiles * tiles, M, parts](
-            z, mean, partial, matrix, squares, rows, side, length, M, D, *strides, z.stride(1), part,
-            parts > 1, gram, keep, precision, block, block_k, num_warps=4,
-        )  # fmt: skip
+            z_ptr=z,
+            mean_ptr=mean,
+            partial_ptr=partial,
+            matrix_ptr=matrix,
+            squares_ptr=squares,
+            rows=rows,
+            side=side,
+            K=K,
+            M=M,
+            D=D,
+            stride_side=stride_side,
+            stride_k=stride_k,
+            stride_m=z.stride(1),
+            part=part,
+            IN_PARTS=parts > 1,
+            GRAM=gram,
+            KEEP=keep,
+            PRECISION=precision,
+            BLOCK=block,
+            BLOCK_K=block_k,
+            num_warps=4,
+        )
         if parts > 1:
             _parts_kernel[tiles * tiles, M](
-                partial, matrix, squares, rows, side, M, parts, gram, keep, block, num_warps=4
+                partial_ptr=partial,
+                matrix_ptr=matrix,
+                squares_ptr=squares,
+                rows=rows,
+                side=side,
+                M=M,
+                parts=parts,
+                GRAM=gram,
+                KEEP=keep,
+                BLOCK=block,
+                num_warps=4,
             )
     return squares.sum(1), matrix
 
@@ -382,13 +460,34 @@ def vicreg_backward_triton(
     if not count:
         return grad
     out = grad if grad.stride(2) == 1 else torch.empty_like(grad, memory_format=torch.contiguous_format)
-    z, (_, M, D), block = _unit_stride(z), z.shape, 64
+    z = _unit_stride(z)
+    _, M, D = z.shape
+    block = 64
     with torch.cuda.device_of(z):
         _backward_kernel[triton.cdiv(count, block) * triton.cdiv(D, block), M](
-            z, mean, matrix, weight, pull, push, out, first, count, M, D, matrix.shape[1],
-            z.stride(0), z.stride(1), out.stride(0), out.stride(1),
-            gram, precision, block, block, _block_k(precision), num_warps=8,
-        )  # fmt: skip
+            z_ptr=z,
+            mean_ptr=mean,
+            matrix_ptr=matrix,
+            weight_ptr=weight,
+            pull_ptr=pull,
+            push_ptr=push,
+            grad_ptr=out,
+            first=first,
+            N=count,
+            M=M,
+            D=D,
+            K=matrix.shape[1],
+            stride_zn=z.stride(0),
+            stride_zm=z.stride(1),
+            stride_gn=out.stride(0),
+            stride_gm=out.stride(1),
+            GRAM=gram,
+            PRECISION=precision,
+            BLOCK_N=block,
+            BLOCK_D=block,
+            BLOCK_K=_block_k(precision),
+            num_warps=8,
+        )
     return grad if out is grad else grad.copy_(out)
 
 

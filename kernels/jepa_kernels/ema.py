@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import BLOCK, CACHES, at, lerp, tables
+from .tables import BLOCK, CACHES, lerp, pointer, tables
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NARROW = set(_CODES)
@@ -132,50 +132,52 @@ def ema_ref(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> Non
 
 
 @triton.jit
-def _load(address, code, start, offset, mask, WIDE: tl.constexpr):
+def _load(address, code, start, offs, mask, WIDE: tl.constexpr):
     if code == 0:
-        x = tl.load(at(address, tl.float32, start, WIDE) + offset, mask=mask)
+        x = tl.load(pointer(address, tl.float32, start, WIDE) + offs, mask=mask)
     elif code == 1:
-        x = tl.load(at(address, tl.bfloat16, start, WIDE) + offset, mask=mask).to(tl.float32)
+        x = tl.load(pointer(address, tl.bfloat16, start, WIDE) + offs, mask=mask).to(tl.float32)
     else:
-        x = tl.load(at(address, tl.float16, start, WIDE) + offset, mask=mask).to(tl.float32)
+        x = tl.load(pointer(address, tl.float16, start, WIDE) + offs, mask=mask).to(tl.float32)
     return x
 
 
 @triton.jit
-def _store(address, code, start, offset, x, mask, WIDE: tl.constexpr):
+def _store(address, code, start, offs, x, mask, WIDE: tl.constexpr):
     if code == 0:
-        tl.store(at(address, tl.float32, start, WIDE) + offset, x, mask=mask)
+        tl.store(pointer(address, tl.float32, start, WIDE) + offs, x, mask=mask)
     elif code == 1:
-        tl.store(at(address, tl.bfloat16, start, WIDE) + offset, x.to(tl.bfloat16), mask=mask)
+        tl.store(pointer(address, tl.bfloat16, start, WIDE) + offs, x.to(tl.bfloat16), mask=mask)
     else:
-        tl.store(at(address, tl.float16, start, WIDE) + offset, x.to(tl.float16), mask=mask)
+        tl.store(pointer(address, tl.float16, start, WIDE) + offs, x.to(tl.float16), mask=mask)
 
 
 @triton.jit
 def _ema_kernel(
-    blocks,  # int32 [total, 2]: row, block within the row
-    rows,  # int64 [R, 5]: element count, addresses of target and source, their dtype codes
+    blocks_ptr,  # int32 [total, 2]: row, block within the row
+    rows_ptr,  # int64 [R, 5]: element count, addresses of target and source, their dtype codes
     weight,  # float32: 1 - momentum, or a pointer to it
     ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
-    row = rows + tl.load(blocks + 2 * b).to(tl.int64) * 5
-    start = tl.load(blocks + 2 * b + 1).to(tl.int64) * BLOCK
-    left = tl.load(row) - start
-    target, source = tl.load(row + 1), tl.load(row + 2)
-    target_code, source_code = tl.load(row + 3), tl.load(row + 4)
+    pid = tl.program_id(0).to(tl.int64)
+    row_ptr = rows_ptr + tl.load(blocks_ptr + 2 * pid).to(tl.int64) * 5
+    start = tl.load(blocks_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
+    left = tl.load(row_ptr) - start
+    target = tl.load(row_ptr + 1)
+    source = tl.load(row_ptr + 2)
+    target_code = tl.load(row_ptr + 3)
+    source_code = tl.load(row_ptr + 4)
     if ON_DEVICE:
         weight = tl.load(weight)
-    offset = tl.arange(0, BLOCK)
+    offs = tl.arange(0, BLOCK)
     wide = (left >= BLOCK) & ((target | source) % 16 == 0)
     for WIDE in tl.static_range(2):  # a mask would split the wide loads of a full block into single elements
         if wide == WIDE:
-            mask = None if WIDE else offset < left
-            t = _load(target, target_code, start, offset, mask, WIDE)
-            s = _load(source, source_code, start, offset, mask, WIDE)
-            _store(target, target_code, start, offset, lerp(t, s, weight), mask, WIDE)
+            mask = None if WIDE else offs < left
+            t = _load(target, target_code, start, offs, mask, WIDE)
+            s = _load(source, source_code, start, offs, mask, WIDE)
+            _store(target, target_code, start, offs, lerp(t, s, weight), mask, WIDE)
 
 
 def ema_triton(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
@@ -188,7 +190,11 @@ def ema_triton(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> 
     if len(blocks):
         with torch.cuda.device_of(targets[0]):
             _ema_kernel[(len(blocks),)](
-                blocks, table, weight if on_device else weight.item(), ON_DEVICE=on_device, BLOCK=BLOCK
+                blocks_ptr=blocks,
+                rows_ptr=table,
+                weight=weight if on_device else weight.item(),
+                ON_DEVICE=on_device,
+                BLOCK=BLOCK,
             )
 
 

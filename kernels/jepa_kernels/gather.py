@@ -52,86 +52,105 @@ def gather_backward_ref(dy_BKD: Tensor, index_BK: Tensor, N: int) -> Tensor:
     return total.to(dy_BKD.dtype)
 
 
-# --- triton: a program copies ROWS x BLOCK_D of one sample; adjacent programs access adjacent memory
+# --- triton: a program copies BLOCK_K x BLOCK_D of one sample; adjacent programs access adjacent memory
 
 
 @triton.jit(do_not_specialize=["K"])  # K changes from step to step
 def _gather_kernel(
-    x,  # [B, N, D]
-    index,  # [B, K]
-    y,  # [B, K, D]
+    x_ptr,  # [B, N, D]
+    index_ptr,  # [B, K]
+    y_ptr,  # [B, K, D]
     N,
     K,
     D,
-    x_b,  # strides of x
-    x_n,
-    x_d,
-    ROWS: tl.constexpr,
+    stride_xb,
+    stride_xn,
+    stride_xd,
+    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    columns, tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(K, ROWS)
-    b = (program // columns // tiles).to(tl.int64)
-    k = (program // columns % tiles) * ROWS + tl.arange(0, ROWS)
-    d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.load(index + b * K + k, mask=k < K, other=0)
+    pid = tl.program_id(0)
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    b = (pid // tiles_d // tiles_k).to(tl.int64)
+    offs_k = (pid // tiles_d % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_d = (pid % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.load(index_ptr + b * K + offs_k, mask=offs_k < K, other=0)
     tl.device_assert((n >= 0) & (n < N), "gather_tokens: index out of range")
-    inside = (k < K)[:, None] & (d < D)[None, :]
-    rows = tl.load(x + b * x_b + n[:, None] * x_n + d.to(tl.int64)[None, :] * x_d, mask=inside)
-    tl.store(y + (b * K + k)[:, None] * D + d[None, :], rows, mask=inside)
+    mask = (offs_k < K)[:, None] & (offs_d < D)[None, :]
+    x_ptrs = x_ptr + b * stride_xb + n[:, None] * stride_xn + offs_d.to(tl.int64)[None, :] * stride_xd
+    x = tl.load(x_ptrs, mask=mask)
+    tl.store(y_ptr + (b * K + offs_k)[:, None] * D + offs_d[None, :], x, mask=mask)
 
 
 @triton.jit(do_not_specialize=["K"])
 def _gather_backward_kernel(
-    dy,  # [B, K, D]
-    index,  # [B, K]
-    dx,  # [B, N, D]
+    dy_ptr,  # [B, K, D]
+    index_ptr,  # [B, K]
+    dx_ptr,  # [B, N, D]
     N,
     K,
     D,
-    dy_b,  # strides of dy
-    dy_k,
-    dy_d,
-    ROWS: tl.constexpr,
+    stride_dyb,
+    stride_dyk,
+    stride_dyd,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     # Each row of dx searches the index for its terms, once: no atomics, no zeroing first, repeats in the order of k.
-    wide: tl.constexpr = tl.float64 if dy.dtype.element_ty == tl.float64 else tl.float32
-    tiles = tl.cdiv(N, ROWS)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    first, last = tl.full((ROWS,), K, tl.int32), tl.full((ROWS,), -1, tl.int32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        found = tl.load(index + b * K + k, mask=k < K, other=-1).to(tl.int32)[None, :] == n[:, None]
-        first = tl.minimum(first, tl.min(tl.where(found, k[None, :], K), 1))
-        last = tl.maximum(last, tl.max(tl.where(found, k[None, :], -1), 1))
+    wide: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    b = (pid // tiles_n).to(tl.int64)
+    offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.full((BLOCK_N,), K, tl.int32)
+    last = tl.full((BLOCK_N,), -1, tl.int32)
+    for start_k in range(0, K, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        n = tl.load(index_ptr + b * K + offs_k, mask=offs_k < K, other=-1).to(tl.int32)
+        found = n[None, :] == offs_n[:, None]
+        first = tl.minimum(first, tl.min(tl.where(found, offs_k[None, :], K), 1))
+        last = tl.maximum(last, tl.max(tl.where(found, offs_k[None, :], -1), 1))
     after = tl.min(tl.where(last > first, first, K), 0) + 1  # all repeats are in [after, stop),
     stop = tl.max(tl.where(last > first, last, -1), 0) + 1  # which is usually empty
-    dy += b * dy_b
-    dx += b * N * D
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        columns = d.to(tl.int64)[None, :] * dy_d
-        at = dy + first.to(tl.int64)[:, None] * dy_k + columns
-        total = tl.load(at, mask=(first < K)[:, None] & (d < D)[None, :], other=0).to(wide)
+    dy_ptr += b * stride_dyb
+    dx_ptr += b * N * D
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        columns = offs_d.to(tl.int64)[None, :] * stride_dyd
+        dy_ptrs = dy_ptr + first.to(tl.int64)[:, None] * stride_dyk + columns
+        total = tl.load(dy_ptrs, mask=(first < K)[:, None] & (offs_d < D)[None, :], other=0).to(wide)
         for k in range(after, stop):
-            again = (n == tl.load(index + b * K + k)) & (first < k)
-            term = dy + tl.full((1, 1), k, tl.int64) * dy_k + columns
-            total += tl.load(term, mask=again[:, None] & (d < D)[None, :], other=0).to(wide)
-        inside = (n < N)[:, None] & (d < D)[None, :]
-        tl.store(dx + n.to(tl.int64)[:, None] * D + d[None, :], total.to(dx.dtype.element_ty), mask=inside)
+            again = (offs_n == tl.load(index_ptr + b * K + k)) & (first < k)
+            again_ptrs = dy_ptr + tl.full((1, 1), k, tl.int64) * stride_dyk + columns
+            total += tl.load(again_ptrs, mask=again[:, None] & (offs_d < D)[None, :], other=0).to(wide)
+        mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+        dx_ptrs = dx_ptr + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
+        tl.store(dx_ptrs, total.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def gather_triton(x: Tensor, index: Tensor) -> Tensor:
     (B, N, D), K = x.shape, index.shape[1]
     y = x.new_empty(B, K, D)
     if y.numel():
-        rows, block_d = tile(K, D, x.element_size())
-        grid = (B * triton.cdiv(K, rows) * triton.cdiv(D, block_d),)
+        block_k, block_d = tile(K, D, x.element_size())
+        grid = (B * triton.cdiv(K, block_k) * triton.cdiv(D, block_d),)
         with torch.cuda.device_of(x):
-            _gather_kernel[grid](x, index.contiguous(), y, N, K, D, *x.stride(), rows, block_d, **ASSERTING)
+            _gather_kernel[grid](
+                x_ptr=x,
+                index_ptr=index.contiguous(),
+                y_ptr=y,
+                N=N,
+                K=K,
+                D=D,
+                stride_xb=x.stride(0),
+                stride_xn=x.stride(1),
+                stride_xd=x.stride(2),
+                BLOCK_K=block_k,
+                BLOCK_D=block_d,
+                **ASSERTING,
+            )
     return y
 
 
@@ -139,10 +158,23 @@ def gather_backward_triton(dy: Tensor, index: Tensor, N: int) -> Tensor:
     B, K, D = dy.shape
     dx = dy.new_empty(B, N, D)
     if dx.numel():
-        rows, block_d = tile(N, D, max(4, dy.element_size()))  # the sums are at least float32
-        grid = (B * triton.cdiv(N, rows),)
+        block_n, block_d = tile(N, D, max(4, dy.element_size()))  # the sums are at least float32
+        grid = (B * triton.cdiv(N, block_n),)
         with torch.cuda.device_of(dy):
-            _gather_backward_kernel[grid](dy, index.contiguous(), dx, N, K, D, *dy.stride(), rows, 128, block_d)
+            _gather_backward_kernel[grid](
+                dy_ptr=dy,
+                index_ptr=index.contiguous(),
+                dx_ptr=dx,
+                N=N,
+                K=K,
+                D=D,
+                stride_dyb=dy.stride(0),
+                stride_dyk=dy.stride(1),
+                stride_dyd=dy.stride(2),
+                BLOCK_N=block_n,
+                BLOCK_K=128,
+                BLOCK_D=block_d,
+            )
     return dx
 
 

@@ -93,21 +93,21 @@ def patchify_ref(
     return torch.cat(rows, 2).to(dtype)
 
 
-# --- triton: a program writes ROWS patches of one image, and computes pixel offsets once for all of them
+# --- triton: a program writes BLOCK_K patches of one image, and computes pixel offsets once for all of them
 
 
 @triton.jit(do_not_specialize=["K"])  # K changes from step to step
 def _patchify_kernel(
-    images,  # [B, 3, H, W] uint8
-    index,  # [B, K]; ignored if INDEXED is false
-    y,  # [B, K, 3*P*P]
+    images_ptr,  # [B, 3, H, W] uint8
+    index_ptr,  # [B, K]; ignored if INDEXED is false
+    y_ptr,  # [B, K, 3*P*P]
     K,
     grid_h,  # H / P
     grid_w,  # W / P
-    images_b,  # strides of images
-    images_c,
-    images_h,
-    images_w,
+    stride_b,  # of images
+    stride_c,
+    stride_h,
+    stride_w,
     scale_r,
     scale_g,
     scale_b,
@@ -116,31 +116,36 @@ def _patchify_kernel(
     bias_b,
     INDEXED: tl.constexpr,
     P: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,  # pixels of a patch per program
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # pixels of a patch per program
 ):
-    program = tl.program_id(0)
-    parts, tiles = (P * P + BLOCK - 1) // BLOCK, tl.cdiv(K, ROWS)
-    b = (program // parts // tiles).to(tl.int64)
-    k = tl.minimum(program // parts % tiles * ROWS + tl.arange(0, ROWS), K - 1)  # surplus rows repeat the last one
-    pixel = program % parts * BLOCK + tl.arange(0, BLOCK)
+    pid = tl.program_id(0)
+    tiles_p = (P * P + BLOCK_P - 1) // BLOCK_P
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    b = (pid // tiles_p // tiles_k).to(tl.int64)
+    offs_k = tl.minimum(pid // tiles_p % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K), K - 1)  # surplus: the last again
+    offs_p = pid % tiles_p * BLOCK_P + tl.arange(0, BLOCK_P)
     if INDEXED:
-        n = tl.load(index + b * K + k)
+        n = tl.load(index_ptr + b * K + offs_k)
         tl.device_assert((n >= 0) & (n < grid_h * grid_w), "patchify: index out of range")
         n = n.to(tl.int32)
     else:
-        n = k
-    row, col = (n // grid_w * P).to(tl.int64), (n % grid_w * P).to(tl.int64)
-    corner = images + b * images_b + row * images_h + col * images_w
-    py, px = (pixel // P).to(tl.int64), (pixel % P).to(tl.int64)
-    at = corner[:, None] + (py * images_h + px * images_w)[None, :]
-    to = y + ((b * K + k) * (3 * P * P))[:, None] + pixel[None, :]
-    inside = (pixel < P * P)[None, :]
-    scale, bias = (scale_r, scale_g, scale_b), (bias_r, bias_g, bias_b)
+        n = offs_k
+    row = (n // grid_w * P).to(tl.int64)
+    col = (n % grid_w * P).to(tl.int64)
+    corner_ptrs = images_ptr + b * stride_b + row * stride_h + col * stride_w
+    py = (offs_p // P).to(tl.int64)
+    px = (offs_p % P).to(tl.int64)
+    pixel_ptrs = corner_ptrs[:, None] + (py * stride_h + px * stride_w)[None, :]
+    y_ptrs = y_ptr + ((b * K + offs_k) * (3 * P * P))[:, None] + offs_p[None, :]
+    mask = (offs_p < P * P)[None, :]
+    scale = (scale_r, scale_g, scale_b)
+    bias = (bias_r, bias_g, bias_b)
     for c in tl.static_range(3):
-        value = tl.load(at, inside, other=0).to(tl.float32) * scale[c] + bias[c]
-        tl.store(to + c * P * P, value.to(y.dtype.element_ty), inside)
-        at += images_c
+        pixel = tl.load(pixel_ptrs, mask=mask, other=0).to(tl.float32)
+        y = pixel * scale[c] + bias[c]
+        tl.store(y_ptrs + c * P * P, y.to(y_ptr.dtype.element_ty), mask=mask)
+        pixel_ptrs += stride_c
 
 
 def patchify_triton(
@@ -148,15 +153,34 @@ def patchify_triton(
 ) -> Tensor:
     y = _patchify_fake(images, index, scale, bias, P, dtype)
     if y.numel():
-        B, K, _ = y.shape
-        block = min(triton.next_power_of_2(P * P), 1024)
-        rows = min(triton.next_power_of_2(K), max(1, 2048 // block))
-        patches = images if index is None else index.contiguous()
-        sizes = K, images.shape[2] // P, images.shape[3] // P, *images.stride()
-        options = index is not None, P, rows, block
-        grid = (B * triton.cdiv(K, rows) * triton.cdiv(P * P, block),)
+        (B, _, H, W), K = images.shape, y.shape[1]
+        block_p = min(triton.next_power_of_2(P * P), 1024)
+        block_k = min(triton.next_power_of_2(K), max(1, 2048 // block_p))
+        grid = (B * triton.cdiv(K, block_k) * triton.cdiv(P * P, block_p),)
         with torch.cuda.device_of(images):
-            _patchify_kernel[grid](images, patches, y, *sizes, *scale, *bias, *options, **ASSERTING)
+            _patchify_kernel[grid](
+                images_ptr=images,
+                index_ptr=images if index is None else index.contiguous(),
+                y_ptr=y,
+                K=K,
+                grid_h=H // P,
+                grid_w=W // P,
+                stride_b=images.stride(0),
+                stride_c=images.stride(1),
+                stride_h=images.stride(2),
+                stride_w=images.stride(3),
+                scale_r=scale[0],
+                scale_g=scale[1],
+                scale_b=scale[2],
+                bias_r=bias[0],
+                bias_g=bias[1],
+                bias_b=bias[2],
+                INDEXED=index is not None,
+                P=P,
+                BLOCK_K=block_k,
+                BLOCK_P=block_p,
+                **ASSERTING,
+            )
     return y
 
 

@@ -131,92 +131,97 @@ def _unit(pred: Tensor) -> tuple[float, float]:
 
 @triton.jit(do_not_specialize=["R", "B", "K"])  # R and K change from step to step
 def _prediction_loss_kernel(
-    pred,  # [M*B, K, D]
-    target,  # [B, N, D]
-    index,  # [R], R = M*B*K rows
-    losses,  # [R] float32 (float64): mean over D
-    grad,  # [R, D], written if WITH_GRAD
+    pred_ptr,  # [M*B, K, D]
+    target_ptr,  # [B, N, D]
+    index_ptr,  # [R], R = M*B*K rows
+    losses_ptr,  # [R] float32 (float64): mean over D
+    grad_ptr,  # [R, D], written if WITH_GRAD
     power,  # of two, by which the stored gradient is divided; exact in float32, as kernel arguments are
     R,
     B,
     N,
     K,
-    pred_q,  # strides of pred
-    pred_k,
-    pred_d,
-    target_b,  # strides of target
-    target_n,
-    target_d,
+    stride_pq,  # of pred
+    stride_pk,
+    stride_pd,
+    stride_tb,  # of target
+    stride_tn,
+    stride_td,
     D: tl.constexpr,
     EPS: tl.constexpr,
     WITH_GRAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    wide = losses.dtype.element_ty
+    wide = losses_ptr.dtype.element_ty
     fraction = (1 / (R.to(tl.float64) * D * power)).to(wide)
-    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), R - 1)  # surplus rows repeat the last one
-    q = row // K
-    column = tl.arange(0, CHUNK)
-    at = pred + (q.to(tl.int64) * pred_q + (row - q * K).to(tl.int64) * pred_k)[:, None]
-    p = tl.tuple([])
-    for start in tl.static_range(0, D, CHUNK):
-        d = (start + column)[None, :]
-        p += (tl.load(at + d.to(tl.int64) * pred_d, d < D, other=0),)
-    chosen = tl.load(index + row)
-    tl.device_assert((chosen >= 0) & (chosen < N), "prediction_loss: index out of range")
-    at = target + ((q % B).to(tl.int64) * target_b + chosen * target_n)[:, None]
+    pid = tl.program_id(0)
+    offs_r = tl.minimum(pid * BLOCK_R + tl.arange(0, BLOCK_R), R - 1)  # surplus rows repeat the last one
+    q = offs_r // K
+    k = offs_r - q * K
+    offs_chunk = tl.arange(0, BLOCK_D)
+    pred_ptrs = pred_ptr + (q.to(tl.int64) * stride_pq + k.to(tl.int64) * stride_pk)[:, None]
+    p = tl.tuple([])  # by chunk, like y
+    for start_d in tl.static_range(0, D, BLOCK_D):
+        offs_d = (start_d + offs_chunk)[None, :]
+        p += (tl.load(pred_ptrs + offs_d.to(tl.int64) * stride_pd, mask=offs_d < D, other=0),)
+    n = tl.load(index_ptr + offs_r)
+    tl.device_assert((n >= 0) & (n < N), "prediction_loss: index out of range")
+    target_ptrs = target_ptr + ((q % B).to(tl.int64) * stride_tb + n * stride_tn)[:, None]
     y = tl.tuple([])
-    for start in tl.static_range(0, D, CHUNK):
-        d = (start + column)[None, :]
-        y += (tl.load(at + d.to(tl.int64) * target_d, d < D, other=0).to(wide),)
-    total = tl.zeros((ROWS, CHUNK), wide)
+    for start_d in tl.static_range(0, D, BLOCK_D):
+        offs_d = (start_d + offs_chunk)[None, :]
+        y += (tl.load(target_ptrs + offs_d.to(tl.int64) * stride_td, mask=offs_d < D, other=0).to(wide),)
+    total = tl.zeros((BLOCK_R, BLOCK_D), wide)
     for c in tl.static_range(len(y)):
         total += y[c]
     mean = tl.sum(total, 1)[:, None] / D
-    total = tl.zeros((ROWS, CHUNK), wide)
+    total = tl.zeros((BLOCK_R, BLOCK_D), wide)
     for c in tl.static_range(len(y)):
-        centred = tl.where((c * CHUNK + column)[None, :] < D, y[c] - mean, 0)
+        centred = tl.where((c * BLOCK_D + offs_chunk)[None, :] < D, y[c] - mean, 0)
         total += centred * centred
-    scale = tl.rsqrt(tl.sum(total, 1)[:, None] / D + EPS)
-    total = tl.zeros((ROWS, CHUNK), wide)
+    rstd = tl.rsqrt(tl.sum(total, 1)[:, None] / D + EPS)
+    total = tl.zeros((BLOCK_R, BLOCK_D), wide)
     for c in tl.static_range(len(y)):
-        d = (c * CHUNK + column)[None, :]
-        error = tl.where(d < D, p[c].to(wide) - (y[c] - mean) * scale, 0)
+        offs_d = (c * BLOCK_D + offs_chunk)[None, :]
+        mask_d = offs_d < D
+        error = tl.where(mask_d, p[c].to(wide) - (y[c] - mean) * rstd, 0)
         if wide == tl.float64:
             clamped = tl.where(error > 1, 1.0, tl.where(error < -1, -1.0, error))
         else:  # one instruction; both branches propagate NaN
             clamped = tl.clamp(error, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         total += clamped * (error - 0.5 * clamped)  # smooth L1
         if WITH_GRAD:
-            to = grad + row.to(tl.int64)[:, None] * D + d
-            tl.store(to, (clamped * fraction).to(grad.dtype.element_ty), d < D)
-    tl.store(losses + row, tl.sum(total, 1) / D)
+            grad_ptrs = grad_ptr + offs_r.to(tl.int64)[:, None] * D + offs_d
+            tl.store(grad_ptrs, (clamped * fraction).to(grad_ptr.dtype.element_ty), mask=mask_d)
+    tl.store(losses_ptr + offs_r, tl.sum(total, 1) / D)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _prediction_loss_scale_kernel(
-    grad,  # [M, R, D], R = B*K rows
-    grad_losses,  # [M]
+    grad_ptr,  # [M, R, D], R = B*K rows
+    grad_losses_ptr,  # [M]
     power,
     R,
     D,
     BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # per program
 ):
-    wide = grad_losses.dtype.element_ty
+    wide = grad_losses_ptr.dtype.element_ty
     M = tl.num_programs(1)
-    weight = tl.load(grad_losses + tl.program_id(1)) * (M * power)
+    m = tl.program_id(1)
+    weight = tl.load(grad_losses_ptr + m) * (M * power)
     fraction = (1 / (R.to(tl.float64) * M * D * power)).to(wide)
-    stored = fraction.to(grad.dtype.element_ty).to(wide)
+    stored = fraction.to(grad_ptr.dtype.element_ty).to(wide)
     if weight != 1:
         size = R.to(tl.int64) * D
-        at = grad + tl.program_id(1) * size
+        grad_ptr += m * size
         for block in range(BLOCKS):
-            place = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
-            y = tl.load(at + place, place < size, other=0).to(wide)
+            offs = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
+            mask = offs < size
+            y = tl.load(grad_ptr + offs, mask=mask, other=0).to(wide)
             y = tl.where(y == stored, fraction, tl.where(y == -stored, -fraction, y))  # as in _unrounded
-            tl.store(at + place, (y * weight).to(grad.dtype.element_ty), place < size)
+            tl.store(grad_ptr + offs, (y * weight).to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 def prediction_loss_triton(pred: Tensor, target: Tensor, index: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -227,23 +232,57 @@ def prediction_loss_triton(pred: Tensor, target: Tensor, index: Tensor, with_gra
     if not pred.numel():
         losses.fill_(torch.nan)  # D may be 0: the mean of nothing, and no kernel runs
     else:
-        columns = chunk(D)
-        rows, warps = max(1, min(4, 1024 // columns)), max(4, min(columns // 256, 16))
+        block_d = chunk(D)
+        block_r = max(1, min(4, 1024 // block_d))
+        _, power = _unit(pred)
+        grid = (triton.cdiv(R, block_r),)
         with torch.cuda.device_of(pred):
-            _prediction_loss_kernel[triton.cdiv(R, rows),](
-                pred, target, index.contiguous(), losses, grad, _unit(pred)[1], R, B, N, K, *pred.stride(),
-                *target.stride(), D, EPS, with_grad, rows, columns, num_warps=warps, **ASSERTING
-            )  # fmt: skip
+            _prediction_loss_kernel[grid](
+                pred_ptr=pred,
+                target_ptr=target,
+                index_ptr=index.contiguous(),
+                losses_ptr=losses,
+                grad_ptr=grad,
+                power=power,
+                R=R,
+                B=B,
+                N=N,
+                K=K,
+                stride_pq=pred.stride(0),
+                stride_pk=pred.stride(1),
+                stride_pd=pred.stride(2),
+                stride_tb=target.stride(0),
+                stride_tn=target.stride(1),
+                stride_td=target.stride(2),
+                D=D,
+                EPS=EPS,
+                WITH_GRAD=with_grad,
+                BLOCK_R=block_r,
+                BLOCK_D=block_d,
+                num_warps=max(4, min(block_d // 256, 16)),
+                **ASSERTING,
+            )
     return losses.mean(1), grad
 
 
 def prediction_loss_scale_triton(grad: Tensor, grad_losses: Tensor) -> None:
     if grad.numel():
         M = grad_losses.numel()
-        (Q, K, D), power = grad.shape, _unit(grad)[1]
-        grid = triton.cdiv(Q // M * K * D, 4 * 4096), M
+        Q, K, D = grad.shape
+        R = Q // M * K
+        _, power = _unit(grad)
+        block, blocks = 4096, 4
+        grid = (triton.cdiv(R * D, blocks * block), M)
         with torch.cuda.device_of(grad):
-            _prediction_loss_scale_kernel[grid](grad, grad_losses.contiguous(), power, Q // M * K, D, 4096, 4)
+            _prediction_loss_scale_kernel[grid](
+                grad_ptr=grad,
+                grad_losses_ptr=grad_losses.contiguous(),
+                power=power,
+                R=R,
+                D=D,
+                BLOCK=block,
+                BLOCKS=blocks,
+            )
 
 
 # --- registration

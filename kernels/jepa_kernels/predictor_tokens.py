@@ -81,92 +81,99 @@ def predictor_tokens_backward_ref(dy: Tensor, M: int, B: int, Kc: int) -> tuple[
     return wide[:, :, :Kc].sum(0).to(dy.dtype), wide[:, :, Kc:].sum((0, 1, 2))
 
 
-# --- triton: a program builds ROWS tokens of one image in registers and writes them to its M sequences
+# --- triton: a program builds BLOCK_S tokens of one image in registers and writes them to its M sequences
 
 
 @triton.jit(do_not_specialize=["B", "Kc", "Kt"])  # Kc and Kt change from step to step
 def _predictor_tokens_kernel(
-    context,  # [B, Kc, D]
-    context_index,  # [B, Kc]
-    target_index,  # [M, B, Kt]
-    pos,  # [N, D]
-    mask_token,  # [D]
-    y,  # [M*B, Kc+Kt, D]
+    context_ptr,  # [B, Kc, D]
+    context_index_ptr,  # [B, Kc]
+    target_index_ptr,  # [M, B, Kt]
+    pos_ptr,  # [N, D]
+    mask_token_ptr,  # [D]
+    y_ptr,  # [M*B, Kc+Kt, D]
     B,
     Kc,
     Kt,
     N,
-    context_b,  # strides of context
-    context_k,
-    context_d,
+    stride_b,  # of context
+    stride_k,
+    stride_d,
     M: tl.constexpr,
     D: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    wide: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    wide: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     S = Kc + Kt
-    tiles = tl.cdiv(S, ROWS)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    s = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    seen, hidden = s < Kc, (s >= Kc) & (s < S)
-    n = tl.load(context_index + b * Kc + s, seen, other=0)
-    right = (n >= 0) & (n < N)
-    asked = tl.tuple([])
+    tiles_s = tl.cdiv(S, BLOCK_S)
+    pid = tl.program_id(0)
+    b = (pid // tiles_s).to(tl.int64)
+    offs_s = pid % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)
+    seen = offs_s < Kc
+    hidden = (offs_s >= Kc) & (offs_s < S)
+    seen_n = tl.load(context_index_ptr + b * Kc + offs_s, mask=seen, other=0)
+    right = (seen_n >= 0) & (seen_n < N)
+    hidden_n = tl.tuple([])
     for m in tl.static_range(M):
-        asked += (tl.load(target_index + (m * B + b) * Kt + s - Kc, hidden, other=0),)
-        right &= (asked[m] >= 0) & (asked[m] < N)
+        hidden_n += (tl.load(target_index_ptr + (m * B + b) * Kt + offs_s - Kc, mask=hidden, other=0),)
+        right &= (hidden_n[m] >= 0) & (hidden_n[m] < N)
     tl.device_assert(right, "predictor_tokens: context_index or target_index out of range")
-    column = tl.arange(0, BLOCK_D)
-    row = context + (b * context_b + s.to(tl.int64) * context_k)[:, None]
-    token = tl.tuple([])  # context + pos if seen; else the mask token, its position not added yet
-    for start in tl.static_range(0, D, BLOCK_D):
-        d = (start + column)[None, :]
-        inside = seen[:, None] & (d < D)
-        x = tl.load(row + d.to(tl.int64) * context_d, inside, other=0).to(wide)
-        x += tl.load(pos + n[:, None] * D + d, inside, other=0).to(wide)
-        mask = tl.load(mask_token + d, d < D, other=0).to(wide)
-        token += (tl.where(seen[:, None], x, mask),)
+    offs_chunk = tl.arange(0, BLOCK_D)
+    context_ptrs = context_ptr + (b * stride_b + offs_s.to(tl.int64) * stride_k)[:, None]
+    tokens = tl.tuple([])  # by chunk: context + pos if seen; else the mask token, its position not added yet
+    for start_d in tl.static_range(0, D, BLOCK_D):
+        offs_d = (start_d + offs_chunk)[None, :]
+        mask = seen[:, None] & (offs_d < D)
+        x = tl.load(context_ptrs + offs_d.to(tl.int64) * stride_d, mask=mask, other=0).to(wide)
+        x += tl.load(pos_ptr + seen_n[:, None] * D + offs_d, mask=mask, other=0).to(wide)
+        mask_token = tl.load(mask_token_ptr + offs_d, mask=offs_d < D, other=0).to(wide)
+        tokens += (tl.where(seen[:, None], x, mask_token),)
     for m in tl.static_range(M):
-        to = y + ((m * B + b) * S + s)[:, None] * D
-        for c in tl.static_range(len(token)):
-            d = (c * BLOCK_D + column)[None, :]
-            x = token[c] + tl.load(pos + asked[m][:, None] * D + d, hidden[:, None] & (d < D), other=0).to(wide)
-            tl.store(to + d, x.to(y.dtype.element_ty), (s < S)[:, None] & (d < D))
+        y_ptrs = y_ptr + ((m * B + b) * S + offs_s)[:, None] * D
+        for c in tl.static_range(len(tokens)):
+            offs_d = (c * BLOCK_D + offs_chunk)[None, :]
+            pos_ptrs = pos_ptr + hidden_n[m][:, None] * D + offs_d
+            mask_d = offs_d < D
+            x = tokens[c] + tl.load(pos_ptrs, mask=hidden[:, None] & mask_d, other=0).to(wide)
+            tl.store(y_ptrs + offs_d, x.to(y_ptr.dtype.element_ty), mask=(offs_s < S)[:, None] & mask_d)
 
 
 @triton.jit(do_not_specialize=["Kc", "S"])
 def _predictor_tokens_backward_kernel(
-    dy,  # [M*B, S, D]
-    d_context,  # [B, Kc, D]
-    partial,  # [B, tiles from the first with a mask token on, D]: sums over each tile's mask tokens
+    dy_ptr,  # [M*B, S, D]
+    d_context_ptr,  # [B, Kc, D]
+    partial_ptr,  # [B, tiles from the first with a mask token on, D]: sums over each tile's mask tokens
     B,
     Kc,
     S,
     D,
-    dy_s,  # strides of dy
-    dy_k,
-    dy_d,
+    stride_q,  # of dy
+    stride_s,
+    stride_d,
     M: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    columns, tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(S, ROWS)
-    b, tile = (program // columns // tiles).to(tl.int64), program // columns % tiles
-    s = tile * ROWS + tl.arange(0, ROWS)
-    d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (s < S)[:, None] & (d < D)[None, :]
-    at = dy + s.to(tl.int64)[:, None] * dy_k + d.to(tl.int64)[None, :] * dy_d
-    total = tl.zeros((ROWS, BLOCK_D), partial.dtype.element_ty)
+    pid = tl.program_id(0)
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    tiles_s = tl.cdiv(S, BLOCK_S)
+    b = (pid // tiles_d // tiles_s).to(tl.int64)
+    tile_s = pid // tiles_d % tiles_s
+    offs_s = tile_s * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_d = (pid % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (offs_s < S)[:, None] & (offs_d < D)[None, :]
+    dy_ptrs = dy_ptr + offs_s.to(tl.int64)[:, None] * stride_s + offs_d.to(tl.int64)[None, :] * stride_d
+    total = tl.zeros((BLOCK_S, BLOCK_D), partial_ptr.dtype.element_ty)
     for m in tl.static_range(M):
-        total += tl.load(at + (m * B + b) * dy_s, mask=inside, other=0).to(total.dtype)
-    seen = s < Kc
-    to = d_context + (b * Kc + s)[:, None] * D + d[None, :]
-    tl.store(to, total.to(d_context.dtype.element_ty), mask=seen[:, None] & (d < D)[None, :])
-    first = Kc // ROWS
+        total += tl.load(dy_ptrs + (m * B + b) * stride_q, mask=mask, other=0).to(total.dtype)
+    seen = offs_s < Kc
+    d_context_ptrs = d_context_ptr + (b * Kc + offs_s)[:, None] * D + offs_d[None, :]
+    tl.store(d_context_ptrs, total.to(d_context_ptr.dtype.element_ty), mask=seen[:, None] & (offs_d < D)[None, :])
+    first = Kc // BLOCK_S  # tile with a mask token
     hidden = tl.sum(tl.where(seen[:, None], 0, total), 0)
-    tl.store(partial + (b * (tiles - first) + tile - first) * D + d, hidden, mask=(d < D) & (tile >= first))
+    partial_ptrs = partial_ptr + (b * (tiles_s - first) + tile_s - first) * D + offs_d
+    tl.store(partial_ptrs, hidden, mask=(offs_d < D) & (tile_s >= first))
 
 
 def predictor_tokens_triton(
@@ -175,14 +182,29 @@ def predictor_tokens_triton(
     (M, B, Kt), (_, Kc, D) = target_index.shape, context.shape
     y = context.new_empty(M * B, Kc + Kt, D)
     if y.numel():
-        columns = chunk(D)
-        rows = min(triton.next_power_of_2(Kc + Kt), max(1, 4096 // triton.next_power_of_2(D)))
-        grid = (B * triton.cdiv(Kc + Kt, rows),)
-        tables = pos.contiguous(), mask_token.contiguous()
-        indices = context_index.contiguous(), target_index.contiguous()
-        sizes = B, Kc, Kt, pos.shape[0], *context.stride(), M, D
+        block_s = min(triton.next_power_of_2(Kc + Kt), max(1, 4096 // triton.next_power_of_2(D)))
+        grid = (B * triton.cdiv(Kc + Kt, block_s),)
         with torch.cuda.device_of(context):
-            _predictor_tokens_kernel[grid](context, *indices, *tables, y, *sizes, rows, columns, **ASSERTING)
+            _predictor_tokens_kernel[grid](
+                context_ptr=context,
+                context_index_ptr=context_index.contiguous(),
+                target_index_ptr=target_index.contiguous(),
+                pos_ptr=pos.contiguous(),
+                mask_token_ptr=mask_token.contiguous(),
+                y_ptr=y,
+                B=B,
+                Kc=Kc,
+                Kt=Kt,
+                N=pos.shape[0],
+                stride_b=context.stride(0),
+                stride_k=context.stride(1),
+                stride_d=context.stride(2),
+                M=M,
+                D=D,
+                BLOCK_S=block_s,
+                BLOCK_D=chunk(D),
+                **ASSERTING,
+            )
     return y
 
 
@@ -191,13 +213,27 @@ def predictor_tokens_backward_triton(dy: Tensor, M: int, B: int, Kc: int) -> tup
     wide = torch.promote_types(dy.dtype, torch.float32)
     if not dy.numel():
         return dy.new_zeros(B, Kc, D), dy.new_zeros(D, dtype=wide)
-    rows, block_d = tile(S, D, wide.itemsize)
-    tiles = triton.cdiv(S, rows)
+    block_s, block_d = tile(S, D, wide.itemsize)
+    tiles_s = triton.cdiv(S, block_s)
     d_context = dy.new_empty(B, Kc, D)
-    partial = dy.new_empty(B * (tiles - Kc // rows), D, dtype=wide)
-    grid = (B * tiles * triton.cdiv(D, block_d),)
+    partial = dy.new_empty(B * (tiles_s - Kc // block_s), D, dtype=wide)
+    grid = (B * tiles_s * triton.cdiv(D, block_d),)
     with torch.cuda.device_of(dy):
-        _predictor_tokens_backward_kernel[grid](dy, d_context, partial, B, Kc, S, D, *dy.stride(), M, rows, block_d)
+        _predictor_tokens_backward_kernel[grid](
+            dy_ptr=dy,
+            d_context_ptr=d_context,
+            partial_ptr=partial,
+            B=B,
+            Kc=Kc,
+            S=S,
+            D=D,
+            stride_q=dy.stride(0),
+            stride_s=dy.stride(1),
+            stride_d=dy.stride(2),
+            M=M,
+            BLOCK_S=block_s,
+            BLOCK_D=block_d,
+        )
     return d_context, partial.sum(0)
 
 

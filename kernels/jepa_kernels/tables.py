@@ -59,12 +59,12 @@ def _stream(device: torch.device) -> int | None:
 
 
 @triton.jit
-def at(address, dtype: tl.constexpr, start, WIDE: tl.constexpr):
+def pointer(address, dtype: tl.constexpr, start, WIDE: tl.constexpr):
     """Pointer to element `start` from an address in the table; WIDE: the address is a multiple of 16 bytes."""
-    pointer = address.to(tl.pointer_type(dtype))
+    ptr = address.to(tl.pointer_type(dtype))
     if WIDE:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer + start
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr + start
 
 
 @triton.jit

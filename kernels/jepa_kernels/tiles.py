@@ -4,7 +4,7 @@ import triton
 
 
 def tile(rows: int, D: int, element_size: int) -> tuple[int, int]:
-    """ROWS, BLOCK_D of an 8 KiB tile: four 16-byte accesses for each of 128 threads. BLOCK_D divides D if possible."""
+    """Rows and columns of an 8 KiB tile: four 16-byte accesses per thread of 128. The columns divide D if possible."""
     block_d = min(max(D & -D, 64), 512)
     return min(triton.next_power_of_2(rows), max(1, 8192 // (block_d * element_size))), block_d
 

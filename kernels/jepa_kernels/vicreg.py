@@ -165,11 +165,16 @@ class _VICReg(torch.autograd.Function):
             grads = shared.unbind()
         first = N * dist.get_rank(group) if gram and group is not None else 0
         by_invariance, by_variance, by_covariance = grads
+        # Per view, x = z - mean_n z, C = x^T x / (G-1) and std = sqrt(diag C + eps). Sums over every index:
+        #   d invariance = 2/((M-1) G D) sum 2 (z - mean_i z) dz        (the deviations from mean_i z sum to 0 over i)
+        #   d variance   = -1/(M D) sum_{std < gamma} d std             d std = d diag C / (2 std) = x dx / ((G-1) std)
+        #   d covariance = 2/(M D) sum_{a != b} 2 C dC = 8/(M D (G-1)) sum (x C) dx           C without its diagonal
+        # x and x C have mean 0 over n, so dx may be read as dz.
         pull = by_invariance * (4 / (max(1, M - 1) * G * D))
         push = by_covariance * (8 / (M * D * (G - 1)))
         std = (var + eps).sqrt()
         weight = torch.where(std < gamma, by_variance * (-1 / (M * D * (G - 1))) / std, 0)
-        if gram:  # K x / (G - 1) is x C with the diagonal of C: subtract its part
+        if gram:  # with K = x x^T / (G - 1), K x is x C with the diagonal of C: subtract its part
             weight = weight - push * var
         with no_autocast(z):
             dz = torch.ops.jepa_kernels.vicreg_backward(z, mean, matrix, weight, pull, push, gram, first, N, precision)

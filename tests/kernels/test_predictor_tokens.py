@@ -161,7 +161,7 @@ def test_triton_sequences_beyond_32_bits(tmp_path):
     size = M * B * (Kc + Kt) * D
     y = torch.from_file(str(tmp_path / "y"), shared=True, size=size, dtype=torch.float16).view(M * B, Kc + Kt, D)
     _predictor_tokens_kernel[(1,)](
-        context, seen, where, *tables, y, B, Kc, Kt, N, *context.stride(), M, D, ROWS=4, BLOCK_D=512
+        context, seen, where, *tables, y, B, Kc, Kt, N, *context.stride(), M, D, BLOCK_S=4, BLOCK_D=512
     )
     assert torch.equal(y[::B], predictor_tokens_triton(context, seen, asked, *tables))
 

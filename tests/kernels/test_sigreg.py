@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from jepa.masks import philox4x32
+from jepa.data.masks import philox4x32
 from jepa_kernels import sigreg, sigreg_slices
 from jepa_kernels.sigreg import (
     _quadrature,

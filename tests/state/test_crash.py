@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa.ranks import lock
+from jepa.state import lock
 from jepa.state.checkpoint import tidy
 from jepa.state.restore import candidates, read_state, verify
 from processes import start, write_images

@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jepa.config.schema import Config
-from jepa.ranks.lock import Lock
 
 from . import manifest
+from .lock import Lock
 from .partitions import Flat, flats, refresh_training_weights
 from .restore import (
     KINDS,

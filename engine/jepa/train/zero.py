@@ -146,6 +146,13 @@ def gradient(parameter: torch.nn.Parameter) -> Tensor | None:
     return safe_get_full_grad(parameter)
 
 
+def weight(parameter: torch.nn.Parameter) -> Tensor:
+    """The whole weight of a parameter, fp32. Every rank calls it."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
 def _gradient_norm(engine: Any) -> Tensor:
     """The 2-norm of the whole gradient, fp32 on the device, equal on all ranks; non-finite if any element is."""
     if engine.zero_optimization_stage() == 0:
