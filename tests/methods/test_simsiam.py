@@ -1,12 +1,14 @@
 """SimSiam against section 3 of arXiv 2011.10566, in float64; and the rate of its predictor."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from jepa.config.schema import Config
 from jepa.state.checkpoint import Saver
 from jepa.state.lock import Lock
 from jepa.train import zero
@@ -34,7 +36,7 @@ def test_the_loss_is_the_papers() -> None:
     compare(general(config), random_views(config, 6), None, wanted)
 
 
-def moves(engine: object, config: object, step: int) -> set[str]:
+def moves(engine: Any, config: Config, step: int) -> set[str]:
     """The submodules that a step at a learning rate of zero moves."""
     before = whole_weights(engine)
     torch.manual_seed(100 * step + dist.get_rank())
