@@ -6,7 +6,7 @@ BIN := .venv/bin
 SOURCES := kernels engine benchmarks tests setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-cuda soak lint bench bench-gpu bench-wheels sanitize clean
+.PHONY: setup demo quick test test-cuda soak lint bench bench-gpu bench-wheels sanitize clean
 
 setup: .venv/installed
 
@@ -25,6 +25,12 @@ demo: setup
 	$(BIN)/python engine/evaluate.py runs/demo/jepa-latest --train data/demo/train --val data/demo/val \
 		--label shape --label count --label distance --device $(DEVICE)
 	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl --out runs/demo
+
+# What a change needs before it is shown: lint, and the tests that need little time, no GPU and no other processes.
+# TESTS=tests/data: of one room.
+TESTS ?= tests
+quick: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not ranks and not slow and not gpu" --numprocesses 2 --dist loadfile
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from jepa_kernels import sigreg, sigreg_slices
 
+pytestmark = pytest.mark.ranks
+
 ROWS = [(3, 3), (16, 16), (5, 2), (0, 4)]  # of each rank
 V, D, S = 3, 8, 70
 RANKS = 2

@@ -131,6 +131,7 @@ def online(train: str, val: str) -> tuple[float, int]:
     return probe(colours)["knn"], sum(seen)
 
 
+@pytest.mark.ranks
 def test_ranks_share_a_probe_however_few_its_images(tmp_path: Path) -> None:
     """Five readable images of six, and two, on three ranks: the same result as on one."""
     shades(tmp_path, {"train": 3, "val": 1})

@@ -26,6 +26,8 @@ from jepa.state.restore import CheckpointError, read_state
 from jepa.train import zero
 from small import every_row, run_ranks, small_config, whole_weights
 
+pytestmark = pytest.mark.ranks
+
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 SAVED = list(itertools.product((0, 1, 2, 3), (False, True)))
 

@@ -19,6 +19,8 @@ from processes import start, write_images
 from small import run_ranks
 from soak import campaign, killed, moved, resume_damaged, soak_config
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:

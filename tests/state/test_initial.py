@@ -422,6 +422,7 @@ def start_all(path: Path, folder: Path, wanted: Model) -> list[str]:
     return found
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_starts_from_the_file(ranks: int, tmp_path: Path) -> None:
     wanted = model()
@@ -438,6 +439,7 @@ def start_one(paths: dict[str, Path], folder: Path) -> dict[str, dict[str, Tenso
     return found
 
 
+@pytest.mark.ranks
 def test_one_encoder_serves_for_both(tmp_path: Path) -> None:
     only, expected, paths = ("encoder", "target_encoder"), {}, {}
     for part in only:
@@ -462,6 +464,7 @@ def fail(path: Path, folder: Path) -> str:
     return "no error"
 
 
+@pytest.mark.ranks
 def test_all_ranks_fail_together(tmp_path: Path) -> None:
     path = write_official(tmp_path / "x.pth.tar", {"encoder": encoder(patch=8)})
     first, second = run_ranks(2, fail, path, tmp_path)
@@ -550,6 +553,7 @@ def tensors_of(checkpoint: Path) -> dict[str, Tensors]:
     }
 
 
+@pytest.mark.ranks
 def test_cjepa_on_top_of_a_trained_ijepa(config: Path, tmp_path: Path) -> None:
     ijepa, words = tmp_path / "ijepa", ("--config", config)
     train(1, ijepa, *words, "loss.objective=ijepa", "engine.max_steps=3", "optimization.lr=0.01")
@@ -582,6 +586,7 @@ def test_cjepa_on_top_of_a_trained_ijepa(config: Path, tmp_path: Path) -> None:
     assert state["config"]["meta"]["init_from"] == f"{ijepa}/jepa-latest"
 
 
+@pytest.mark.ranks
 def test_an_official_file_goes_on_at_another_crop_size(config: Path, tmp_path: Path) -> None:
     wanted, steps = model(), 3
     path = write_official(tmp_path / "IN1K-vit.pth.tar", wanted._asdict())
@@ -608,6 +613,7 @@ def nothing_is_finite(rank: int) -> None:
     step.poison = lambda loss: loss * float("nan")
 
 
+@pytest.mark.ranks
 def test_the_average_outlives_steps_that_were_all_skipped(config: Path, tmp_path: Path) -> None:
     wanted, folder = model(), tmp_path / "run"
     path = write_official(tmp_path / "x.pth.tar", wanted._asdict())
@@ -624,6 +630,7 @@ def test_the_average_outlives_steps_that_were_all_skipped(config: Path, tmp_path
     assert rows(folder)[-1]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.ranks
 def test_a_file_that_does_not_fit_stops_the_run_with_one_line(config: Path, tmp_path: Path) -> None:
     path = write_official(tmp_path / "x.pth.tar", {"encoder": encoder(patch=8)})
     done = start(1, tmp_path / "run", "--config", config, "data.synthetic=80", f"meta.init_from={path}")

@@ -178,6 +178,7 @@ def test_the_longest_context_of_the_run_is_found_and_costs_more() -> None:
     assert memory_per_rank(given, 1, longest).total > memory_per_rank(given, 1, mean).total
 
 
+@pytest.mark.ranks
 def test_memory_is_what_the_tensors_of_real_ranks_hold() -> None:
     """At every ZeRO stage, on two ranks; the program fails if the formula is off by more than 5 %."""
     command = [sys.executable, str(ROOT / "benchmarks/memory.py"), "--measure", "--quick", "--ranks", "2"]

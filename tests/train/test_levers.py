@@ -244,6 +244,7 @@ def whole_steps(stage: int, bf16: bool, clip: str) -> list[str]:
     return [where for where in reads.found if not re.search("in (check_index|_check_options)", where)]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("clip", ["null", "0.5"])
 @pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (1, True), (2, True)])
 def test_no_step_waits_for_the_device(stage: int, bf16: bool, clip: str) -> None:

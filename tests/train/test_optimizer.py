@@ -21,6 +21,8 @@ from jepa.train.teacher import Teacher
 from jepa.train.zero import deepspeed_config
 from small import every_row, run_ranks, small_config, whole_weights
 
+pytestmark = pytest.mark.ranks
+
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 STEPS, BAD_STEP = 5, 3
 FOREIGN = [name for name in ("deepspeed", "apex") if find_spec(name) and torch.cuda.is_available()]

@@ -22,6 +22,8 @@ from jepa.train import zero
 from jepa.train.teacher import Teacher
 from small import every_row, run_ranks, small_config, whole_weights
 
+pytestmark = pytest.mark.ranks
+
 STAGES = list(itertools.product((0, 1, 2, 3), ("fp32", "bf16")))
 MOMENTA = (0.9, 0.5, 0.99, 0.7, 1.0)
 BAD_STEP = 2
