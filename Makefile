@@ -6,7 +6,7 @@ BIN := .venv/bin
 SOURCES := kernels engine benchmarks tests setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-cuda soak lint bench bench-gpu bench-wheels sanitize clean
+.PHONY: setup demo quick test test-cuda soak lint bench bench-gpu bench-wheels sanitize clean
 
 setup: .venv/installed
 
@@ -25,6 +25,12 @@ demo: setup
 	$(BIN)/python engine/evaluate.py runs/demo/jepa-latest --train data/demo/train --val data/demo/val \
 		--label shape --label count --label distance --device $(DEVICE)
 	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl --out runs/demo
+
+# What a change needs before it is shown: lint, and the tests that need little time, no GPU and no other processes.
+# TESTS=tests/data: of one room.
+TESTS ?= tests
+quick: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not ranks and not slow and not gpu" --numprocesses 2 --dist loadfile
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -47,14 +53,14 @@ endif
 $(CUDA_ENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CUDA_ENV)
 	$(CUDA_ENV)/bin/pip install --quiet torch===$(TORCH)
-	grep -v -E "^(torch|triton|nvidia)" constraints.txt > $(CUDA_ENV)/constraints.txt
+	(grep -v -E "^(torch|triton|nvidia)" constraints.txt; echo "torch===$(TORCH)") > $(CUDA_ENV)/constraints.txt
 	$(CUDA_ENV)/bin/pip install --quiet -c $(CUDA_ENV)/constraints.txt deepspeed numpy pydantic PyYAML safetensors \
 		matplotlib tqdm pillow ninja setuptools pytest pytest-xdist
 	touch $@
 
 # Fault injection in real runs, seven to ten minutes: kills, damaged files, moves to other numbers of ranks.
 soak: setup
-	PYTHONPATH=kernels:engine:tests/support OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+	PYTHONPATH=kernels:engine:tests/support OMP_NUM_THREADS=1 $(BIN)/python tests/support/soak.py
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

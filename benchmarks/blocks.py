@@ -26,11 +26,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 import torch
 import torch.nn.functional as F
 from contenders import SIZES, M, Size
-from machine import ROOT, ceilings, matmul_flops, milliseconds, provenance
+from machine import ROOT, Call, ceilings, matmul_flops, milliseconds, provenance
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jepa.config.schema import SIZES as MODELS
+from jepa.config.schema import MODELS as MODELS
 from jepa.config.schema import ConfigError
 from jepa.model.attention import attend, require
 from jepa.ranks.device import choose
@@ -76,7 +76,7 @@ def shapes(size: Size, heads: int) -> list[Shape]:
 def backends() -> dict[str, Contender]:
     """attend(q, k, v) of every installed backend; whether it supports a shape shows when it is called."""
     require("sdpa")
-    found = {"sdpa": partial(attend, backend="sdpa"), "math": partial(attend, backend="math")}
+    found: dict[str, Contender] = {"sdpa": partial(attend, backend="sdpa"), "math": partial(attend, backend="math")}
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
         found[f"sdpa: {name.split('_')[0].lower()}"] = partial(_only, getattr(SDPBackend, name))
     found["sdpa, heads of 64 or 128"] = _wider
@@ -91,15 +91,16 @@ def backends() -> dict[str, Contender]:
 
 def _only(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _wider(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Heads zero-padded to the widths that kernels are made for."""
     C = q.shape[-1]
     more = (64 if C <= 64 else 128) - C
-    wide = (F.pad(x, (0, more)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*wide, scale=C**-0.5).transpose(1, 2)[..., :C]
+    q, k, v = (F.pad(x, (0, more)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=C**-0.5).transpose(1, 2)[..., :C]
 
 
 def with_gradients(function: Contender, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
@@ -122,7 +123,9 @@ def race(
     functions: dict[str, Contender], plain: Contender, inputs: list[Tensor], dy: Tensor, args: Any, few: Any
 ) -> dict[str, dict[str, float | str]]:
     """Milliseconds of each forward, and of forward and backward; or why not timed. `few`: the part to check."""
-    forward, both, found = {}, {}, dict[str, dict[str, float | str]]()
+    forward: dict[str, Call] = {}
+    both: dict[str, Call] = {}
+    found: dict[str, dict[str, float | str]] = {}
     for name, function in functions.items():
         try:
             check(name, function, plain, *few)
@@ -134,8 +137,8 @@ def race(
             continue
         forward[name] = partial(_without_graph, function, inputs)
         both[name] = partial(with_gradients, function, inputs, dy)
-    times = [milliseconds(calls, args.device, args.seconds) for calls in (forward, both)]
-    return found | {name: {"forward": times[0][name], "both": times[1][name]} for name in forward}
+    alone, together = (milliseconds(calls, args.device, args.seconds) for calls in (forward, both))
+    return found | {name: {"forward": alone[name], "both": together[name]} for name in forward}
 
 
 @torch.no_grad()

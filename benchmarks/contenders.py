@@ -5,7 +5,7 @@ a correctness check of every contender. `eager` is plain PyTorch as written from
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -70,7 +70,7 @@ class Case:
     """One op: calls[mode][contender], and the (bytes, operations) that a mode needs."""
 
     calls: dict[str, dict[str, Call]]
-    work: dict[str, tuple[float, float]]
+    work: Mapping[str, tuple[float, float]]
     check: Callable[[], None]
     copies: Callable[[str, str, int], list[Call]] | None = None  # (mode, contender, count): each on its own buffers
 
@@ -186,9 +186,9 @@ def vicreg(size: Size, device: str, dtype: torch.dtype) -> Case:
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         total = []
         for a, b in ((z[:, i], z[:, j]) for i in range(M) for j in range(M) if i != j):
-            std = [F.relu(1 - (x.var(0) + 1e-4).sqrt()).mean() for x in (a, b)]
-            cov = [covariance(x - x.mean(0)) for x in (a, b)]
-            total.append(weighted((F.mse_loss(a, b), sum(std) / 2, sum(cov))))
+            std_a, std_b = (F.relu(1 - (x.var(0) + 1e-4).sqrt()).mean() for x in (a, b))
+            cov_a, cov_b = (covariance(x - x.mean(0)) for x in (a, b))
+            total.append(weighted((F.mse_loss(a, b), (std_a + std_b) / 2, cov_a + cov_b)))
         return torch.stack(total).mean()
 
     B, D = size.B, size.D
@@ -197,6 +197,33 @@ def vicreg(size: Size, device: str, dtype: torch.dtype) -> Case:
     work = {"forward": (one, product), "backward": (2 * one, 2 * product), "both": (3 * one, 3 * product)}
     contenders = {"ours": lambda z: weighted(ours.vicreg(z)), "eager": eager, "pairwise": pairwise}
     return differentiable(contenders, [z], [z], work, device, dtype)
+
+
+@benchmark
+def sigreg(size: Size, device: str, dtype: torch.dtype) -> Case:
+    """Eight views, 128 channels and the paper's 1024 slices and 17 knots."""
+    V, D, S, K = 8, 128, 1024, 17
+
+    def eager(z: Tensor, slices: Tensor) -> Tensor:
+        wide = torch.promote_types(z.dtype, torch.float32)
+        t = torch.arange(K, dtype=wide, device=z.device) * (3 / (K - 1))
+        phi = torch.exp(-t * t / 2)
+        weight = torch.cat([t[1:2], (2 * t[1]).expand(K - 2), t[1:2]])
+        angle = (z.to(wide) @ slices.to(wide))[..., None] * t
+        off = (angle.cos().mean(1) - phi).square() + angle.sin().mean(1).square()
+        return z.shape[1] * (off @ (weight * phi)).mean()
+
+    z, slices = randn(V, size.B, D), randn(D, S)
+    slices /= slices.norm(dim=0)
+    n, e = V * size.B * S, dtype.itemsize
+    product, one = 2 * n * D, (z.numel() + slices.numel()) * e
+    turning = 8 * n * (K - 1)  # a rotation and two sums per knot, or Horner's rule
+    work = {
+        "forward": (one, product + turning),
+        "backward": (one + z.numel() * e, product + turning),
+        "both": (2 * one + z.numel() * e, 2 * (product + turning)),
+    }
+    return differentiable({"ours": ours.sigreg, "eager": eager}, [z, slices], [z], work, device, dtype)
 
 
 @benchmark
@@ -231,7 +258,7 @@ def averages(size: Size, device: str, dtype: torch.dtype) -> Case:
         "foreach lerp": foreach_lerp,
     }
     targets = {name: [t.clone() for t in start] for name in contenders}
-    calls = {name: lambda f=f, t=targets[name]: f(t, sources) for name, f in contenders.items()}
+    calls: dict[str, Call] = {name: partial(f, targets[name], sources) for name, f in contenders.items()}
 
     def check() -> None:
         exact = [momentum * t.double() + (1 - momentum) * s.double() for t, s in zip(start, sources, strict=True)]
@@ -266,7 +293,8 @@ def optimizers(size: Size, device: str, low: torch.dtype) -> Case:
         params, averages = parameters(), [p.clone() for p in start]
         optimizer, weights = make(params, **options), [p.detach() for p in params]
         results[name] = [*weights, *averages]
-        wide, copies = [p.grad for p in params], [x.to(low) for x in results[name]]
+        wide = [p.grad for p in params if p.grad is not None]
+        copies = [x.to(low) for x in results[name]]
 
         def call() -> None:
             if low != torch.float32:
@@ -370,7 +398,7 @@ def differentiable(
     contenders: Contenders,
     inputs: list[Tensor],
     wanted: list[Tensor],
-    work: dict[str, tuple[float, float]],
+    work: Mapping[str, tuple[float, float]],
     device: str,
     dtype: torch.dtype,
 ) -> Case:

@@ -1,11 +1,12 @@
-"""How fast images are prepared (read, decode, random resized crop to uint8) with nothing else running.
+"""How fast images are prepared (read, decode, random resized crop to uint8, colours) with nothing else running.
 
     python benchmarks/data.py --images PATH [--crop 224] [--batch 64] [--threads 1 2 4] [--model-rate R] [--out X.json]
 
 All rows crop the same images, interleaved; figures are medians over several rounds. The pixels are first compared with
 Pillow's. "imperative" is the DALI mode that the loader uses, "pipeline" the other one, both fed from memory with the
-same boxes; "Pillow" is what torchvision does, on one core; "loader" is the engine's loader, reading files. On a GPU its
-decoder is measured too, with none, DALI's default share and all of the JPEGs on the hardware JPEG engine.
+same boxes; "Pillow" is what torchvision does, on one core; "loader" is the engine's loader, reading files: one crop of
+an image, two views as VICReg makes them (and the same without flip and colours), or two global and six local ones. On a
+GPU its decoder is measured too, with none, DALI's default share and all of the JPEGs on the hardware JPEG engine.
 `--model-rate` (the images/s that the model consumes, or the JSON of benchmarks/throughput.py) adds which of the two is
 the bottleneck, and how many cores a GPU needs.
 """
@@ -18,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from jepa.ranks.device import choose
 
 SCALE = (0.3, 1.0)  # as in the published recipe
 LARGEST_DIFFERENCE = 1.0  # mean grey levels of an image, against Pillow's (GPU: another IDCT)
+COLOURS: dict[str, Any] = {"flip": 0.5, "jitter": (0.4, 0.4, 0.2, 0.1), "grey": 0.2}
 SHARES = (0.0, 0.65, 1.0)  # of the JPEGs, on the GPU's hardware JPEG engine; DALI's default is 0.65
 
 
@@ -57,7 +59,7 @@ class Line:
     name: str
     threads: int
     run: Callable[[], int]
-    first: Callable[[], np.ndarray] | None = None  # the pixels of the first batch, for the check
+    pixels: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None  # some images, and Pillow's, for the check
     drain: Callable[[], object] = lambda: None  # before timing: consumes prefetched batches
 
 
@@ -85,13 +87,14 @@ def main() -> int:
     )
 
     lines = [Line("Pillow", 1, lambda: sum(len(with_pillow(work, args.crop)) for work in works))]
+    expected = with_pillow(works[0], args.crop)
     for threads in args.threads:
-        lines += [imperative(works, args.crop, threads), pipeline(works, args.crop, threads)]
+        lines += [imperative(works, expected, threads), pipeline(works, expected, threads)]
         if device.type == "cuda":
             for share in SHARES:
-                lines += [imperative(works, args.crop, threads, share), pipeline(works, args.crop, threads, share)]
-        lines.append(through_loader(args, threads, device))
-    differences, right = check(lines, with_pillow(works[0], args.crop))
+                lines += [imperative(works, expected, threads, share), pipeline(works, expected, threads, share)]
+        lines += [through_loader(name, views, args, threads, device) for name, views in views_of(args.crop).items()]
+    differences, right = check(lines)
     rows = measure(right, args.rounds)
     show(rows, args.model_rate)
     if args.out:
@@ -114,8 +117,12 @@ def model_rate(text: str) -> float:
 
 
 def work_of(encoded: list[np.ndarray], rng: np.random.Generator) -> Work:
-    sizes = np.array([Image.open(io.BytesIO(e.tobytes())).size[::-1] for e in encoded])
-    return Work(encoded, random_boxes(sizes, rng.random((len(sizes), 24)), SCALE))
+    return Work(encoded, random_boxes(sizes_of(encoded), rng.random((len(encoded), 24)), SCALE))
+
+
+def sizes_of(encoded: list[np.ndarray]) -> np.ndarray:
+    """Heights and widths, [B, 2]."""
+    return np.array([Image.open(io.BytesIO(e.tobytes())).size[::-1] for e in encoded])
 
 
 def with_pillow(work: Work, crop: int) -> np.ndarray:
@@ -126,7 +133,25 @@ def with_pillow(work: Work, crop: int) -> np.ndarray:
     return np.stack(images)
 
 
-def imperative(works: list[Work], crop: int, threads: int, share: float | None = None) -> Line:
+def views_of(crop: int) -> dict[str, list[View]]:
+    """One crop, VICReg's two views (arXiv 2105.04906), and global and local views in LeJEPA's scales (2511.08544)."""
+    two = [View(crop, (0.08, 1.0), blur=blur, solarize=solarize, **COLOURS) for blur, solarize in ((1, 0), (0.1, 0.2))]
+    large = View(crop, SCALE, blur=0.5, solarize=0.2, **COLOURS)
+    small = replace(large, size=crop * 3 // 7, scale=(0.05, 0.3))
+    return {
+        "loader": [View(crop, SCALE)],
+        "loader, 2 views, no colours": [colourless(view) for view in two],
+        "loader, 2 views": two,
+        "loader, 2 + 6 views": [large] * 2 + [small] * 6,
+    }
+
+
+def colourless(view: View) -> View:
+    return View(view.size, view.scale)
+
+
+def imperative(works: list[Work], expected: np.ndarray, threads: int, share: float | None = None) -> Line:
+    crop = expected.shape[1]
     decoder = Decoder("auto", "cpu" if share is None else "cuda", threads)
     if share is not None:
         decoder.options["hw_decoder_load"] = share
@@ -136,13 +161,14 @@ def imperative(works: list[Work], crop: int, threads: int, share: float | None =
         return decoder(work.encoded, [Crops(crop, lambda sizes: (work.boxes, whole))])[0]
 
     name = "imperative" if share is None else f"imperative, GPU {share:.0%} engine"
-    return Line(name, threads, lambda: sum(len(make(work)) for work in works), lambda: make(works[0]).cpu().numpy())
+    run = lambda: sum(len(make(work)) for work in works)  # noqa: E731
+    return Line(name, threads, run, lambda: (make(works[0]).cpu().numpy(), expected))
 
 
-def pipeline(works: list[Work], crop: int, threads: int, share: float | None = None) -> Line:
+def pipeline(works: list[Work], expected: np.ndarray, threads: int, share: float | None = None) -> Line:
     from nvidia.dali import fn, pipeline_def
 
-    ahead, feed = 2, cycle(works)
+    ahead, feed, crop = 2, cycle(works), expected.shape[1]
     options: dict[str, Any] = {"device": "cpu"}
     if share is not None:
         options = {"device": "mixed", "hw_decoder_load": share, "jpeg_fancy_upsampling": True}
@@ -173,28 +199,40 @@ def pipeline(works: list[Work], crop: int, threads: int, share: float | None = N
         return number
 
     name = "pipeline" if share is None else f"pipeline, GPU {share:.0%} engine"
-    return Line(name, threads, run, first, drain=lambda: [built.run() for _ in range(ahead)])
+    return Line(name, threads, run, lambda: (first(), expected), drain=lambda: [built.run() for _ in range(ahead)])
 
 
-def through_loader(args: argparse.Namespace, threads: int, device: torch.device) -> Line:
+def through_loader(name: str, views: list[View], args: argparse.Namespace, threads: int, device: torch.device) -> Line:
     """The engine's loader: reads files and prefetches batches, on the device that trains."""
-    loader = Loader(
-        open_images(args.images),
-        [View(args.crop, SCALE)],
-        batch_size=args.batch,
-        num_workers=threads,
-        device=device,
-    )
-    return Line("loader", threads, lambda: sum(len(b.images) for _, _, b in loader.batches(0, args.batches)))
+    source = open_images(args.images)
+    options: dict[str, Any] = {"batch_size": args.batch, "num_workers": threads, "device": device}
+    loader = Loader(source, views, **options)
+
+    def pixels() -> tuple[np.ndarray, np.ndarray]:
+        """All views of a batch, without flip and colours (tests/data/test_augment.py has those)."""
+        plain = Loader(source, [colourless(view) for view in views], **options)
+        batch, index = plain.batch(0), {source.name(i): i for i in range(len(source))}
+        encoded = [source.read(index[file]) for file in batch.files]
+        uniform_BVK = plain.uniform(0, 0)
+        ours, theirs = [], []
+        for v, view in enumerate(views):
+            work = Work(encoded, random_boxes(sizes_of(encoded), uniform_BVK[:, v], view.scale))
+            ours.append(batch.views[v].cpu().numpy().reshape(len(encoded), -1))
+            theirs.append(with_pillow(work, view.size).reshape(len(encoded), -1))
+        return np.concatenate(ours, axis=1), np.concatenate(theirs, axis=1)
+
+    return Line(name, threads, lambda: sum(len(b.files) for _, _, b in loader.batches(0, args.batches)), pixels)
 
 
-def check(lines: list[Line], expected: np.ndarray) -> tuple[dict[str, float], list[Line]]:
+def check(lines: list[Line]) -> tuple[dict[str, float], list[Line]]:
     """Each line's largest mean difference from Pillow's crops, in grey levels, and the lines that pass."""
     differences, right = {}, []
     for line in lines:
         gap = 0.0
-        if line.first is not None:
-            gap = float(np.abs(line.first().astype(int) - expected.astype(int)).mean(axis=(1, 2, 3)).max())
+        if line.pixels is not None:
+            ours, theirs = line.pixels()
+            gaps = np.abs(ours.astype(np.int16) - theirs).reshape(len(ours), -1)
+            gap = float(gaps.mean(axis=1).max())
             differences[f"{line.name}, {line.threads} threads"] = gap
         if gap <= LARGEST_DIFFERENCE:
             right.append(line)

@@ -49,7 +49,7 @@ class Stage:
     least: int
 
 
-class Outcome(NamedTuple):
+class Update(NamedTuple):
     stage: Stage
     outcome: str
     """ok, failed, cut short or skipped"""
@@ -148,10 +148,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
 
 
-def carry_out(stage: Stage, left: float, log: Path) -> Outcome:
+def carry_out(stage: Stage, left: float, log: Path) -> Update:
     """Runs one stage, if it fits into the `left` seconds of the budget."""
     if left < stage.least:
-        return Outcome(stage, "skipped", 0, f"{max(0, left):.0f} s left, it needs {stage.least}")
+        return Update(stage, "skipped", 0, f"{max(0, left):.0f} s left, it needs {stage.least}")
     log.parent.mkdir(parents=True, exist_ok=True)
     begin, limit = time.monotonic(), min(left, 3 * stage.seconds)
     with log.open("w") as out, running(stage, out) as process:
@@ -163,8 +163,8 @@ def carry_out(stage: Stage, left: float, log: Path) -> Outcome:
     said = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "printed nothing")
     if code is None:
         outcome = "cut short" if limit == left else "failed"
-        return Outcome(stage, outcome, seconds, f"stopped after {limit:.0f} s: {said}")
-    return Outcome(stage, "failed" if code else "ok", seconds, said)
+        return Update(stage, outcome, seconds, f"stopped after {limit:.0f} s: {said}")
+    return Update(stage, "failed" if code else "ok", seconds, said)
 
 
 @contextlib.contextmanager
@@ -180,7 +180,7 @@ def running(stage: Stage, out: Any) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def table(outcomes: list[Outcome]) -> str:
+def table(outcomes: list[Update]) -> str:
     lines = ["| stage | outcome | s | estimate | |", "|---|---|---|---|---|"]
     for stage, outcome, seconds, said in outcomes:
         said = said.replace("|", "/")
@@ -188,7 +188,7 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def write(out: Path, about: dict[str, Any], outcomes: list[Outcome]) -> str:
+def write(out: Path, about: dict[str, Any], outcomes: list[Update]) -> str:
     """Writes what became of the stages so far; returns it as text."""
     rows = [
         {"stage": s.name, "command": relative(s.command), "estimate": s.seconds, "outcome": outcome} | {
@@ -214,7 +214,7 @@ def relative(command: tuple[str, ...]) -> str:
 
 def run(plan: list[Stage], out: Path, budget: float, about: dict[str, Any]) -> int:
     """Carries out the stages in order, within `budget` seconds from the start of this process. The exit code."""
-    outcomes: list[Outcome] = []
+    outcomes: list[Update] = []
     for number, stage in enumerate(plan):
         left = budget - (time.monotonic() - BEGIN)
         log = out / f"gpu-logs/{number:02}-{stage.name.replace(', ', '-').replace('/', '')}.log"

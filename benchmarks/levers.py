@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,14 +23,15 @@ from jepa_kernels import OPS
 @contextlib.contextmanager
 def deterministically(_device: torch.device) -> Iterator[None]:
     """As ranks.distributed.start sets; on a GPU cuBLAS needs CUBLAS_WORKSPACE_CONFIG=:4096:8 before it is loaded."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before
+        settings.fill_uninitialized_memory = before
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ EXTRAS = {
 def switchable(config: Config, mode: str, ranks: Ranks) -> dict[str, Lever]:
     """The levers that are on in this config on this device and that `mode` exercises."""
     off = {"compile": not config.compiles(ranks.device.type)}
+    if not config.method.masked:
+        off |= {"sampler": True, "skip_unread": True}
     return {
         name: lever
         for name, lever in LEVERS.items()
@@ -127,6 +131,7 @@ def addable(config: Config, ranks: Ranks) -> dict[str, Lever]:
     """The extras that are off in this config, have an effect here, and whose packages are installed."""
     idle = {"overlap_comm"} if ranks.world_size == 1 or config.engine.zero_stage not in (1, 2) else set()
     idle |= {"global_cut"} if ranks.world_size == 1 or config.cut == "global" else set()
+    idle |= set() if config.method.masked else {"global_cut", "packed", "token_budget"}
     idle |= {"fp8_target"} if ranks.device.type == "cpu" else set()  # emulated there: no speed
     idle |= {"deterministic"} if ranks.device.type == "cuda" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ else set()
     return {name: lever for name, lever in EXTRAS.items() if name not in idle and _is_new_here(config, lever, ranks)}

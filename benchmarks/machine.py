@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0)
     """FLOP/s of a large square matrix product: the median of repetitions that take `seconds` in total."""
     side = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    clock, times = Clock(device), []
+    clock = Clock(device)
+    times: list[float] = []
     a @ b
     while len(times) < 5 or sum(times) < seconds:
         start = clock.mark()
@@ -151,7 +152,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> tuple[Any, int]
 
 
 def milliseconds(
-    calls: dict[str, Call], device: str, seconds: float, copies: Callable[[str, int], list[Call]] | None = None
+    calls: Mapping[str, Call], device: str, seconds: float, copies: Callable[[str, int], list[Call]] | None = None
 ) -> dict[str, float]:
     """The median time of each call, run in turns, for `seconds` each and at least five times.
 
@@ -162,15 +163,15 @@ def milliseconds(
     once = on_gpu() if device == "cuda" else on_cpu
     for call in calls.values():
         call(), call()
-    counts = dict.fromkeys(calls, 1)
+    timed, counts = dict(calls), dict.fromkeys(calls, 1)
     if device == "cuda" and copies is not None:
-        for name, call in list(calls.items()):
+        for name, call in calls.items():
             if min(once(call) for _ in range(3)) < SHORT:
-                calls, counts[name] = calls | {name: graphed(copies(name, GRAPHED))}, GRAPHED
-    times: dict[str, list[float]] = {name: [] for name in calls}
+                timed[name], counts[name] = graphed(copies(name, GRAPHED)), GRAPHED
+    times: dict[str, list[float]] = {name: [] for name in timed}
     end = time.monotonic() + seconds * len(calls)
     while time.monotonic() < end or len(times[next(iter(calls))]) < 5:
-        for name, call in calls.items():
+        for name, call in timed.items():
             times[name].append(once(call) / counts[name])
     return {name: statistics.median(all_) for name, all_ in times.items()}
 
@@ -209,7 +210,12 @@ def graphed(calls: list[Call]) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         kept = [call() for call in calls]
-    return lambda: (graph.replay(), kept)[1]
+
+    def replay() -> list[Any]:
+        graph.replay()
+        return kept
+
+    return replay
 
 
 def ceilings(device: str, seconds: float) -> tuple[float, float]:

@@ -99,6 +99,7 @@ def peak(config: Config) -> int:
             most = max(most, sum(storages().values()))
 
     engine, teacher = start_model(config, torch.device("cpu"))
+    assert teacher is not None
     if config.engine.zero_stage in (1, 2):
         flatten = engine.optimizer.flatten_dense_tensors_aligned
 

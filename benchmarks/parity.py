@@ -9,6 +9,7 @@ relative errors and exits with 1 if one exceeds the tolerance.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ def compare(args: argparse.Namespace, contexts: int, seed: int) -> dict[str, flo
             "logging": {"folder": "-"},
         }
     )
-    ours = build(config)
+    ours: Any = build(config)
     encoder = getattr(published, args.model)(img_size=[args.crop], patch_size=args.patch)
     teacher = getattr(published, args.model)(img_size=[args.crop], patch_size=args.patch)
     predictor = published.vit_predictor(

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from copy import deepcopy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from jepa_kernels import AdamWEMA, gather_tokens, patchify, prediction_loss, predictor_tokens
 
 MEAN, STD, PATCH, M = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 16, 4
-ADAMW, MOMENTUM, WARM_UP = {"lr": 5e-4, "weight_decay": 0.05}, 0.996, 3
+ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.05}
+MOMENTUM, WARM_UP = 0.996, 3
 
 
 def transformer(width: int, depth: int) -> nn.Module:
@@ -29,6 +31,10 @@ def transformer(width: int, depth: int) -> nn.Module:
 
 
 class Model(nn.Module):
+    teacher: nn.ModuleDict
+    pos_ND: Tensor
+    pos_NP: Tensor
+
     def __init__(self, N: int, D: int, depth: int) -> None:
         super().__init__()
         Dp = max(32, D // 64 * 32)
@@ -74,14 +80,15 @@ class Kernels(Model):
             self.optimizer.state[weight]["ema"] = average  # the teacher is the EMA itself: no copy
 
     def loss(self, images: Tensor, context: Tensor, target: Tensor) -> Tensor:
-        def embed(conv: nn.Conv2d, index: Tensor | None) -> Tensor:
+        def embed(encoder: nn.ModuleDict, index: Tensor | None) -> Tensor:
             rows = patchify(images, index, mean=MEAN, std=STD, patch_size=PATCH)
-            return F.linear(rows, conv.weight.flatten(1), conv.bias)
+            weight, bias = encoder["embed"].parameters()
+            return F.linear(rows, weight.flatten(1), bias)
 
         with torch.no_grad():
-            goal = self.teacher["blocks"](embed(self.teacher["embed"], None) + self.pos_ND)
+            goal = self.teacher["blocks"](embed(self.teacher, None) + self.pos_ND)
         pos = gather_tokens(self.pos_ND.expand(len(images), -1, -1), context)
-        z = self.predictor["in"](self.student["blocks"](embed(self.student["embed"], context) + pos))
+        z = self.predictor["in"](self.student["blocks"](embed(self.student, context) + pos))
         tokens = predictor_tokens(z, context, target, self.pos_NP, self.mask_token)
         pred = self.predictor["out"](self.predictor["blocks"](tokens)[:, context.shape[1] :])
         return prediction_loss(pred, goal, target)
@@ -113,12 +120,14 @@ def main() -> None:
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # only the plain loop's convolution would use it
     grid = args.image // PATCH
-    kinds = {"off": [Plain], "on": [Kernels], "both": [Plain, Kernels]}[args.kernels]
+    kinds: list[type[Plain] | type[Kernels]] = [Plain, Kernels]
+    kinds = {"off": kinds[:1], "on": kinds[1:], "both": kinds}[args.kernels]
     sides = [kind(grid * grid, args.width, args.depth).to(args.device) for kind in kinds]
     for side in sides:
         side.load_state_dict(sides[0].state_dict())
         side.start()
-    losses, times = [[] for _ in sides], [[] for _ in sides]
+    losses: list[list[float]] = [[] for _ in sides]
+    times: list[list[tuple[float, float, float]]] = [[] for _ in sides]
     for step in range(WARM_UP + args.steps):
         inputs = draw(args.batch, grid, args.device)
         for i, side in list(enumerate(sides))[:: 1 - step % 2 * 2]:  # alternating, for the same machine state

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from machine import Clock
 from torch import Tensor, nn
 
-from jepa.config.schema import SIZES, Config, ConfigError
+from jepa.config.schema import MODELS, Config, ConfigError
 from jepa.methods import DEFAULT, build
 from jepa.model.attention import attend, require
 
@@ -66,7 +66,7 @@ class Published:
     def __init__(self, path: Path, config: Config, device: torch.device, sdpa: bool, compiled: bool) -> None:
         if config.loss.objective != DEFAULT:
             raise ConfigError([f"loss.objective: the published code only has {DEFAULT}: set loss.objective={DEFAULT}"])
-        if config.vit != SIZES[config.meta.model_name] or config.predictor.num_heads != config.vit.num_heads:
+        if config.vit != MODELS[config.meta.model_name] or config.predictor.num_heads != config.vit.num_heads:
             raise ConfigError(["meta: the published code only has the named sizes, the predictor with as many heads"])
         if config.mask.mode == "packed":
             raise ConfigError(["mask.mode: the published code cuts contexts to one length: use reference or unbiased"])
@@ -77,7 +77,7 @@ class Published:
                 config.meta.pred_emb_dim,
             )  # fmt: skip
             torch.manual_seed(config.engine.seed)
-            ours = build(config)
+            ours: Any = build(config)
         encoder.load_state_dict(ours.encoder.state_dict())
         predictor.load_state_dict(ours.predictor.state_dict())
         target = copy.deepcopy(encoder)

@@ -28,6 +28,7 @@ from jepa.model.cost import Kept
 from jepa.model.layout import Place, masks_of, target_rows
 from jepa.ranks import distributed
 from jepa.train import zero
+from jepa.train.budget import mean_tokens
 from jepa.train.step import start_model, take_step
 
 NUMBERS = (1e-4, 0.04, 0.996)  # lr, weight decay and momentum of every step
@@ -46,16 +47,15 @@ class Synthetic:
     """Noise on the device, the same for every contender: micro-batch k of step s never changes."""
 
     def __init__(self, config: Config, device: torch.device, accumulation: int, number: int = 4) -> None:
-        S, B = config.data.crop_size, config.data.batch_size
-        images = noise(number * B, S, config.engine.seed).reshape(number, B, S, S, 3)
-        self.accumulation, self.pool = accumulation, [torch.from_numpy(batch).to(device) for batch in images]
-
-    def images(self, step: int, micro: int) -> torch.Tensor:
-        return self.pool[(step * self.accumulation + micro) % len(self.pool)]
+        B, seed = config.data.batch_size, config.engine.seed
+        sizes = [view.size for view in config.method.views(config)]
+        views = [noise(number * B, S, seed + v).reshape(number, B, S, S, 3) for v, S in enumerate(sizes)]
+        self.accumulation = accumulation
+        self.pool = [[torch.from_numpy(view[i]).to(device) for view in views] for i in range(number)]
 
     def batches(self, step: int) -> Batches:
         for micro in range(self.accumulation):
-            yield step, micro, Batch([self.images(step, micro)], [])
+            yield step, micro, Batch(self.pool[(step * self.accumulation + micro) % len(self.pool)], [])
 
 
 class Step(NamedTuple):
@@ -105,13 +105,13 @@ class Engine:
 
     @contextlib.contextmanager
     def timing_parts(self) -> Iterator[None]:
-        """While open, times the end of a step, from the end of the backward to the teacher's update, and the
-        optimizer's part of it; these steps are not counted."""
-        marks: dict[str, list[tuple[Any, Any]]] = {"backward": [], "optimizer and average": [], "teacher": []}
+        """While open, times the end of a step, from the end of its backward, and the optimizer's part of it; these
+        steps are not counted."""
+        marks: dict[str, list[tuple[Any, Any]]] = {"backward": [], "optimizer and average": [], "step": []}
         wrapped = [
             (self.engine, "backward", "backward"),
             (self.engine.basic_optimizer, "step", "optimizer and average"),
-            (self.teacher, "follow", "teacher"),
+            (self, "run", "step"),
         ]
 
         def timed(call: Callable[..., Any], into: list[tuple[Any, Any]]) -> Callable[..., Any]:
@@ -129,11 +129,11 @@ class Engine:
         yield
         for owner, name, _ in wrapped:
             delattr(owner, name)
-        steps = len(marks["teacher"])
+        steps = len(marks["step"])
         micro_batches = self.config.batch(self.ranks.world_size).accumulation
         backwards = marks["backward"][micro_batches - 1 :: micro_batches]  # the last one of each step
         optimizer = sum(self.clock.seconds(*span) for span in marks["optimizer and average"])
-        end = sum(self.clock.seconds(a[1], b[1]) for a, b in zip(backwards, marks["teacher"], strict=True))
+        end = sum(self.clock.seconds(a[1], b[1]) for a, b in zip(backwards, marks["step"], strict=True))
         self.times.parts["optimizer and average"] = optimizer / max(1, steps)
         self.times.parts["whole end of step"] = end / max(1, steps)
         del self.times.steps[before:]
@@ -242,6 +242,8 @@ def record(contender: Contender, steps: range, spans: Iterable[tuple[Any, Any]],
 
 def kept(config: Config, ranks: distributed.Ranks, step: int) -> Kept:
     """Mean patches per image in a context, in a target and in the rows that the targets need, in this rank's step."""
+    if not config.method.masked:
+        return mean_tokens(config)
     found = []
     for micro in range(config.batch(ranks.world_size).accumulation):
         masks = masks_of(config, Place(step, micro, ranks.rank, ranks.world_size))

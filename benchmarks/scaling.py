@@ -39,7 +39,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from machine import ROOT, provenance
 from runners import Synthetic
-from step_model import gradient_bytes, optimizer_bytes
+from step_model import gradient_bytes, optimizer_bytes, predictive
 
 from jepa.config.file import load_config, parse_config
 from jepa.config.schema import Config
@@ -123,7 +123,7 @@ def wire(config: Config, ranks: int) -> dict[str, float]:
 
 def statistics_bytes(config: Config, ranks: int, size: int) -> dict[str, float]:
     """Per micro-batch: the projector's batch norms (fp32 mean and variance, forward and backward) and VICReg."""
-    widths = config.method.projector_widths(config)[1:]
+    widths = predictive(config).projector_widths(config)[1:]
     M, G, d = config.mask.num_pred_masks, config.data.batch_size * ranks, widths[-1]
     norms = sum(4 * 4 * width for width in widths[:-1])
     if d <= G and G * size > 2 * d * 4:  # as in jepa_kernels.vicreg: send matrices, otherwise rows
@@ -188,7 +188,9 @@ def one_rank(rank: int, world_size: int, folder: str, configs: list[Config]) -> 
     count_collectives(seen)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    ranks = distributed.Ranks(rank, world_size, torch.device("cpu"), store, dist.group.WORLD)
+    world = dist.group.WORLD
+    assert world is not None
+    ranks = distributed.Ranks(rank, world_size, torch.device("cpu"), store, world)
     found = [step_bytes(config, ranks, seen) for config in configs]
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))

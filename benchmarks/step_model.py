@@ -18,6 +18,7 @@ from passes import COUNTED, LEAST, Passes
 
 from jepa.config.schema import Config, Size
 from jepa.data.masks import MaskSpec, sample_masks
+from jepa.methods.ijepa import IJepa
 from jepa.train.budget import flops_per_image, mean_tokens, parameters
 
 
@@ -254,12 +255,19 @@ def lengths(spec: MaskSpec, batch: int) -> tuple[tuple[float, float], ...]:
     return tuple(found)
 
 
+def predictive(config: Config) -> type[IJepa]:
+    """The config's method. Raises ValueError unless it is I-JEPA or extends it: others take steps of another shape."""
+    if not issubclass(config.method, IJepa):
+        raise ValueError(f"this model is of steps that predict masked blocks; {config.loss.objective} takes others")
+    return config.method
+
+
 def parts(config: Config) -> list[Part]:
     """Target encoder, context encoder and predictor for one micro-batch."""
     B, E, M, N = config.data.batch_size, config.mask.num_enc_masks, config.mask.num_pred_masks, config.grid**2
     context, target, rows = mean_tokens(config)
     skip, sampled = config.engine.skip_unread, lengths(config.mask_spec, B)
-    fewer_targets = skip and not config.method.reads_all_targets(config)
+    fewer_targets = skip and not predictive(config).reads_all_targets(config)
     joined = [(Kt, Kc + Kt) for Kc, Kt in sampled]
     seen = [(Kc, Kc) for Kc, _ in sampled]
     return [
@@ -280,7 +288,7 @@ def outer_products(config: Config) -> list[Product]:
         *linear(B * context, D, Dp, E),
         *linear(B * M * target, Dp, D, E),
     ]
-    widths = config.method.projector_widths(config)
+    widths = predictive(config).projector_widths(config)
     for inputs, outputs in pairwise(widths):
         products += linear(B * M, inputs, outputs, E)
     if config.method.couples_images(config):  # forward and backward, per block

@@ -187,7 +187,7 @@ def figures(contender: Contender, steps: list[Step], rates: dict[str, float | No
     seconds = [step.seconds for step in clean]
     work = [images * sum(flops_per_image(needed, step.kept).values()) for step in clean]
     p50 = statistics.median(seconds)
-    row = {
+    row: dict[str, Any] = {
         "contender": contender.name,
         "images_per_second": images / p50,
         "p50_ms": 1e3 * p50,
@@ -290,10 +290,10 @@ def run_model(
     def ours(name: str, levers: list[Lever]) -> Make:
         return lambda c: Engine(name, c, ranks, levers)
 
-    references: dict[str, Make] = {
-        name: lambda c, n=name, s=sdpa, t=compiled: Reference(n, args.reference, c, ranks, s, t)
-        for name, (sdpa, compiled) in args.references.items()
-    }
+    def published(name: str, sdpa: bool, compiled: bool) -> Make:
+        return lambda c: Reference(name, args.reference, c, ranks, sdpa, compiled)
+
+    references = {name: published(name, *switched) for name, switched in args.references.items()}
     levers = {f"without {n}": ours(f"without {n}", [lever]) for n, lever in less.items()}
     levers |= {f"with {n}": ours(f"with {n}", [lever]) for n, lever in more.items()}
     compared = references | {f"with {n}": levers[f"with {n}"] for n, lever in more.items() if lever.same}
@@ -320,7 +320,7 @@ def run_model(
         with base.timing_parts():
             measure([base], images, later, min(args.steps, 5), args.block, bar)
         waits = host_waits(base, images, later)
-        sampler = sampler_ms(config)
+        parts = {"mask sampler": sampler_ms(config)} if config.method.masked else {}
 
         def so_far() -> dict[str, Any]:
             """The engine's row is from its turns with the first other contender."""
@@ -332,7 +332,7 @@ def run_model(
                 "rows": [engine, *rows, *({"contender": name, "failed": why} for name, why in failed.items())],
                 "times_longer": longer, "levers": {n: x.what for n, x in (less | more).items()},
                 "recompilations": sum(step.graphs > 0 for step in base.times.steps), "host_waits": waits,
-                "parts_ms": {"mask sampler": sampler},
+                "masked": config.method.masked, "parts_ms": parts,
             }  # fmt: skip
 
         for name, make in timed.items():

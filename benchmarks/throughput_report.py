@@ -44,8 +44,9 @@ def report(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"matrix product {part['matmul_flops'] / 1e9:.1f} GFLOP/s in {part['dtype']}: at most "
-            f"{part['limit_images_per_second']:.2f} images/s at {row['gflop_per_image']:.2f} GFLOP per image "
-            f"({row['context_tokens']:.1f} context tokens, {row['target_tokens']:.1f} per target).",
+            f"{part['limit_images_per_second']:.2f} images/s at {row['gflop_per_image']:.2f} GFLOP per image"
+            + f" ({row['context_tokens']:.1f} context tokens, {row['target_tokens']:.1f} per target)."
+            * part["masked"],
             FORMULA,
             "Images/s is that of the median step. Steps in which a graph was compiled are counted as recompiled, and "
             "enter no other figure.",

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "philox.h"
 
 namespace jepa {
 namespace {
@@ -21,7 +22,7 @@ constexpr int64_t kMaxSide = 1024, kMaxBlocks = 1024, kMaxImages = int64_t{1} <<
 constexpr uint32_t kPlaces = 1, kCuts = 2;  // streams of random words; stream 0 drew the sizes, in Python
 constexpr int64_t kGrain = 256;             // images per task, 0.1 ms or more: a smaller batch uses one thread
 
-// The random words of one (seed, step, image, stream): Philox4x32-10 (Salmon et al., SC 2011).
+// The random words of one (seed, step, image, stream).
 class Words {
   public:
     Words(uint64_t seed, uint64_t step, int64_t image, uint32_t stream)
@@ -34,19 +35,8 @@ class Words {
 
   private:
     void refill() {
-        uint32_t c0 = 4 * block_++ + stream_, c1 = image_;
-        uint32_t c2 = static_cast<uint32_t>(step_), c3 = static_cast<uint32_t>(step_ >> 32);
-        uint32_t k0 = static_cast<uint32_t>(seed_), k1 = static_cast<uint32_t>(seed_ >> 32);
-        for (int round = 0; round < 10; ++round) {
-            const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
-            c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-            c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-            c1 = static_cast<uint32_t>(p1);
-            c3 = static_cast<uint32_t>(p0);
-            k0 += 0x9E3779B9;
-            k1 += 0xBB67AE85;
-        }
-        word_ = {c0, c1, c2, c3};
+        word_ = philox4x32(
+            {4 * block_++ + stream_, image_, static_cast<uint32_t>(step_), static_cast<uint32_t>(step_ >> 32)}, seed_);
         next_ = 0;
     }
 

@@ -102,7 +102,7 @@ def evaluate(
     untrained = build_encoder(config).eval()
     labels = {name or "class": labels_of(sources, name) for name in names}
     encoders: dict[str, Encoder] = {
-        "target encoder": last(encoder.to(device), layers),
+        "target encoder" if "encoder" in config.method.averaged else "encoder": last(encoder.to(device), layers),
         "untrained encoder": last(untrained.to(device), layers),
         "pixels": pixels,
     }

@@ -1,4 +1,4 @@
-"""Pretrains a vision transformer by joint-embedding prediction (I-JEPA, C-JEPA).
+"""Pretrains a vision transformer by one of the methods in jepa/methods, such as I-JEPA and C-JEPA.
 
     deepspeed engine/train.py --config engine/configs/in1k_vith14_ep300_cjepa.yaml data.root_path=/data/imagenet
 
@@ -17,11 +17,11 @@ from jepa.data.synthetic import SyntheticImages
 from jepa.probes.online import OnlineProbe
 from jepa.ranks import distributed
 from jepa.ranks.distributed import Ranks
-from jepa.ranks.lock import Lock
 from jepa.ranks.stop import RANK_LOST, STOPPED, StopRequest
 from jepa.ranks.watchdog import Watchdog
 from jepa.state.checkpoint import Saver
 from jepa.state.initial import start_from
+from jepa.state.lock import Lock
 from jepa.state.restore import CheckpointError
 from jepa.train import zero
 from jepa.train.health import examine
@@ -29,7 +29,7 @@ from jepa.train.log import RunLog
 from jepa.train.replay import replay
 from jepa.train.report import report
 from jepa.train.schedules import Schedules, ScheduleTable
-from jepa.train.skipped import Diverged, Outcomes
+from jepa.train.skipped import Diverged, SkippedSteps
 from jepa.train.step import encoder_of, start_model, take_step
 
 
@@ -106,7 +106,7 @@ def train(
         f"of {all_steps}; kill {os.getpid()} saves and stops"
     )
     table = ScheduleTable(schedules, progress.applied, last_step - progress.step, zero.schedule_device(engine))
-    outcomes, owed = Outcomes(progress, global_batch), False
+    skips, owed = SkippedSteps(progress, global_batch), False
     batches = loader.batches(progress.step, last_step)
     for step in range(progress.step, last_step):
         taken, waited_before = step + 1, loader.wait_seconds
@@ -117,7 +117,7 @@ def train(
         done = take_step(config, ranks, engine, teacher, batches, step, whole=examining, at=watchdog.at)
         table.count(done.applied)
         log.step(step, done.losses, *done.kept, loader.wait_seconds - waited_before, done.replaced)
-        outcomes.add(step, done.applied, done.losses, done.files)
+        skips.add(step, done.applied, done.losses, done.files)
 
         stopping = stop.agreed()
         ending = stopping or taken == last_step
@@ -125,19 +125,21 @@ def train(
         if not (saving or examining or probing or due(taken, config.logging.log_freq)):
             continue  # without synchronising, so that the device's queue never runs dry
 
-        skipped, applied = outcomes.read(log.say)
+        skipped, applied = skips.read(log.say)
         found = examine(step, done.features, teacher, log.say) if examining and applied else {}
         if probe and probing:
             watchdog.at(step, "evaluating")
-            found |= (accuracy := probe(encoder_of(engine, teacher)))
+            found |= (accuracy := probe(encoder_of(config, engine, teacher)))
             log.say(f"step {step}: k-NN accuracy of the encoder {100 * accuracy['knn']:.1f} %")
         lr, weight_decay, momentum = numbers.tolist()
         grad_norm = None if done.grad_norm is None else float(done.grad_norm)
-        log.flush(skipped, lr=lr, weight_decay=weight_decay, momentum=momentum, grad_norm=grad_norm, **found)
-        outcomes.check(step, config.engine.max_skipped, saver.newest)
-        if ending or (saving and not outcomes.skipped_in_a_row):  # saves wait while steps are being skipped
+        if teacher is not None:
+            found["momentum"] = momentum
+        log.flush(skipped, lr=lr, weight_decay=weight_decay, grad_norm=grad_norm, **found)
+        skips.check(step, config.engine.max_skipped, saver.newest)
+        if ending or (saving and not skips.skipped_in_a_row):  # saves wait while steps are being skipped
             watchdog.at(step, "saving")
-            log.say(f"saved {saver.save(progress, rotate=not outcomes.skipped_in_a_row)}")
+            log.say(f"saved {saver.save(progress, rotate=not skips.skipped_in_a_row)}")
             owed = False
         if probing or saving:
             log.restart_clock()

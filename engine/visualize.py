@@ -2,7 +2,8 @@
 
     python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl --out pictures
 
-writes attention.png, features.png and masks.png for a checkpoint, curves.png for a log. Give either or both.
+writes attention.png, features.png and, of a method with masks, masks.png for a checkpoint, curves.png for a log. Give
+either or both.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from jepa.state.restore import CheckpointError
 
 
 def draw_encoder(checkpoint: str, images_path: str, count: int, out: Path) -> list[Path]:
-    """Plots attention, features and masks for `count` images spread evenly over those at `images_path`."""
+    """Plots attention, features and, if the method has them, masks for `count` images spread evenly over those at
+    `images_path`."""
     encoder, config = load_encoder(checkpoint)
     source = open_images(images_path)
     indices = torch.linspace(0, len(source) - 1, min(count, len(source))).round().int().tolist()
@@ -31,14 +33,17 @@ def draw_encoder(checkpoint: str, images_path: str, count: int, out: Path) -> li
     images, _ = next(batches, (None, None))
     if images is None:
         raise ValueError(f"--images: none of the {len(indices)} images chosen from {images_path} can be decoded")
-    # As in training, contexts are cut to the shortest of a batch.
-    cut = (0, max(config.data.batch_size, len(images)))
-    masks = sample_masks(config.mask_spec, seed=config.engine.seed, step=0, first=0, batch=len(images), cut=cut)
     with torch.no_grad():
         attention_maps(images, encoder.attention(images), out / "attention.png")
         feature_pca(images, encoder(images), out / "features.png")
-    masks_on_images(images, masks, config.mask.patch_size, out / "masks.png")
-    return [out / "attention.png", out / "features.png", out / "masks.png"]
+    drawn = [out / "attention.png", out / "features.png"]
+    if config.method.masked:
+        # As in training, contexts are cut to the shortest of a batch.
+        cut = (0, max(config.data.batch_size, len(images)))
+        masks = sample_masks(config.mask_spec, seed=config.engine.seed, step=0, first=0, batch=len(images), cut=cut)
+        masks_on_images(images, masks, config.mask.patch_size, out / "masks.png")
+        drawn.append(out / "masks.png")
+    return drawn
 
 
 def draw(args: argparse.Namespace) -> list[Path]:

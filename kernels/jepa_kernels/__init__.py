@@ -10,6 +10,7 @@ from .optimizer import AdamWEMA
 from .patchify import patchify
 from .prediction_loss import prediction_loss
 from .predictor_tokens import predictor_tokens
+from .sigreg import sigreg, sigreg_slices
 from .vicreg import vicreg
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "patchify",
     "prediction_loss",
     "predictor_tokens",
+    "sigreg",
+    "sigreg_slices",
     "vicreg",
 ]
 __version__ = "0.1.0"

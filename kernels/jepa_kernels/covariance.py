@@ -11,11 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-def wide(z: Tensor) -> torch.dtype:
-    """The dtype that z is accumulated in: float32, or float64 for float64."""
-    return torch.promote_types(z.dtype, torch.float32)
-
+from .precision import wide
 
 # --- reference
 

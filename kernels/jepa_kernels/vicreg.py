@@ -12,7 +12,6 @@ of the backward. The ops that read z are in covariance.py.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_floats
-from .covariance import squares_of, wide
+from .covariance import squares_of
+from .precision import no_autocast, wide
 
 
 def vicreg(
@@ -77,19 +77,13 @@ def vicreg(
         raise ValueError(f"vicreg: z must have at least 2 rows over all ranks; got {list(z.shape)} on each")
     if precision not in ("ieee", "tf32x3", "tf32"):
         raise ValueError(f'vicreg: precision must be "ieee", "tf32x3" or "tf32"; got {precision!r}')
-    with _no_autocast(z):
+    with no_autocast(z):
         if torch.is_grad_enabled() and z.requires_grad:
             return _VICReg.apply(z, gamma, eps, precision, group)
         return _forward(z, gamma, eps, precision, group, keep=False)[0]
 
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-
-
-def _no_autocast(z: Tensor) -> AbstractContextManager[Any]:
-    """Autocast would compute the matrix products in 16 bits, where float32 results are expected."""
-    # Not asked of is_autocast_available, which torch.compile cannot trace in torch 2.11: only "meta" has none.
-    return nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False)
 
 
 def _check_rows(z: Tensor, group: dist.ProcessGroup) -> None:
@@ -182,6 +176,6 @@ class _VICReg(torch.autograd.Function):
         weight = torch.where(std < gamma, by_variance * (-1 / (M * D * (G - 1))) / std, 0)
         if gram:  # with K = x x^T / (G - 1), K x is x C with the diagonal of C: subtract its part
             weight = weight - push * var
-        with _no_autocast(z):
+        with no_autocast(z):
             dz = torch.ops.jepa_kernels.vicreg_backward(z, mean, matrix, weight, pull, push, gram, first, N, precision)
         return dz, None, None, None, None

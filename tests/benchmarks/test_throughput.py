@@ -148,6 +148,7 @@ def one_is_wrong() -> tuple[throughput.Checked, str]:
     return found, str(raised.value)
 
 
+@pytest.mark.ranks
 def test_nothing_is_timed_where_losses_differ() -> None:
     ((found, said),) = run_ranks(1, one_is_wrong)
     assert found.errors["near"] == pytest.approx(1e-6, rel=0.2)
@@ -176,6 +177,7 @@ def one_fails() -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.ranks
 def test_a_contender_that_fails_costs_the_others_nothing() -> None:
     ((engine, failed),) = run_ranks(1, one_fails)
     assert len(engine["seconds"]) == 2 and engine["images_per_second"] > 0
@@ -205,6 +207,7 @@ def counted_flops(given: dict[str, Any]) -> float:
     return counter.get_total_flops() / (STEPS * BATCH)
 
 
+@pytest.mark.ranks
 def test_flops_are_those_that_torch_counts(result: dict[str, Any]) -> None:
     (counted,) = run_ranks(1, counted_flops, result["config"])
     row = result["model"]["rows"][0]
@@ -342,12 +345,13 @@ class Squaring:
 def test_steps_that_recompile_enter_no_figure() -> None:
     torch._dynamo.reset()
     config, first, images = small_config(), 2, SimpleNamespace(batches=lambda step: None)
-    ours, theirs = (Squaring(name, config, sides) for name, sides in (("a", [3] * 8), ("b", [5, 5, 5, 6, 5, 7, 5, 5])))
-    for contender in (ours, theirs):
+    contenders: Any = [Squaring("a", config, [3] * 8), Squaring("b", config, [5, 5, 5, 6, 5, 7, 5, 5])]
+    ours, theirs = contenders
+    for contender in contenders:
         for step in range(first):
             contender.run(step, None)
     bar = SimpleNamespace(update=lambda: None)
-    throughput.measure([ours, theirs], images, first, 6, 4, bar)
+    throughput.measure(contenders, images, first, 6, 4, bar)
     assert [step.graphs for step in ours.times.steps] == [0] * 6
     assert [step.graphs for step in theirs.times.steps] == [0, 1, 0, 1, 0, 0]
     clean = [step.seconds for step in theirs.times.steps if not step.graphs]
@@ -368,6 +372,7 @@ def test_steps_that_recompile_enter_no_figure() -> None:
         throughput.paired("b", dirty, ours.times.steps[:2])
 
 
+@pytest.mark.ranks
 def test_bytes_sent_are_those_of_the_model() -> None:
     rows = scaling.check(stages=(1,), worlds=(2,))
     assert {row["op"] for row in rows} == {"all_gather", "all_reduce"} and not scaling.disagreeing(rows), rows

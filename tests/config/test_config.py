@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jepa.config.file import SECTIONS, load_config, parse_config, to_yaml
 from jepa.config.read import read
 from jepa.config.schema import Config, ConfigError
+from jepa.data.augment import View
 from jepa.train.zero import deepspeed_config
 from small import KEYS
 
@@ -168,16 +169,16 @@ def test_overrides_take_yaml_and_the_last_one_wins() -> None:
     before = yaml.safe_dump(mapping)
     config = parse_config(mapping, overrides)
     assert config.optimization.lr == 5e-4 and config.engine.max_steps == 100_000 and config.data.image_folder == ""
-    assert config.loss.projector == (32, 64) and config.engine.global_batch_size is None and config.mask.allow_overlap
-    assert config.vit.depth == 2 and config.vit.embed_dim == 192
+    assert config.engine.global_batch_size is None and config.mask.allow_overlap
+    assert config["loss.projector"] == (32, 64) and config.vit.depth == 2 and config.vit.embed_dim == 192
     assert yaml.safe_dump(mapping) == before
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(small()) + "loss: {beta_vicreg: 1e-3, beta_sim: '2.5e1'}\nengine:\n")
-    loss = load_config(path).loss
-    assert (loss.beta_vicreg, loss.beta_sim) == (1e-3, 25.0)
+    config = load_config(path)
+    assert (config["loss.beta_vicreg"], config["loss.beta_sim"]) == (1e-3, 25.0)
 
 
 @settings(deadline=None)
@@ -499,6 +500,23 @@ def test_the_train_folder_is_taken_beside_val_and_is_a_class_elsewhere(tmp_path:
     assert plain.data.folder == tmp_path / "images"
     (tmp_path / "images/val").mkdir()
     assert plain.data.folder == tmp_path / "images/train"
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], View(64, (0.3, 1.0))),
+        (["use_horizontal_flip=true", "use_gaussian_blur=true"], View(64, (0.3, 1.0), flip=0.5, blur=0.5)),
+        (["color_jitter_strength=0.5"], View(64, (0.3, 1.0))),
+        (["use_color_distortion=true", "crop_scale=[0.2, 0.9]"], View(64, (0.2, 0.9), grey=0.2)),
+        (
+            ["use_color_distortion=true", "color_jitter_strength=0.5", "crop_size=32"],
+            View(32, (0.3, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_probability=0.8, grey=0.2),
+        ),
+    ],
+)
+def test_the_published_keys_of_augmentation_make_a_view(given: list[str], wanted: View) -> None:
+    assert parse_config(small(), [f"data.{one}" for one in given]).data.view == wanted
 
 
 def test_synthetic_images_need_no_path() -> None:

@@ -15,7 +15,7 @@ import yaml
 from jepa.config.file import load_config, parse_config
 from jepa.config.read import MAX_FILES
 from jepa.config.schema import ConfigError
-from support.small import MAPPING
+from small import MAPPING
 
 # Keys whose values do not depend on one another's, and makers of such values.
 VALUES: dict[str, Callable[[], Any]] = {

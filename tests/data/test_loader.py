@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 
 from jepa.data import sources
-from jepa.data.augment import CROP_WORDS, View, random_boxes
+from jepa.data.augment import CROP_WORDS, View, random_boxes, random_colour, recolour
 from jepa.data.decode import Crops, Decoder
-from jepa.data.loader import CROP, ORDER, Batch, Loader, _random_words, eval_batches
+from jepa.data.loader import COLOUR, CROP, ORDER, Batch, Loader, _random_words, eval_batches
 from jepa.data.sources import open_images
 
 VIEW = View(16, (0.3, 1.0))
@@ -115,9 +115,9 @@ def test_distribution_of_the_keyed_crops(size):
 
 def test_neighbours_share_no_random_number():
     seed = random.getrandbits(64)
-    streams = [(CROP, 5), (CROP, 6), (ORDER, 5), (ORDER, 6)]
-    words = [_random_words(seed, stream, index, 0, 4096) for stream, index in streams]
-    assert len(np.unique(np.concatenate(words))) == 4 * 4096
+    streams = [(stream, index, view) for stream in (CROP, COLOUR, ORDER) for index in (5, 6) for view in (0, 1)]
+    words = [_random_words(seed, stream, index, 0, 4096, view) for stream, index, view in streams]
+    assert len(np.unique(np.concatenate(words))) == 12 * 4096
     part = _random_words(seed, CROP, 5, 10 * CROP_WORDS, 2 * CROP_WORDS)
     assert np.array_equal(part, words[0][10 * CROP_WORDS : 12 * CROP_WORDS])
 
@@ -271,6 +271,104 @@ def test_half_of_the_images_are_mirrored_and_otherwise_equal(tmp_path):
     mirrored = (plain.flip(2) == flipped).flatten(1).all(1)
     assert (same ^ mirrored).all()
     assert 8 < mirrored.sum() < 56
+
+
+# --- views
+
+COLOURFUL = View(24, (0.3, 1.0), 0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2, blur=0.5, solarize=0.2)
+LOCAL = replace(COLOURFUL, size=12, scale=(0.05, 0.3))
+MANY = [COLOURFUL, LOCAL, COLOURFUL, VIEW, LOCAL, LOCAL]
+
+
+def views_of(files: list[str], views: list[View], seed: int, step: int, first: int) -> list[np.ndarray]:
+    """The definition: each view of each image decoded, cropped and coloured alone, from the words at its place."""
+
+    def uniform(stream: int, number: int, view: int) -> np.ndarray:
+        generator = np.random.Philox(key=[seed, step], counter=[0, 0, view, stream])
+        words = generator.random_raw((first + len(files)) * number)
+        return (words.reshape(-1, number)[first:] >> 11) / 2**53
+
+    made = []
+    for v, view in enumerate(views):
+        crops, colours = uniform(CROP, 24, v), uniform(COLOUR, 12, v)
+        images = []
+        for file, numbers, others in zip(files, crops, colours, strict=True):
+            content = np.fromfile(file, np.uint8)
+            width, height = Image.open(file).size
+            box = torchvision_box(iter(numbers.tolist()).__next__, height, width, view.scale)
+            image = Decoder("cpu", "cpu", 1)([content], [Crops(view.size, part(box))])[0]
+            if numbers[22] < view.flip:
+                image = image.flip(2)
+            recolour(image, random_colour(view, others[None]))
+            images.append(image[0].numpy())
+        made.append(np.stack(images))
+    return made
+
+
+@pytest.mark.parametrize("views", [[VIEW], [COLOURFUL], [COLOURFUL, COLOURFUL], MANY], ids=len)
+def test_views_are_those_of_the_numbers_at_the_images_place(tmp_path, views):
+    """Bit for bit, though an image is decoded once for all of them, and equal views are made in one call."""
+    for i in range(3):
+        fill(tmp_path, 6, size=(random.randint(30, 90), random.randint(30, 90)), start=6 * i)
+    seed, step = random.getrandbits(63), random.randrange(100)
+    made = loader(tmp_path, views=views, seed=seed, world_size=2, rank=1).batch(step)
+    expected = views_of(made.files, views, seed, step, first=4)
+    assert len(made.views) == len(views) and made.images is made.views[0]
+    for ours, theirs, view in zip(made.views, expected, views, strict=True):
+        assert ours.shape == (4, view.size, view.size, 3) and ours.dtype == torch.uint8
+        assert np.array_equal(ours.numpy(), theirs)
+    assert len({image.tobytes() for images in made.views for image in images.numpy()}) == 4 * len(views)
+
+
+def test_views_do_not_depend_on_ranks_accumulation_or_other_views(tmp_path):
+    fill(tmp_path, 20)
+    seed, step = random.getrandbits(63), random.randrange(100)
+    whole = loader(tmp_path, views=MANY, batch_size=8, seed=seed).batch(step).views
+    ranks = [loader(tmp_path, views=MANY, seed=seed, world_size=2, rank=r).batch(step).views for r in (0, 1)]
+    parts = loader(tmp_path, views=MANY, seed=seed, accumulation=2)
+    (_, _, one), (_, _, two) = parts.batches(step, step + 1)
+    first = loader(tmp_path, views=MANY[:1], batch_size=8, seed=seed).batch(step).views
+    for v, images in enumerate(whole):
+        assert torch.equal(torch.cat([views[v] for views in ranks]), images)
+        assert torch.equal(torch.cat([one.views[v], two.views[v]]), images)
+    assert len(first) == 1 and torch.equal(first[0], whole[0])
+    other = loader(tmp_path, views=MANY, batch_size=8, seed=seed).batch(step + 1).views
+    assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+
+
+def test_a_bad_file_is_replaced_in_all_views_at_once(tmp_path):
+    """Also one of which some views could be decoded: a truncated file."""
+    for i, path in enumerate(fill(tmp_path, 24, size=(120, 120))):
+        if i % 3 == 0:
+            content = path.read_bytes()
+            path.write_bytes(content[: int(len(content) * 0.6)])
+    seed = random.getrandbits(63)
+    made = loader(tmp_path, views=MANY, seed=seed, max_bad_fraction=1.0)
+    batches = [made.batch(step) for step in range(6)]
+    assert sum(batch.replaced for batch in batches) > 0
+    for step, batch in enumerate(batches):
+        expected = views_of(batch.files, MANY, seed, step, first=0)
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(batch.views, expected, strict=True))
+
+
+def test_no_views_are_refused(tmp_path):
+    fill(tmp_path, 8)
+    with pytest.raises(ValueError, match="views: given none; wanted"):
+        loader(tmp_path, views=[])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
+def test_views_made_on_a_gpu_are_a_cpus(tmp_path, decoder):
+    """DALI resizes on a GPU with other roundings, and its JPEG decoder differs by some levels: compare averages."""
+    fill(tmp_path, 16, size=(90, 120))
+    made = loader(tmp_path, views=MANY, device="cuda", decoder=decoder).batch(3)
+    plain = loader(tmp_path, views=MANY).batch(3)
+    assert made.files == plain.files
+    for ours, theirs in zip(made.views, plain.views, strict=True):
+        gap = (ours.cpu().int() - theirs.int()).abs().float().mean((1, 2, 3))
+        assert ours.is_cuda and gap.median() < 3, gap  # solarisation enlarges a difference of one level
 
 
 # --- bad files

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jepa.data.augment import View
+from jepa.data.augment import View, random_boxes
 from jepa.data.loader import Loader
 from jepa.data.synthetic import FAR, NEAR, RADIUS, SHAPES, SyntheticImages, draw, noise, write
 
@@ -102,3 +102,22 @@ def test_synthetic_images_are_repeated_and_batched_like_files_on_any_number_of_r
     ranks = [Loader(source, [VIEW], batch_size=4, seed=seed, rank=r, world_size=2).batch(step) for r in (0, 1)]
     assert torch.equal(torch.cat([part.images for part in ranks]), whole.images) and whole.images.dtype == torch.uint8
     assert [name for part in ranks for name in part.files] == whole.files
+
+
+def test_further_views_of_synthetic_images_are_parts_of_them() -> None:
+    """The first is the whole image; crops are resized to the nearest pixel, as Pillow does it."""
+    source, seed = SyntheticImages(300, 40, seed=random.getrandbits(63)), random.getrandbits(63)
+    local = View(16, (0.1, 0.4), flip=0.5, grey=1.0)
+    views = [View(40, (0.3, 1.0)), local, View(40, (0.3, 1.0)), local]
+    batch = Loader(source, views, batch_size=6, seed=seed).batch(7)
+    assert [images.shape for images in batch.views] == [(6, view.size, view.size, 3) for view in views]
+    numbers = [int(name.rpartition("/")[2]) for name in batch.files]
+    assert np.array_equal(batch.images, [source.read(i) for i in numbers])
+    for v, view in enumerate(views[1:], start=1):
+        words = np.random.Philox(key=[seed, 7], counter=[0, 0, v, 2]).random_raw(6 * 24).reshape(6, 24)
+        boxes = random_boxes(np.full((6, 2), 40), (words >> 11) / 2**53, view.scale)
+        for i, (top, left, height, width), image in zip(numbers, boxes.tolist(), batch.views[v], strict=True):
+            cut = Image.fromarray(source.read(i)).crop((left, top, left + width, top + height))
+            assert np.array_equal(image, cut.resize((view.size, view.size), Image.Resampling.NEAREST))
+    parts = [Loader(source, views, batch_size=3, seed=seed, rank=r, world_size=2).batch(7).views for r in (0, 1)]
+    assert all(torch.equal(torch.cat(two), one) for *two, one in zip(*parts, batch.views, strict=True))

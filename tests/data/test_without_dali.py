@@ -48,6 +48,7 @@ def test_every_program_and_benchmark_can_be_imported() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.ranks
 def test_a_run_on_synthetic_images_trains_resumes_and_replays(config: Path, tmp_path: Path) -> None:
     """Two ranks with two micro-batches each see the images that four ranks see."""
     words = ("--config", config, "data.synthetic=300", "logging.save_every=2", "mask.cut=global", "data.batch_size=2")
@@ -69,6 +70,7 @@ def test_a_run_on_synthetic_images_trains_resumes_and_replays(config: Path, tmp_
     assert other.wait() == [1, 1] and "images 300, this run has 301" in other.text()
 
 
+@pytest.mark.ranks
 def test_a_run_or_probe_that_needs_images_says_what_to_install(config: Path, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     probing = ("data.synthetic=50", "eval.every=9", f"eval.train_path={images}", f"eval.val_path={images}")

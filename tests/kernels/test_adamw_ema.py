@@ -494,6 +494,7 @@ def ddp_rank(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.ranks
 def test_under_ddp_on_two_ranks(tmp_path):
     """Unaligned gradients, views into DDP's buckets, give the same step as others; ranks stay equal."""
     (tmp_path / "seed").write_text(str(torch.randint(2**31, ()).item()))

@@ -99,6 +99,7 @@ def every_op(label: str, sizes: Sizes, dtype: Any, offset: int = 0) -> dict[str,
         "prediction_loss scale": lambda: prediction_loss_scale_triton(
             x(M * B, Kt, D), torch.empty(M, dtype=wide, device="meta")
         ),
+        "sigreg": lambda: projections(x(M, R, D, dtype=wide)),
         "vicreg": lambda: vicreg_moments_triton(x(R, M, D)),
         "vicreg covariance": lambda: products(x(R, M, D), False, precision),
         "vicreg gram": lambda: products(x(R, M, D), True, precision),
@@ -126,6 +127,18 @@ def products(z: Any, gram: bool, precision: str) -> None:
     vicreg_backward_triton(z, mean, matrix, mean, scale, scale, gram, 0, -(-len(z) // 16), precision)
 
 
+def projections(x: Any, knots: int = 17) -> None:
+    import torch
+
+    from jepa_kernels.sigreg import _quadrature, sigreg_backward_triton, sigreg_normals_triton, sigreg_table_triton
+
+    step, phi, weight = _quadrature(knots, 3.0)
+    table = empty(len(phi), 2, x.shape[0], x.shape[2], dtype=x.dtype)
+    sigreg_table_triton(x, step, phi, weight)
+    sigreg_backward_triton(x, table, empty(1, dtype=x.dtype), step, weight)
+    sigreg_normals_triton(empty(*x.shape[1:], dtype=torch.float32), 1, 2)
+
+
 def paths() -> dict[str, Callable[[], Any]]:
     """Calls that take less common paths."""
     import torch
@@ -139,6 +152,7 @@ def paths() -> dict[str, Callable[[], Any]]:
     return {
         "vicreg covariance ieee": lambda: products(z, False, "ieee"),
         "vicreg covariance tf32x3": lambda: products(z, False, "tf32x3"),
+        "sigreg at many knots": lambda: projections(empty(H14.M, H14.R, H14.D, dtype=torch.float32), 33),
         "ema float32, momentum on the device": lambda: ema_triton(weight, weight, empty(1, dtype=torch.float32)),
         "adamw_ema float32, no copies": lambda: adamw_ema_triton(*[weight] * 5, [], [], *step),
     }

@@ -46,7 +46,8 @@ tokens = jk.predictor_tokens(x, context, target, torch.randn(N, D), mask_token)
 of_context = torch.rand(M, B, N).argsort(2)[:, :, :7]  # the first rows come from the images, the rest do not
 loss = jk.prediction_loss(tokens, torch.randn(B, N, D), torch.cat([of_context, target], 2))
 terms = jk.vicreg(tokens.mean(1).view(M, B, D).transpose(0, 1))
-(loss + sum(terms)).backward()
+statistic = jk.sigreg(tokens.view(M, -1, D), jk.sigreg_slices(D, 70, seed=1, step=2))
+(loss + sum(terms) + statistic).backward()
 gradients = [p.grad.clone() for p in (*embed.parameters(), mask_token)]
 assert all(gradient.abs().min() > 0 for gradient in gradients)
 for p in (*embed.parameters(), mask_token):  # AdamW's first step is the sign, which is arbitrary for a rounding error
@@ -54,7 +55,8 @@ for p in (*embed.parameters(), mask_token):  # AdamW's first step is the sign, w
 optimizer.step()
 jk.ema_(teacher.parameters(), embed.parameters(), .9)
 averages = [state["ema"] for state in optimizer.state.values()]
-torch.save([rows, tokens.detach(), loss.detach(), *terms, *gradients, *averages, *teacher.state_dict().values()],
+weights = teacher.state_dict().values()
+torch.save([rows, tokens.detach(), loss.detach(), *terms, statistic.detach(), *gradients, *averages, *weights],
            sys.argv[2])
 missed = [op for op in jk.OPS if f"jepa_kernels::{op}" not in called]
 assert not missed, f"USE in tests/kernels/test_package.py must call {missed} too"

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from jepa_kernels import vicreg
 
+pytestmark = pytest.mark.ranks
+
 # N rows per rank, M, D: cases that gather rows (Gram matrix; covariance), and that reduce the covariance.
 SHAPES = [(3, 3, 11), (16, 4, 64), (5, 2, 6), (40, 3, 5)]
 WEIGHTS = (25.0, 25.0, 1.0)

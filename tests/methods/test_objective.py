@@ -124,6 +124,7 @@ def losses_and_gradient(state: dict, inputs: tuple[list[Tensor], Layout, Tensor]
     return [output.loss.detach(), *output.terms], grads
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("where", ["loss.vicreg_on=predictions", "loss.vicreg_on=context"])
 def test_two_ranks_with_half_the_batch_are_one_rank_with_all_of_it(where: str) -> None:
     overrides = ("loss.beta_vicreg=1.0", where)

@@ -164,8 +164,8 @@ def steps(stage: int) -> list[str]:
     ranks = distributed.Ranks(rank, dist.get_world_size(), CPU, dist.HashStore(), dist.group.WORLD)
     engine, teacher = jepa.train.step.start_model(config, CPU)
     assert teacher.in_fp8 is not None
-    refresh, seen, wrong = teacher.in_fp8.refresh, [], []
-    teacher.in_fp8.refresh = lambda: seen.append(None) or refresh()  # type: ignore[method-assign,func-returns-value]
+    refresh, seen, wrong = teacher.in_fp8.refresh, list[None](), []
+    teacher.in_fp8.refresh = lambda: seen.append(None) or refresh()
     averages: dict[str, Tensor] = {n: p.float().flatten() for n, p in teacher.weights.items()}
     numbers = torch.tensor([0.01, 0.1, 0.5], dtype=torch.float64, device=zero.schedule_device(engine))
     for step in range(3):
@@ -193,12 +193,14 @@ def steps_of_all_stages() -> dict[int, list[str]]:
     return {stage: steps(stage) for stage in range(4)}
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_copies_are_of_the_newest_weights_and_made_once_a_step(world_size: int) -> None:
     for rank, found in enumerate(run_ranks(world_size, steps_of_all_stages)):
         assert not any(found.values()), f"rank {rank}: {found}"
 
 
+@pytest.mark.ranks
 def test_a_run_resumes_bit_for_bit_replays_its_steps_and_refuses_other_targets(tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", write_images(tmp_path / "images"))
     words = ("--config", config, *FP8, "engine.zero_stage=2", "logging.save_every=2")

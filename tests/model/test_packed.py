@@ -171,7 +171,7 @@ def test_a_budget_that_cannot_be_kept_is_refused() -> None:
 
 
 def alone() -> Ranks:
-    return Ranks(0, 1, CPU, dist.HashStore(), None)  # type: ignore[arg-type]
+    return Ranks(0, 1, CPU, dist.HashStore(), None)
 
 
 def by_image(masks: Masks) -> list[list[int]]:
@@ -213,6 +213,7 @@ def losses_and_gradient(state: dict[str, Tensor], pixels: Tensor, h: Tensor, see
     return [output.loss.detach(), *output.terms], grads
 
 
+@pytest.mark.ranks
 def test_two_ranks_with_half_the_batch_are_one_rank_with_all_of_it() -> None:
     model, (pixels, _, h), seed = general_model(), draw(8), random.randrange(2**32)
     masks = sample_masks(packed().mask_spec, seed=seed, step=1, first=0, batch=8)

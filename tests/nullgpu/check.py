@@ -7,16 +7,16 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
+import nullgpu
 import torch
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from triton import language as tl
-
-import nullgpu
 
 GIB = 2**30
 
@@ -118,7 +118,7 @@ def compiled() -> None:
 
 
 @triton.jit
-def nothing(pointer):
+def nothing(pointer: Any) -> None:
     tl.store(pointer, 1)
 
 

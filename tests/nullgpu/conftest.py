@@ -1,6 +1,8 @@
 """Pytest on the null GPU: tests/nullgpu/run PYTHON -m pytest tests/nullgpu --confcutdir=tests/nullgpu"""
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,10 @@ def ranks() -> distributed.Ranks:
 
 
 @pytest.fixture(autouse=True)
-def as_users_start_it():
+def as_users_start_it() -> Iterator[None]:
     """What a test switches for the whole process is switched back."""
-    state = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    state = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(state[0])
-    torch.utils.deterministic.fill_uninitialized_memory = state[1]
+    settings.fill_uninitialized_memory = state[1]

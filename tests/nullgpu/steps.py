@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import nullgpu
 import torch
 import torch._dynamo
 import torch._inductor.config
 from runners import NUMBERS, Synthetic
 from torch._dynamo.utils import counters
 
-import nullgpu
 from jepa.config.file import load_config
 from jepa.config.schema import Config
 from jepa.ranks import distributed

@@ -20,7 +20,7 @@ import torch
 from machine import provenance
 
 CHECKOUT = os.environ.get("IJEPA_CHECKOUT")
-ONCE = ("tests", "kernels, vit_huge_14", "blocks, vit_huge_14", "levers, H/14")
+ONCE: tuple[str, ...] = ("tests", "kernels, vit_huge_14", "blocks, vit_huge_14", "levers, H/14")
 ONCE += ("step, H/14",) if CHECKOUT else ()  # without the published code, the levers' program does no less
 
 

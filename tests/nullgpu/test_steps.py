@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,8 @@ def run_option(index: int, ranks: distributed.Ranks) -> None:
     words = settings(index)
     if "engine.deterministic=true" in words:
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        determinism: Any = torch.utils.deterministic
+        determinism.fill_uninitialized_memory = False
     assert failures(take(load(B16, *words), ranks, STEPS), allowed(*words)) == []
 
 
@@ -105,7 +107,8 @@ def test_options(index: int, ranks: distributed.Ranks) -> None:
 
 def steps_of_all_lengths(config_name: str, *overrides: str) -> list[int]:
     """The first step of an epoch with each (context, target) length that the epoch brings, in order."""
-    config, seen = load(config_name, *overrides), {}
+    config = load(config_name, *overrides)
+    seen: dict[tuple[int, int], int] = {}
     for step in range(1_281_167 // 2048):
         masks = sample_masks(config.mask_spec, seed=0, step=step, first=0, batch=config.data.batch_size)
         seen.setdefault((masks.context.numel() // config.data.batch_size, masks.target.shape[-1]), step)

@@ -8,18 +8,18 @@ What it then writes went through the code that makes figures on a GPU, and means
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-GATES = {  # by module: what stands in for each check
+GATES: dict[str, dict[str, Any]] = {  # by module: what stands in for each check
     "contenders": {"rms": lambda x: 1.0, "must_agree": lambda *_: None},
     "blocks": {"check": lambda *_: None, "check_products": lambda *_: None},
     "throughput": {"apart": lambda *_: 0.0},
 }
 
 if __name__ == "__main__":
-    import torch
-
     import nullgpu  # noqa: F401  fails on any other GPU
+    import torch
 
     torch.backends.cudnn.enabled = False  # it has none, and the published code convolves
     sys.argv[:2] = [f"benchmarks/{sys.argv[1]}"]

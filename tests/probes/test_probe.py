@@ -131,6 +131,7 @@ def online(train: str, val: str) -> tuple[float, int]:
     return probe(colours)["knn"], sum(seen)
 
 
+@pytest.mark.ranks
 def test_ranks_share_a_probe_however_few_its_images(tmp_path: Path) -> None:
     """Five readable images of six, and two, on three ranks: the same result as on one."""
     shades(tmp_path, {"train": 3, "val": 1})
@@ -172,8 +173,8 @@ def test_labels_are_read_from_the_table_whatever_the_way_to_the_folder(tmp_path:
     sources = [open_images(os.path.relpath(tmp_path / "set" / split)) for split in ("train", "val")]
     counts, distances = labels_of(sources, "count"), labels_of(sources, "distance")
     for source, count, quarter in zip(sources, counts, distances, strict=True):
-        table = csv.DictReader((Path(source.path) / "labels.csv").open())
-        rows = {row["file"]: row for row in table}
+        with (Path(source.path) / "labels.csv").open() as file:
+            rows = {row["file"]: row for row in csv.DictReader(file)}
         mine = [rows["/".join(Path(source.name(i)).parts[-2:])] for i in range(len(source))]
         assert count.tolist() == [int(row["count"]) - 1 for row in mine]
         values = np.array([float(row["distance"]) for row in mine])

@@ -11,6 +11,8 @@ import pytest
 
 from processes import Run, start, write_config, write_images
 
+pytestmark = pytest.mark.ranks
+
 LOST = 69
 
 

@@ -14,6 +14,8 @@ from deepspeed.launcher.runner import fetch_hostfile
 from processes import ROOT, start, write_config, write_images
 from soak import bytes_that_differ, log_of
 
+pytestmark = pytest.mark.ranks
+
 BIN = Path(sys.executable).parent
 CLUSTER = ROOT / "engine/cluster"
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,11 +26,13 @@ from jepa.state.restore import CheckpointError, read_state
 from jepa.train import zero
 from small import every_row, run_ranks, small_config, whole_weights
 
+pytestmark = pytest.mark.ranks
+
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 SAVED = list(itertools.product((0, 1, 2, 3), (False, True)))
 
 
-def start(folder: Path, stage: int, bf16: bool, *words: str) -> tuple[object, Saver]:
+def start(folder: Path, stage: int, bf16: bool, *words: str) -> tuple[Any, Saver]:
     config = small_config(
         f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}", "logging.save_every=1", "logging.keep_last=2",
         f"data.batch_size={8 // dist.get_world_size()}", "mask.cut=global", f"logging.folder={folder}", *words,
@@ -38,7 +41,7 @@ def start(folder: Path, stage: int, bf16: bool, *words: str) -> tuple[object, Sa
     return engine, Saver(config, engine, steps_per_epoch=1000)
 
 
-def one_step(engine: object, step: int) -> None:
+def one_step(engine: Any, step: int) -> None:
     """A step whose images depend only on its number, however many ranks share them."""
     share = 8 // dist.get_world_size()
     mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
@@ -293,6 +296,9 @@ CHANGES = {
     "engine.gradient_accumulation_steps=2": "refused: .*global batch 8, this run has 16",
     "meta.num_heads=4": r"refused: .*encoder Size\(.*num_heads=2.*this run has Size\(.*num_heads=4",
     "data.crop_scale=[0.5,1.0]": r"refused: .*data.crop_scale \(0.3, 1.0\), this run has \(0.5, 1.0\)",
+    "data.use_color_distortion=true": "refused: .*data.use_color_distortion False, this run has True",
+    "data.use_gaussian_blur=true": "refused: .*data.use_gaussian_blur False, this run has True",
+    "data.color_jitter_strength=0.5": "refused: .*data.color_jitter_strength 0.0, this run has 0.5",
     "mask.min_keep=5": "refused: .*mask.min_keep 4, this run has 5",
     "loss.beta_vicreg=0.5": "refused: .*loss.beta_vicreg 0.001, this run has 0.5.*--accept-changes",
     "meta.use_bfloat16=true": "refused: .*engine.precision fp32, this run has bf16",

@@ -1,4 +1,4 @@
-"""Killed, damaged and moved runs, as a short form of tests/soak.py; and disks that fail to write."""
+"""Killed, damaged and moved runs, as a short form of tests/support/soak.py; and disks that fail to write."""
 
 import errno
 import os
@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa.ranks import lock
+from jepa.state import lock
 from jepa.state.checkpoint import tidy
 from jepa.state.restore import candidates, read_state, verify
 from processes import start, write_images
 from small import run_ranks
 from soak import campaign, killed, moved, resume_damaged, soak_config
+
+pytestmark = pytest.mark.ranks
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from jepa.state.restore import CheckpointError
 from jepa.train import zero
 from small import every_row, run_ranks, small_config, whole_weights
 
+pytestmark = pytest.mark.ranks
+
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 SETTINGS = ("data.batch_size=2", f"data.mean={MEAN}", f"data.std={STD}", "engine.zero_stage=2")
 

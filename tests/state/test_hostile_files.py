@@ -44,15 +44,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     files = []
     for rank in range(2):
-        pieces, lines = [], {f"{kind}.{i}": [] for i in range(2) for kind in ("weight", "exp_avg", "exp_avg_sq", "ema")}
-        offsets = [0, 0]
+        kinds, offsets, pieces = ("weight", "exp_avg", "exp_avg_sq", "ema"), [0, 0], []
+        lines: dict[str, list[torch.Tensor]] = {f"{kind}.{i}": [] for i in range(2) for kind in kinds}
         for name, p in model.named_parameters():
             half = (p.numel() + 1) // 2
             values, flat = p.detach().flatten()[rank * half :][:half], int(not name.startswith("encoder."))
             if values.numel():
                 pieces.append([name, rank * half, values.numel(), flat, offsets[flat]])
                 offsets[flat] += values.numel()
-                for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+                for kind in kinds:
                     lines[f"{kind}.{flat}"].append(values)
         path = folder / f"rank-{rank:05d}.safetensors"
         safetensors.torch.save_file({k: torch.cat(v) for k, v in lines.items() if k != "ema.1"}, path)

@@ -24,6 +24,7 @@ from jepa.state.checkpoint import Progress, Saver
 from jepa.state.foreign import open_initial
 from jepa.state.initial import start_from
 from jepa.state.interop import PARTS, Weights, save_safetensors
+from jepa.state.partitions import flats
 from jepa.state.restore import CheckpointError
 from jepa.train import zero
 from jepa.train.teacher import Teacher
@@ -353,7 +354,7 @@ def deviations(engine: Any, teacher: Teacher, fresh: Tensors, wanted: Model, low
     wrong += [f"average of {name}" for name in averages if not torch.equal(emas[name], averages[name])]
     for kind in ("exp_avg", "exp_avg_sq"):
         wrong += [f"{kind} of {name}" for name, value in whole_weights(engine, kind).items() if value.any()]
-    for name, p in teacher.encoder.named_parameters():
+    for name, p in teacher.averages["encoder"].named_parameters():
         if not torch.equal(p.flatten(), averages[f"encoder.{name}"].to(low)):
             wrong.append(f"the target encoder's {name}")
     if engine.zero_optimization_stage() < 3:
@@ -392,7 +393,7 @@ def step_deviates(config: Config, engine: Any, teacher: Teacher, wanted: Model) 
         moved = (weights[name] - before * (1 - 0.01 * 0.1 * (len(wanted.encoder[name[8:]].shape) > 1))).abs()
         if not 0.005 < moved.max() < 0.0101:  # AdamW's first step is lr times the gradient's sign
             wrong.append(f"the first step of {name}: {moved.max()}")
-    counts = {float(engine.basic_optimizer.state[flat.weight]["step"]) for flat in zero.flats(engine) if flat.pieces}
+    counts = {float(engine.basic_optimizer.state[flat.weight]["step"]) for flat in flats(engine) if flat.fragments}
     return wrong if counts == {1.0} else [*wrong, f"steps counted: {counts}"]
 
 
@@ -421,6 +422,7 @@ def start_all(path: Path, folder: Path, wanted: Model) -> list[str]:
     return found
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_starts_from_the_file(ranks: int, tmp_path: Path) -> None:
     wanted = model()
@@ -437,6 +439,7 @@ def start_one(paths: dict[str, Path], folder: Path) -> dict[str, dict[str, Tenso
     return found
 
 
+@pytest.mark.ranks
 def test_one_encoder_serves_for_both(tmp_path: Path) -> None:
     only, expected, paths = ("encoder", "target_encoder"), {}, {}
     for part in only:
@@ -461,6 +464,7 @@ def fail(path: Path, folder: Path) -> str:
     return "no error"
 
 
+@pytest.mark.ranks
 def test_all_ranks_fail_together(tmp_path: Path) -> None:
     path = write_official(tmp_path / "x.pth.tar", {"encoder": encoder(patch=8)})
     first, second = run_ranks(2, fail, path, tmp_path)
@@ -549,6 +553,7 @@ def tensors_of(checkpoint: Path) -> dict[str, Tensors]:
     }
 
 
+@pytest.mark.ranks
 def test_cjepa_on_top_of_a_trained_ijepa(config: Path, tmp_path: Path) -> None:
     ijepa, words = tmp_path / "ijepa", ("--config", config)
     train(1, ijepa, *words, "loss.objective=ijepa", "engine.max_steps=3", "optimization.lr=0.01")
@@ -562,7 +567,7 @@ def test_cjepa_on_top_of_a_trained_ijepa(config: Path, tmp_path: Path) -> None:
     # The first step has the images of step 0 and the trained weights, as a replay of that step with them says.
     replay = ("--replay-step", 0, "--resume", ijepa / "jepa-latest")
     said = train(1, tmp_path / "replay", "--config", config, "loss.objective=ijepa", "meta.pred_depth=2", *replay)
-    jepa = float(re.search(r"rank 0: .*jepa (\S+)", said)[1])  # type: ignore[index]
+    jepa = float(re.search(r"rank 0: .*jepa (\S+)", said)[1])
     assert log[0]["jepa"] == pytest.approx(jepa, rel=1e-5)
     cold = train(1, tmp_path / "cold", "--config", config, "engine.max_steps=1") and rows(tmp_path / "cold")
     assert cold[0]["jepa"] != pytest.approx(jepa, rel=1e-3)
@@ -581,6 +586,7 @@ def test_cjepa_on_top_of_a_trained_ijepa(config: Path, tmp_path: Path) -> None:
     assert state["config"]["meta"]["init_from"] == f"{ijepa}/jepa-latest"
 
 
+@pytest.mark.ranks
 def test_an_official_file_goes_on_at_another_crop_size(config: Path, tmp_path: Path) -> None:
     wanted, steps = model(), 3
     path = write_official(tmp_path / "IN1K-vit.pth.tar", wanted._asdict())
@@ -602,11 +608,12 @@ def test_an_official_file_goes_on_at_another_crop_size(config: Path, tmp_path: P
 
 
 def nothing_is_finite(rank: int) -> None:
-    import train
+    from jepa.train import step
 
-    train.poison = lambda loss: loss * float("nan")
+    step.poison = lambda loss: loss * float("nan")
 
 
+@pytest.mark.ranks
 def test_the_average_outlives_steps_that_were_all_skipped(config: Path, tmp_path: Path) -> None:
     wanted, folder = model(), tmp_path / "run"
     path = write_official(tmp_path / "x.pth.tar", wanted._asdict())
@@ -619,10 +626,11 @@ def test_the_average_outlives_steps_that_were_all_skipped(config: Path, tmp_path
         average = (value.double() + wanted.encoder[name].double()) / 2
         torch.testing.assert_close(found[f"encoder.{name}"].double(), average, rtol=1e-6, atol=1e-6)
     said = train(1, tmp_path / "replay", *words, "--replay-step", 1, "--resume", folder / "jepa-step00000001")
-    loss = float(re.search(r"rank 0: total (\S+)", said)[1])  # type: ignore[index]
+    loss = float(re.search(r"rank 0: total (\S+)", said)[1])
     assert rows(folder)[-1]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.ranks
 def test_a_file_that_does_not_fit_stops_the_run_with_one_line(config: Path, tmp_path: Path) -> None:
     path = write_official(tmp_path / "x.pth.tar", {"encoder": encoder(patch=8)})
     done = start(1, tmp_path / "run", "--config", config, "data.synthetic=80", f"meta.init_from={path}")

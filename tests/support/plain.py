@@ -112,23 +112,24 @@ def criterion(model: Method, z_BD: Tensor, p_MBKD: Tensor, target: Tensor, h: Te
         else:
             flat = views.transpose(0, 1).reshape(B * M, -1)
             blocks = projected(model, flat).view(B, M, -1).unbind(1)
-            pairs = [(blocks[i], blocks[j]) for i, j in permutations(range(M), 2)]
-            sim = torch.stack([((a - b) ** 2).mean() for a, b in pairs]).mean()
-            std = torch.stack([(variance_term(a) + variance_term(b)) / 2 for a, b in pairs]).mean()
-            cov = torch.stack([covariance_term(a) + covariance_term(b) for a, b in pairs]).mean()
+            both_ways = [(blocks[i], blocks[j]) for i, j in permutations(range(M), 2)]
+            sim = torch.stack([((a - b) ** 2).mean() for a, b in both_ways]).mean()
+            std = torch.stack([(variance_term(a) + variance_term(b)) / 2 for a, b in both_ways]).mean()
+            cov = torch.stack([covariance_term(a) + covariance_term(b) for a, b in both_ways]).mean()
         total = jepa + loss.beta_vicreg * (loss.beta_sim * sim + loss.beta_std * std + loss.beta_cov * cov)
     return total, jepa, sim, std, cov
 
 
 def projected(model: Method, x: Tensor) -> Tensor:
     """The projector in float64, batch norm by its definition."""
-    assert model.projector is not None
+    assert isinstance(model.projector, torch.nn.Sequential)
     for layer in model.projector:
         if isinstance(layer, torch.nn.Linear):
             x = x @ layer.weight.double().T + layer.bias.double()
         elif isinstance(layer, GlobalBatchNorm):
             variance = ((x - x.mean(0)) ** 2).mean(0)
-            x = (x - x.mean(0)) / torch.sqrt(variance + 1e-5) * layer.weight.double() + layer.bias.double()
+            weight, bias = (p.double() for p in layer.parameters())
+            x = (x - x.mean(0)) / torch.sqrt(variance + 1e-5) * weight + bias
         else:
             x = x.clamp_min(0)
     return x

@@ -16,7 +16,7 @@ from jepa.config.schema import Config, settings_of
 from jepa.model.layout import Layout
 from jepa.state.partitions import flats
 
-MAPPING = {
+MAPPING: dict[str, dict[str, Any]] = {
     "meta": {
         "model_name": "vit_tiny", "embed_dim": 24, "depth": 2, "num_heads": 2,
         "pred_depth": 2, "pred_emb_dim": 16, "pred_num_heads": 2, "use_bfloat16": False,
@@ -69,15 +69,15 @@ def _one_rank(rank: int, world_size: int, folder: str, work: Callable[..., Any],
         dist.destroy_process_group()
 
 
-def whole_weights(engine: object, kind: str = "weight") -> dict[str, Tensor]:
+def whole_weights(engine: Any, kind: str = "weight") -> dict[str, Tensor]:
     """The fp32 weights, or a kind of optimizer state, of all parameters by name, gathered from all ranks."""
     mine = []
     for flat in flats(engine):
         values = flat.weight if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)
         if values is not None:
             line = values.detach().flatten()
-            mine += [(p.name, p.start, line[p.offset : p.offset + p.length].clone()) for p in flat.pieces]
-    everything = [None] * dist.get_world_size()
+            mine += [(p.name, p.start, line[p.offset : p.offset + p.length].clone()) for p in flat.fragments]
+    everything: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everything, mine)
     sizes: dict[str, int] = {}
     for name, start, values in itertools.chain(*everything):

@@ -221,7 +221,7 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             self.found.append("".join(traceback.format_stack(limit=6)))
         return op(*args, **(kwargs or {}))
@@ -244,6 +244,7 @@ def whole_steps(stage: int, bf16: bool, clip: str) -> list[str]:
     return [where for where in reads.found if not re.search("in (check_index|_check_options)", where)]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("clip", ["null", "0.5"])
 @pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (1, True), (2, True)])
 def test_no_step_waits_for_the_device(stage: int, bf16: bool, clip: str) -> None:
@@ -257,9 +258,10 @@ class Casts(TorchDispatchMode):
 
     def __init__(self, limit: int) -> None:
         super().__init__()
-        self.limit, self.found = limit, []
+        self.limit = limit
+        self.found: list[tuple[int, ...]] = []
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         if op is torch.ops.aten._to_copy.default and out.dtype != args[0].dtype and out.numel() >= self.limit:
             self.found.append(tuple(out.shape))

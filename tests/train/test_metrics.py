@@ -68,6 +68,7 @@ def log_twice(folder: Path) -> None:
         log_steps(folder / str(i), 6, 9, "")
 
 
+@pytest.mark.ranks
 def test_a_log_goes_on_without_torn_or_repeated_rows(tmp_path: Path) -> None:
     run_ranks(1, log_twice, tmp_path)
     wanted = [*range(6), 606, 607, 608]

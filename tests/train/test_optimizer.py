@@ -21,6 +21,8 @@ from jepa.train.teacher import Teacher
 from jepa.train.zero import deepspeed_config
 from small import every_row, run_ranks, small_config, whole_weights
 
+pytestmark = pytest.mark.ranks
+
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 STEPS, BAD_STEP = 5, 3
 FOREIGN = [name for name in ("deepspeed", "apex") if find_spec(name) and torch.cuda.is_available()]
@@ -34,7 +36,7 @@ def train(optimizer: str, stage: int, seed: int, *more: str) -> tuple[dict[str, 
     model = build(config)
     encoder = copy.deepcopy(model.encoder)
     engine = zero.start(model, config)
-    teacher, norms, moved = Teacher(encoder, engine), [], []
+    teacher, norms, moved = Teacher({"encoder": encoder}, engine), [], []
     for step in range(STEPS):
         zero.schedule(engine, torch.tensor([1e-3 * (step + 1), 0.1, 0.9 - 0.1 * step], dtype=torch.float64))
         torch.manual_seed(seed + 10 * step + dist.get_rank())
@@ -51,7 +53,7 @@ def train(optimizer: str, stage: int, seed: int, *more: str) -> tuple[dict[str, 
         norms.append(float(outcome.grad_norm))
         moved.append(bool(outcome.applied))
     found = {f"{kind} of {n}": v for kind in KINDS for n, v in whole_weights(engine, kind).items()}
-    found |= {f"teacher's {n}": p.flatten().clone() for n, p in teacher.encoder.named_parameters()}
+    found |= {f"teacher's {n}": p.flatten().clone() for n, p in teacher.averages["encoder"].named_parameters()}
     return found, norms, moved
 
 
@@ -98,12 +100,12 @@ def deepspeeds_own(config: Config, *args: int) -> dict[str, Any]:
 
 def ours_and_deepspeeds_own(seed: int) -> list[str]:
     """Where the one-pass step, or a single rank's step without buckets, differs in any bit from DeepSpeed's own."""
-    wrong, ways = [], (zero._join_passes, zero._send_nothing, zero.deepspeed_config)
+    wrong, ways = [], (zero.join_passes, zero.send_nothing, zero.deepspeed_config)
     for stage, bf16, accumulation in itertools.product((1, 2), ("true", "false"), (1, 3)):
         words = (f"meta.use_bfloat16={bf16}", f"engine.gradient_accumulation_steps={accumulation}")
-        zero._join_passes, zero._send_nothing, zero.deepspeed_config = ways
+        zero.join_passes, zero.send_nothing, zero.deepspeed_config = ways
         ours = train("adamw_ema", stage, seed, *words)[0]
-        zero._join_passes = zero._send_nothing = lambda _: None
+        zero.join_passes = zero.send_nothing = lambda _: None
         zero.deepspeed_config = deepspeeds_own
         theirs = train("adamw_ema", stage, seed, *words)[0]
         wrong += [f"ZeRO-{stage}, {words}: {name}" for name in ours if not torch.equal(ours[name], theirs[name])]

@@ -15,6 +15,8 @@ from jepa.train.schedules import Schedules
 from jepa.train.step import poison
 from processes import rows, start, write_config, write_images
 
+pytestmark = pytest.mark.ranks
+
 BAD_STEP, BAD_RANK, BAD_IMAGE = 3, 1, 2
 
 

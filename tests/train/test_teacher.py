@@ -22,6 +22,8 @@ from jepa.train import zero
 from jepa.train.teacher import Teacher
 from small import every_row, run_ranks, small_config, whole_weights
 
+pytestmark = pytest.mark.ranks
+
 STAGES = list(itertools.product((0, 1, 2, 3), ("fp32", "bf16")))
 MOMENTA = (0.9, 0.5, 0.99, 0.7, 1.0)
 BAD_STEP = 2
@@ -31,7 +33,7 @@ def deviations(engine: object, teacher: Teacher, average: dict[str, Tensor], rou
     """Where the fp32 average differs from the float64 one by more than a rounding per step, or the teacher is not the
     rounded average."""
     wrong, emas, rank = [], whole_weights(engine, "ema"), dist.get_rank()
-    for name, parameter in teacher.encoder.named_parameters():
+    for name, parameter in teacher.averages["encoder"].named_parameters():
         ema, wanted = emas["encoder." + name], average["encoder." + name]
         error = (ema.double() - wanted).abs().max()
         if not error <= roundings * torch.finfo(torch.float32).eps * wanted.abs().max():
@@ -56,7 +58,7 @@ def follow(stage: int, precision: str) -> list[str]:
     encoder = copy.deepcopy(model.encoder)
     engine = zero.start(model, config)
     low = torch.bfloat16 if precision == "bf16" else torch.float32
-    teacher = Teacher(encoder.to(low), engine)
+    teacher = Teacher({"encoder": encoder.to(low)}, engine)
     wrong = []
 
     weights = whole_weights(engine)
@@ -88,7 +90,7 @@ def follow(stage: int, precision: str) -> list[str]:
             for name in average:
                 average[name] = momentum * average[name] + (1 - momentum) * weights[name].double()
         wrong += deviations(engine, teacher, average, roundings=len(MOMENTA), where=f"step {step}: ")
-    counts = {float(engine.basic_optimizer.state[flat.weight]["step"]) for flat in flats(engine) if flat.pieces}
+    counts = {float(engine.basic_optimizer.state[flat.weight]["step"]) for flat in flats(engine) if flat.fragments}
     if counts != {len(MOMENTA) - 1.0}:
         wrong.append(f"the optimizer counted {counts} steps of {len(MOMENTA) - 1}")
     return wrong
@@ -173,12 +175,12 @@ def follow_any(stage: int, case: dict[str, Any]) -> list[str]:
         engine = zero.start(model, config)
     finally:
         zero.deepspeed_config = original
-    teacher, wrong = Teacher(encoder, engine), []
+    teacher, wrong = Teacher({"encoder": encoder}, engine), []
     weights = whole_weights(engine)
     average = {n: w.double() for n, w in weights.items() if n.startswith("encoder.")}
     for step, momentum in enumerate(case["momenta"]):
         zero.schedule(engine, torch.tensor([0.1 * (step + 1), 0.1, momentum], dtype=torch.float64))
-        assert teacher.encoder  # a step begins with the teacher's features
+        assert teacher.averages  # a step begins with the teacher's features
         for micro in range(case["accumulation"]):
             x = torch.tensor(1.0 + step + 0.1 * micro + 0.01 * rank)
             if step == case["bad_step"] and micro == rank % case["accumulation"] and rank == world - 1:

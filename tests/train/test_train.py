@@ -12,6 +12,8 @@ import pytest
 from processes import ROOT, start, write_config, write_images
 from soak import log_of
 
+pytestmark = pytest.mark.ranks
+
 TRAIN = str(ROOT / "engine/train.py")
 BIN = Path(sys.executable).parent
 

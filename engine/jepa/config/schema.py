@@ -94,7 +94,7 @@ class Size(NamedTuple):
     mlp_ratio: float = 4.0
 
 
-SIZES = {
+MODELS = {
     "vit_tiny": Size(192, 12, 3),
     "vit_small": Size(384, 12, 6),
     "vit_base": Size(768, 12, 12),
@@ -104,7 +104,7 @@ SIZES = {
 }
 
 
-class Batch(NamedTuple):
+class BatchSize(NamedTuple):
     """Images in a rank's micro-batch, micro-batches per step, and images per step over all ranks."""
 
     micro_batch: int
@@ -332,7 +332,7 @@ class Config(_Section):
     @property
     def vit(self) -> Size:
         """The encoder: the named size with its overrides."""
-        named, meta = SIZES[self.meta.model_name], self.meta
+        named, meta = MODELS[self.meta.model_name], self.meta
         return Size(
             meta.embed_dim or named.embed_dim,
             meta.depth or named.depth,
@@ -408,7 +408,7 @@ class Config(_Section):
         default = device_type == "cuda" and self.engine.zero_stage < 3
         return default if self.engine.compile is None else self.engine.compile
 
-    def batch(self, world_size: int) -> Batch:
+    def batch(self, world_size: int) -> BatchSize:
         """Batch sizes on `world_size` ranks. Raises ConfigError if engine.global_batch_size is not their product."""
         if world_size < 1:
             raise ValueError(f"world_size is {world_size}; it must be at least 1")
@@ -421,7 +421,7 @@ class Config(_Section):
         if micro * world_size < 2 and self.method.couples_images(self):
             problem = f"data.batch_size = {micro}: must be at least 2 on one rank, for the loss's variance over images"
             raise ConfigError([problem])
-        return Batch(micro, steps, total)
+        return BatchSize(micro, steps, total)
 
     def fingerprint(self, world_size: int) -> dict[str, int | str]:
         """What determines the steps of a run besides model, data and loss: runs that agree in it compute the same steps

@@ -10,7 +10,6 @@ So there pixels may depend on the batch: `Config.decoder` is the CPU for runs th
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,18 +60,22 @@ class _Delivery:
         self.threads = max(1, min(threads, len(os.sched_getaffinity(0))))
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def _deliver(self, take: Callable[[], Tensor], colour: Colour | None = None) -> Tensor:
-        """What `take` returns, on the device and recoloured there; from a GPU a copy, as DALI reuses its own memory
-        without notice."""
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+    def _deliver(self, take: Callable[[], Tensor]) -> Tensor:
+        """What `take` returns, on the device; from a GPU a copy, as DALI reuses its own memory without notice."""
+        if self._stream is None:
+            return take()
+        with torch.cuda.stream(self._stream):
             images = take()
-            if self._stream:
-                images = images.clone() if images.is_cuda else images.pin_memory().to(self.device, non_blocking=True)
-            if colour:
-                recolour(images, colour)
-        if self._stream:
-            self._stream.synchronize()  # blocks this thread, not the training step's stream
+            images = images.clone() if images.is_cuda else images.pin_memory().to(self.device, non_blocking=True)
+        self._stream.synchronize()  # blocks this thread, not the training step's stream
         return images
+
+    def _recolour(self, images: Tensor, colour: Colour) -> None:
+        """Changes the colours of what was delivered, where it was delivered."""
+        with torch.cuda.stream(self._stream):  # of None: nothing
+            recolour(images, colour)
+        if self._stream:
+            self._stream.synchronize()
 
 
 def _nearest(images: Sequence[np.ndarray], box_N4: np.ndarray, size: int) -> Tensor:
@@ -105,7 +108,7 @@ class Decoder(_Delivery):
     """Decodes images to one uint8 tensor, on CPU cores or on the GPU (JPEGs by its hardware decoder).
 
     `kind`: "auto" (the GPU, if `device` is one), "cpu" or "gpu". `options`: arguments of DALI's decoder. Concurrent
-    calls run one at a time. Raises ValueError if `kind` is "gpu" and `device` is not a GPU, and like `dali`.
+    calls decode one at a time. Raises ValueError if `kind` is "gpu" and `device` is not a GPU, and like `dali`.
     """
 
     def __init__(self, kind: str, device: torch.device | str, threads: int) -> None:
@@ -170,8 +173,11 @@ class Decoder(_Delivery):
                 )
                 if crops.flip is not None:
                     part = ndd.flip(part, horizontal=ndd.as_batch(crops.flip))
-                made.append(self._deliver(ndd.as_tensor(part).torch, crops.colour))
-            return made
+                made.append(self._deliver(ndd.as_tensor(part).torch))
+        for images, crops in zip(made, wanted, strict=True):
+            if crops.colour:
+                self._recolour(images, crops.colour)
+        return made
 
     def raise_unless_bad(self, error: OSError | RuntimeError, read: Callable[[], list[np.ndarray]]) -> None:
         """Re-raises `error` if it is the GPU's fault: the CPU can decode the image."""

@@ -189,7 +189,7 @@ class Loader:
         epoch, place = divmod(step, self.steps_per_epoch)
         order = self._order(epoch)
         first = (micro * self.world_size + self.rank) * self.batch_size
-        uniform_BVK = self._uniform(step, first)
+        uniform_BVK = self.uniform(step, first)
         start = place * self.global_batch_size + first
         slots = range(start, start + self.batch_size)
         wanted = [int(i) for i in order[start : start + self.batch_size]]
@@ -228,7 +228,7 @@ class Loader:
             self._epoch_order = epoch, order
         return order
 
-    def _uniform(self, step: int, first: int) -> np.ndarray:
+    def uniform(self, step: int, first: int) -> np.ndarray:
         """Random numbers in [0, 1) for a micro-batch whose first image is `first` of the step: [B, V, words]."""
 
         def of(view: int) -> np.ndarray:

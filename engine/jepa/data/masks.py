@@ -35,9 +35,9 @@ MODES = ("reference", "unbiased", "packed")
 TRIES = 20  # failed placements of a context before it may overlap one more target
 MAX_SIDE = MAX_BLOCKS = 1024
 MAX_IMAGES = 2**32  # the image's index is one word of the counter
-SIZES, PLACES, CUTS, THIN = range(4)  # streams of random words
+BLOCK_SIZES, PLACES, CUTS, THIN = range(4)  # streams of random words
 
-Size = tuple[int, int]
+Extent = tuple[int, int]  # height and width in patches
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,13 @@ def thin(masks: Masks, most: int, *, seed: int, step: int, first: int) -> Masks:
     return Masks(torch.cat(contexts), masks.target, lengths)
 
 
-def block_sizes(spec: MaskSpec, *, seed: int, step: int) -> tuple[Size, Size]:
+def block_sizes(spec: MaskSpec, *, seed: int, step: int) -> tuple[Extent, Extent]:
     """(height, width) of a step's contexts and of its targets, in patches.
 
     k = int(HW s), h = round(sqrt(k a)), w = round(sqrt(k / a)), with scale s and aspect ratio a uniform in
     their ranges, clipped to the grid (`reference`: to the grid without its last row and column).
     """
-    words = _words(seed, step, 0, SIZES)
+    words = _words(seed, step, 0, BLOCK_SIZES)
     target, context, aspect = (next(words) / 2**32 for _ in range(3))
     if spec.mode == "reference":
         aspect = target  # one number for both, so larger blocks are taller
@@ -165,7 +165,7 @@ def block_sizes(spec: MaskSpec, *, seed: int, step: int) -> tuple[Size, Size]:
     )
 
 
-def _block_size(spec: MaskSpec, scale: float, aspect: float) -> Size:
+def _block_size(spec: MaskSpec, scale: float, aspect: float) -> Extent:
     area = int(spec.height * spec.width * scale)
     margin = 1 if spec.mode == "reference" else 0  # a block is never as high or wide as the grid
     height = min(round(math.sqrt(area * aspect)), spec.height - margin)
@@ -237,7 +237,7 @@ def _sample_ref(
     context_size, target_size = sizes.tolist()
     last = 0 if mode == "reference" else 1  # reference excludes the last position in each direction
 
-    def place(words: Iterator[int], size: Size) -> list[int]:
+    def place(words: Iterator[int], size: Extent) -> list[int]:
         top = _below(next(words), height - size[0] + last)
         left = _below(next(words), width - size[1] + last)
         return [row * width + left + x for row in range(top, top + size[0]) for x in range(size[1])]

@@ -21,11 +21,15 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 
-@cache
-def find(name: str) -> type[Method]:
+def find(name: object) -> type[Method]:
     """The method in the file `name`.py: its one subclass of Method. Raises ValueError if there is no such file."""
-    if name not in names():
+    if not isinstance(name, str) or name not in names():
         raise ValueError(f"must be one of {', '.join(names())}, the files of engine/jepa/methods")
+    return _in_file(name)
+
+
+@cache
+def _in_file(name: str) -> type[Method]:
     module = importlib.import_module(f"{__name__}.{name}")
     (method,) = (
         value

@@ -3,7 +3,7 @@
     z = projector(mean(encoder(x))),    p = predictor(z),    z' and p' the same of the other view
     L = -cos(p, stop(z')) / 2 - cos(p', stop(z)) / 2
 No teacher and no negative pairs: it is the stop-gradient and the predictor that keep features from collapsing. The
-predictor's learning rate is not decayed.
+predictor's learning rate is not decayed. Each view has a batch norm of its own.
 
 Legend: B images, D width of the projections.
 """
@@ -50,11 +50,11 @@ class SimSiam(Method):
 
     def forward(self, views: list[Tensor], layout: Any, targets: Any) -> Output:
         y = self.encoder(torch.cat(views)).mean(1)
-        z = self.projector(y)
-        p1, p2 = self.prediction(z).chunk(2)
-        z1, z2 = z.detach().chunk(2)
-        cosine = (mean_cosine(p1, z2) + mean_cosine(p2, z1)) / 2
-        return Output(-cosine, (cosine.detach(),), {"feature": y.detach(), "projection": z.detach()})
+        z1, z2 = (self.projector(y_BD) for y_BD in y.chunk(2))
+        p1, p2 = self.prediction(z1), self.prediction(z2)
+        cosine = (mean_cosine(p1, z2.detach()) + mean_cosine(p2, z1.detach())) / 2
+        features = {"feature": y.detach(), "projection": torch.cat([z1, z2]).detach()}
+        return Output(-cosine, (cosine.detach(),), features)
 
     @classmethod
     def flops(cls, config: Config, kept: Kept) -> dict[str, float]:

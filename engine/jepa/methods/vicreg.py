@@ -2,8 +2,10 @@
 
 Each image gives two augmented views; the encoder's features, averaged over patches, go through an expander:
     z = expander(mean(encoder(x))),    z' the same of the other view
-    L = beta_sim * |z - z'|^2 / D + beta_std * hinge(std) + beta_cov * off-diagonal covariances^2 / D
-with variance and covariance of each view over the images of all ranks. No teacher, no stop-gradient, no predictor.
+    L = beta_sim * |z - z'|^2 / D + beta_std * (v(z) + v(z')) / 2 + beta_cov * (c(z) + c(z'))
+with the hinge v = mean max(0, 1 - std) and c = off-diagonal covariances^2 / D over the images of all ranks. The means
+are the authors' code's; equation 6 has v(z) + v(z'). Each view has a batch norm of its own. No teacher, no
+stop-gradient, no predictor.
 
 Legend: B images, V = 2 views, D width of the embedding.
 """
@@ -52,9 +54,9 @@ class VICReg(Method):
         return True
 
     def forward(self, views: list[Tensor], layout: Any, targets: Any) -> Output:
-        B, loss = len(views[0]), self.loss
+        loss = self.loss
         y = self.encoder(torch.cat(views)).mean(1)
-        z_BVD = self.expander(y).view(2, B, -1).transpose(0, 1)
+        z_BVD = torch.stack([self.expander(y_BD) for y_BD in y.chunk(2)], 1)
         sim, std, cov = vicreg(z_BVD, group=world_group())
         total = loss.beta_sim * sim + loss.beta_std * std + loss.beta_cov * cov
         terms = sim.detach(), std.detach(), cov.detach()

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 
 from jepa.ranks.device import to_device
 
@@ -55,11 +54,62 @@ def attend_packed(
             )
         )
     if backend == "sdpa" and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
-        # Positional, because the parameters after these seven differ between versions of torch.
-        out = varlen_attn(q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest)
-        assert isinstance(out, Tensor)
-        return out
+        lengths = queries.offsets, keys.offsets, queries.longest, keys.longest
+        return torch.ops.jepa.attention_packed(q, k, v, *lengths)[0]
     return _attend_padded(q, k, v, queries, keys, backend)
+
+
+# --- the op: FlashAttention as PyTorch has it. (Its own varlen_attn takes cuDNN on some GPUs in some versions, which
+# would build a plan for each new number of rows.)
+
+_aten = torch.ops.aten
+_LENGTHS = "Tensor q_offsets, Tensor k_offsets, SymInt q_longest, SymInt k_longest"
+torch.library.define(
+    "jepa::attention_packed", f"(Tensor q, Tensor k, Tensor v, {_LENGTHS}) -> (Tensor, Tensor, Tensor)"
+)
+torch.library.define(
+    "jepa::attention_packed_backward",
+    f"(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor logsumexp, Tensor state, {_LENGTHS}) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("jepa::attention_packed", "CUDA")
+def _packed_cuda(q: Tensor, k: Tensor, v: Tensor, *lengths: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _aten._flash_attention_forward(q, k, v, *lengths, 0.0, False, False)[:3]
+
+
+@torch.library.impl("jepa::attention_packed_backward", "CUDA")
+def _packed_backward_cuda(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, logsumexp: Tensor, state: Tensor, *lengths: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Without dropout the random state is not read.
+    return _aten._flash_attention_backward(dy, q, k, v, y, logsumexp, *lengths, 0.0, False, state, state)
+
+
+@torch.library.register_fake("jepa::attention_packed")
+def _packed_fake(q: Tensor, k: Tensor, v: Tensor, *lengths: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, heads, _ = q.shape
+    logsumexp = q.new_empty(heads, rows, dtype=torch.float32)
+    return torch.empty_like(q), logsumexp, q.new_empty(2, dtype=torch.uint64)
+
+
+@torch.library.register_fake("jepa::attention_packed_backward")
+def _packed_backward_fake(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.q_longest, ctx.k_longest = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+
+
+def _packed_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.jepa.attention_packed_backward(dy, *ctx.saved_tensors, ctx.q_longest, ctx.k_longest)
+    return *grads, None, None, None, None
+
+
+torch.library.register_autograd("jepa::attention_packed", _packed_backward, setup_context=_remember)
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, backend: str) -> Tensor:

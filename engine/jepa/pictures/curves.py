@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,31 +10,23 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .style import BLUE, ORANGE, SCALE, STYLE, UNIT, write
+from .style import PALETTE, SCALE, STYLE, UNIT, write
 
 
 class Panel(NamedTuple):
     """Log keys drawn together, with the label of each line; a single line needs none.
 
-    `noisy`: drawn pale behind a running mean. `optional`: left out if all values are zero, as VICReg's are in I-JEPA.
+    `noisy`: drawn pale behind a running mean.
     """
 
     title: str
     lines: dict[str, str]
     noisy: bool = False
-    optional: bool = False
 
 
 TIMES = Panel("Step time (ms)", {"step_ms": "all", "data_wait_ms": "waiting for images"}, noisy=True)
-
-PANELS = (
-    Panel("Loss", {"loss": "total", "jepa": "prediction"}, noisy=True),
-    Panel("VICReg: invariance", {"sim": ""}, noisy=True, optional=True),
-    Panel("VICReg: variance", {"std": ""}, noisy=True, optional=True),
-    Panel("VICReg: covariance", {"cov": ""}, noisy=True, optional=True),
-    Panel("Relative std of features", {"target_std": "target", "pred_std": "predicted"}),
-    Panel("Effective rank of features", {"target_rank": "target", "pred_rank": "predicted"}),
-    Panel("Correlation of features", {"target_cov": "target", "pred_cov": "predicted"}),
+LOSS = Panel("Loss", {"loss": ""}, noisy=True)
+OTHERS = (
     Panel("Teacher distance", {"teacher_distance": ""}),
     Panel("k-NN accuracy (%)", {"knn": ""}),
     Panel("Gradient norm", {"grad_norm": ""}, noisy=True),
@@ -44,8 +37,28 @@ PANELS = (
     TIMES,
     Panel("Context tokens", {"context_tokens": ""}, noisy=True),
 )
-
+HEALTH = {"std": "Relative std of features", "rank": "Effective rank of features", "cov": "Correlation of features"}
+UNSEEN = ("step", "epoch", "bad_images", "skipped")  # and what is not a number
 PERCENT = ("knn",)  # logged as a fraction
+
+
+def panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """The panels of a log: its loss and the terms of its method, the health of its method's features, and the rest."""
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
+    health = []
+    for kind, title in HEALTH.items():
+        names = [key.removesuffix(f"_{kind}") for key in keys if key.endswith(f"_{kind}")]
+        health.append(Panel(title, {f"{name}_{kind}": name for name in names}))
+    known = {*UNSEEN, *(key for panel in (LOSS, *health, *OTHERS) for key in panel.lines)}
+    terms = [key for key in keys if key not in known and _adds(rows, key)]
+    return [LOSS, *(Panel(f"Loss term {key!r}", {key: ""}, noisy=True) for key in terms), *health, *OTHERS]
+
+
+def _adds(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether a term is neither always zero nor the loss itself."""
+    values = [(row[key], row.get("loss")) for row in rows if row.get(key) is not None]
+    same = all(value == loss or (value != value and loss != loss) for value, loss in values)
+    return not same and any(value for value, _ in values)
 
 
 def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
@@ -56,16 +69,8 @@ def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
     """
     rows = _read_log(Path(log_path))
     drawn = []
-    for panel in PANELS:
+    for panel in panels(rows):
         series = {key: values for key in panel.lines if (values := _series(rows, key)) is not None}
-        if panel.optional and not any(values.any() for _, values in series.values()):
-            continue
-        if (
-            "jepa" in series
-            and "loss" in series
-            and np.array_equal(series["jepa"][1], series["loss"][1], equal_nan=True)
-        ):
-            del series["jepa"]  # I-JEPA has no other term
         if series:
             drawn.append((panel, series))
     if not drawn:
@@ -111,7 +116,7 @@ def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _draw_panel(axes: Any, panel: Panel, series: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    for color, (key, name) in zip((BLUE, ORANGE), panel.lines.items(), strict=False):
+    for color, (key, name) in zip(PALETTE, panel.lines.items(), strict=False):
         if key not in series:
             continue
         steps, values = series[key]

@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jepa.config.schema import Config
-from jepa.ranks.lock import Lock
 
 from . import manifest
+from .lock import Lock
 from .partitions import Flat, flats, refresh_training_weights
 from .restore import (
     KINDS,
@@ -251,7 +251,7 @@ def _write_rank(folder: Path, engine: Any) -> dict[str, Any]:
         kept = state.get(flat.weight, {})
         tensors[f"weight.{i}"] = flat.weight.detach()
         tensors |= {f"{kind}.{i}": kept[kind] for kind in KINDS if kind in kept}
-        pieces += [[p.name, p.start, p.length, i, p.offset] for p in flat.pieces]
+        pieces += [[p.name, p.start, p.length, i, p.offset] for p in flat.fragments]
     return {**_write_tensors(folder / f"rank-{rank:05d}.safetensors", tensors), "pieces": pieces}
 
 
@@ -298,9 +298,9 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
             counter = torch.tensor(float(progress.applied), device=flat.weight.device)
             optimizer.state[flat.weight] = {"step": counter, **kept}
         for kind, target in {"weight": flat.weight.data, **(kept if begun else {})}.items():
-            for piece in flat.pieces:
-                for start, values in reader.read(kind, piece.name, piece.start, piece.length):
-                    place = piece.offset + start - piece.start
+            for fragment in flat.fragments:
+                for start, values in reader.read(kind, fragment.name, fragment.start, fragment.length):
+                    place = fragment.offset + start - fragment.start
                     target.view(-1)[place : place + len(values)].copy_(values)
     refresh_training_weights(engine)
     return progress

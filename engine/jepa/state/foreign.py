@@ -18,7 +18,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from jepa.config.schema import SIZES, Config, ConfigError
+from jepa.config.schema import MODELS, Config, ConfigError
 
 from .interop import (
     ENCODERS,
@@ -242,7 +242,7 @@ def _refuse_other_size(
     differ = [key for key in found if found[key] != wanted[key]]
     if not differ:
         return
-    fits = [name for name, size in SIZES.items() if not predicts and size[:2] == (width, depth)]
+    fits = [name for name, size in MODELS.items() if not predicts and size[:2] == (width, depth)]
     other = bool(fits) and fits[0] != config.meta.model_name
     give = [f"meta.model_name={fits[0]}"] if other else []
     give += [f"{key}={found[key]}" for key in differ if not other or key == "mask.patch_size"]

@@ -19,7 +19,7 @@ from jepa.config.schema import Config
 
 from .foreign import Initial, open_initial
 from .interop import ENCODERS, PARTS
-from .partitions import Flat, Piece, flats, refresh_training_weights
+from .partitions import Flat, Fragment, flats, refresh_training_weights
 from .restore import CheckpointError, shapes_of, together
 
 
@@ -42,10 +42,10 @@ def start_from(config: Config, engine: Any) -> None:
         raise CheckpointError(f"meta.init_from: {error}") from error
 
     mine, state = flats(engine), engine.basic_optimizer.state
-    places: dict[str, list[tuple[Flat, Piece]]] = {}
+    places: dict[str, list[tuple[Flat, Fragment]]] = {}
     for flat in mine:
-        for piece in flat.pieces:
-            places.setdefault(piece.name, []).append((flat, piece))
+        for fragment in flat.fragments:
+            places.setdefault(fragment.name, []).append((flat, fragment))
 
     def take(part: str, module: str, target: Callable[[Flat], Tensor]) -> None:
         for name in found[part]:
@@ -54,9 +54,9 @@ def start_from(config: Config, engine: Any) -> None:
             if first:
                 values.copy_(opened[0].parts[part][name].read())
             dist.broadcast(values, 0)
-            for flat, piece in places.get(parameter, []):
-                line = target(flat).view(-1)[piece.offset : piece.offset + piece.length]
-                line.copy_(values.view(-1)[piece.start : piece.start + piece.length])
+            for flat, fragment in places.get(parameter, []):
+                line = target(flat).view(-1)[fragment.offset : fragment.offset + fragment.length]
+                line.copy_(values.view(-1)[fragment.start : fragment.start + fragment.length])
 
     with torch.no_grad():
         take("encoder" if "encoder" in found else "target_encoder", "encoder", lambda flat: flat.weight)

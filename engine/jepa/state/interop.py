@@ -5,8 +5,9 @@ code, one tensor at a time; the writers take what it returns. No file can run co
 published file is unpickled by torch's `weights_only` loader, which creates only tensors and plain containers.
 (jepa.state.foreign also reads the others' formats, to start a run from them.)
 
-There are three parts, named as in the published code: `target_encoder`, `encoder` and `predictor`. C-JEPA's projector
-is used only by the loss and is not exported. A writer needs memory for what it writes plus one parameter.
+There are three parts, named as in the published code: `target_encoder`, `encoder` and `predictor`. Of a method without
+an average of the encoder, the target encoder is the encoder. What else a method has, such as a projector, is used only
+by its loss and is not exported. A writer needs memory for what it writes plus one parameter.
 """
 
 import json
@@ -110,7 +111,7 @@ def _open_checkpoint(path: Path) -> Weights:
     config, reader = parse_config(state["config"], source=str(path / "state.json")), Reader(path, state)
     average = "ema" if "ema" in kinds_in(state) and "encoder" in state["averaged"] else "weight"
     places = {"target_encoder": (average, "encoder."), "encoder": ("weight", "encoder.")}
-    if config.method.masked:
+    if "predictor.predictor_embed.weight" in state["shapes"]:  # I-JEPA's; another method's may have its name
         places["predictor"] = ("weight", "predictor.")
     shapes = {
         part: {name.removeprefix(prefix): shape for name, shape in state["shapes"].items() if name.startswith(prefix)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Piece:
+class Fragment:
     """`length` elements of the parameter `name`, beginning at its element `start`, at `offset` in a flat tensor."""
 
     name: str
@@ -26,14 +26,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Flat:
-    """One fp32 tensor that the optimizer updates on this rank, and the pieces of parameters it holds.
+    """One fp32 tensor that the optimizer updates on this rank, and the fragments of parameters it holds.
 
     `group` is the optimizer's param group. `training_weight`: the same elements of the model's training weights, if the
-    optimizer writes them too (`_join_passes`).
+    optimizer writes them too (jepa.train.zero_step).
     """
 
     weight: Tensor
-    pieces: list[Piece]
+    fragments: list[Fragment]
     group: dict[str, Any]
     training_weight: Tensor | None = None
 
@@ -56,7 +56,7 @@ def _replicated(wrapper: Any, names: dict[int, str]) -> list[Flat]:
     trained = [group["params"] for group in optimizer.param_groups]  # in fp32
     params, fp32s = getattr(wrapper, "fp16_groups", trained), getattr(wrapper, "fp32_groups", trained)
     return [
-        Flat(fp32, [Piece(names[id(param)], 0, 0, param.numel())], group)
+        Flat(fp32, [Fragment(names[id(param)], 0, 0, param.numel())], group)
         for i, group in enumerate(optimizer.param_groups)
         for param, fp32 in zip(params[i], fp32s[i], strict=True)
     ]
@@ -71,14 +71,14 @@ def _flat_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
     for i, group in enumerate(wrapper.optimizer.param_groups):
         weight, buffer = wrapper.single_partition_of_fp32_groups[i], wrapper.bit16_groups_flat[i]
         low = dist.get_rank(group=wrapper.real_dp_process_group[i]) * weight.numel()
-        pieces = []
+        fragments = []
         for param in wrapper.bit16_groups[i]:
             place = (param.data_ptr() - buffer.data_ptr()) // buffer.element_size()
             begin, end = max(place, low), min(place + param.numel(), low + weight.numel())
             if begin < end:
-                pieces.append(Piece(names[id(param)], begin - place, begin - low, end - begin))
+                fragments.append(Fragment(names[id(param)], begin - place, begin - low, end - begin))
         written = getattr(wrapper, "passes_joined", False)
-        result.append(Flat(weight, pieces, group, buffer[low : low + weight.numel()] if written else None))
+        result.append(Flat(weight, fragments, group, buffer[low : low + weight.numel()] if written else None))
     return result
 
 
@@ -87,15 +87,15 @@ def _parameter_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
     rank = dist.get_rank(group=wrapper.dp_process_group)
     result = []
     for i, (params, weight) in enumerate(zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)):
-        pieces, offset = [], 0
+        fragments, offset = [], 0
         for param in params:
             part = param.ds_tensor.numel()
             length = min(part, param.ds_numel - rank * part)
             if length > 0:
-                pieces.append(Piece(names[id(param)], rank * part, offset, length))
+                fragments.append(Fragment(names[id(param)], rank * part, offset, length))
             offset += part
         group = wrapper.optimizer.param_groups[wrapper.sub_group_to_group_id[i]]
-        result.append(Flat(weight, pieces, group))
+        result.append(Flat(weight, fragments, group))
     return result
 
 

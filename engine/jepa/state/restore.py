@@ -106,8 +106,8 @@ def refuse_change(
     if not accept:
         moved = {"mask.cut", "data.batch_size", "accumulation"} & set(changed)
         hint = (
-            " Only a run with mask.cut=global from its first step can move to another number of ranks, and with VICReg "
-            "only if data.batch_size x ranks stays the same."
+            " Only a run with mask.cut=global from its first step can move to another number of ranks, and one whose "
+            "loss has statistics over images only if data.batch_size x ranks stays the same."
         )
         raise CheckpointError(
             f"{message}: the same steps would compute a different loss. Restore the old settings or add "

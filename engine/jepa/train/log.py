@@ -115,10 +115,11 @@ class RunLog:
             "images_per_second": self.global_batch * len(steps) / sum(seconds),
             "step_ms": 1000 * sum(seconds) / len(steps),
             "data_wait_ms": 1000 * sum(waits) / len(steps),
-            "context_tokens": contexts[-1],
+            "context_tokens": contexts[-1] or None,
             "bad_images": bad_images,
-            **{key: value for key, value in more.items() if value is not None},
+            **more,
         }
+        rows[steps[-1]] = {key: value for key, value in rows[steps[-1]].items() if value is not None}
         for step in steps:
             if step in skipped or step == steps[-1]:
                 self._write(rows[step])

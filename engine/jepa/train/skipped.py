@@ -1,7 +1,7 @@
 """Steps that were skipped because their loss or gradient was not finite.
 
-The device decides whether a step is applied, and the host reads the decision some steps later (`Outcomes`), so that it
-does not synchronize in between. A skipped step is logged with the ranks and files involved.
+The device decides whether a step is applied, and the host reads the decision some steps later (`SkippedSteps`), so that
+it does not synchronize in between. A skipped step is logged with the ranks and files involved.
 """
 
 import math
@@ -20,7 +20,7 @@ class Diverged(RuntimeError):
     """Steps are no longer finite; the message says what to do."""
 
 
-class Outcomes:
+class SkippedSteps:
     """Tracks which steps were applied: those the host has not read yet, and how many in a row were skipped."""
 
     def __init__(self, progress: Progress, global_batch: int) -> None:

@@ -14,9 +14,9 @@ from jepa.config.schema import Config
 from jepa.data.loader import Batch
 from jepa.methods.base import Method, Output
 from jepa.model import fp8
-from jepa.model.execution import compile_blocks
+from jepa.model.execution import compile_blocks, configure
 from jepa.model.layout import Place
-from jepa.model.vit import VisionTransformer
+from jepa.model.vit import VisionTransformer, build_encoder
 from jepa.ranks.distributed import Ranks
 
 from . import zero
@@ -48,9 +48,21 @@ def start_model(
     return engine, Teacher(copies, engine, in_fp8) if copies else None
 
 
-def encoder_of(engine: Any, teacher: Teacher | None) -> nn.Module:
-    """The encoder that the run is for: its average, or without one the trained encoder."""
-    return teacher.averages["encoder"] if teacher is not None else engine.module.encoder
+def encoder_of(config: Config, engine: Any, teacher: Teacher | None) -> nn.Module:
+    """The encoder that the run is for: its average, or without one the trained encoder. Every rank calls it. At ZeRO 3
+    it is a copy, with whole weights: each rank may then run it as often as it likes."""
+    trained = engine.module.encoder
+    if teacher is not None and "encoder" in teacher.averages:
+        return teacher.averages["encoder"]
+    if config.engine.zero_stage < 3:
+        return trained
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
+        encoder = build_encoder(config)
+    configure(encoder, config)
+    with torch.no_grad():
+        for weight, parameter in zip(encoder.parameters(), trained.parameters(), strict=True):
+            weight.copy_(zero.weight(parameter))
+    return encoder.to(next(trained.parameters()).device, config.dtype)
 
 
 class Step(NamedTuple):

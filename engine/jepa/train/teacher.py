@@ -33,7 +33,7 @@ class Teacher:
         if self.sharded:
             self.parts = [buffer[dist.get_rank()] for buffer, _ in self.gathered]
         else:
-            self.parts = [self.weights[flat.pieces[0].name].data for flat in self.averaged]
+            self.parts = [self.weights[flat.fragments[0].name].data for flat in self.averaged]
         self.unwritten = []  # stage 3 gives the optimizer its tensors only during the step
         for flat, part in zip(self.averaged, self.parts, strict=True):
             if any(flat.weight is p for p in flat.group["params"]):
@@ -110,12 +110,12 @@ class Teacher:
         dtype, width = next(iter(self.weights.values())).dtype, flat.weight.numel()
         buffer = torch.zeros(dist.get_world_size(), width, dtype=dtype, device=flat.weight.device)
         tables: list[list] = [[] for _ in range(len(buffer))]
-        dist.all_gather_object(tables, flat.pieces)
+        dist.all_gather_object(tables, flat.fragments)
         places: dict[str, list[tuple[int, int, int]]] = {}
-        for rank, pieces in enumerate(tables):
-            for piece in pieces:
-                place = rank * width + piece.offset
-                places.setdefault(piece.name, []).append((place, piece.start, piece.length))
+        for rank, fragments in enumerate(tables):
+            for fragment in fragments:
+                place = rank * width + fragment.offset
+                places.setdefault(fragment.name, []).append((place, fragment.start, fragment.length))
         copies = []
         for name, parts in places.items():
             weight, line = self.weights[name], buffer.view(-1)

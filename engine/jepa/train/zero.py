@@ -12,9 +12,9 @@ from torch import Tensor
 
 from jepa.config.schema import Config
 from jepa.methods.base import Method
-from jepa.state.partitions import flats
 
 from .optimizer import make_optimizer
+from .zero_step import join_passes, require, send_nothing
 
 BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 makes a single buffer larger than most of these models
 LIVE = 100_000_000  # elements ZeRO-3 keeps gathered; its default of 1e9 would hold all of a ViT-H until the backward
@@ -72,6 +72,7 @@ def start(model: Method, config: Config) -> Any:
     """Wraps the model in a DeepSpeed engine with the optimizer named by `engine.optimizer`. Raises ConfigError."""
     import deepspeed
 
+    require(deepspeed.__version__)
     # Skips compiling an op that only CPU inference uses: a killed process leaves the build lock behind, and every later
     # process waits for it. (Accessed as an attribute, `deepspeed.comm.torch` is PyTorch.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
@@ -87,55 +88,13 @@ def start(model: Method, config: Config) -> Any:
         group.pop("step", None)
     if config.engine.zero_stage in (1, 2):
         if dist.get_world_size() == 1:
-            _send_nothing(engine.optimizer)
+            send_nothing(engine.optimizer)
         if optimizer.reads_tensors:
-            _join_passes(engine)
+            join_passes(engine)
     return engine
 
 
-def _send_nothing(wrapper: Any) -> None:
-    """One rank, ZeRO 1 and 2: a single gradient needs no averaging, and stays where it was written until the step."""
-    assert not wrapper.contiguous_gradients and callable(wrapper.buffered_reduce_fallback)
-    wrapper.buffered_reduce_fallback = lambda *args, **kwargs: None
-
-
-def _join_passes(engine: Any) -> None:
-    """ZeRO 1 and 2: AdamWEMA reads the gradient in its own dtype and also writes the model's training weights.
-
-    DeepSpeed's own step first copies a 16-bit gradient to fp32, and afterwards reads the fp32 weights again to cast
-    them. Skipping both saves 12 bytes of traffic per parameter in bf16, with bitwise identical results.
-    """
-    from deepspeed.runtime.utils import all_gather_dp_groups
-
-    wrapper = engine.optimizer
-
-    @torch.no_grad()
-    def step(closure: None = None) -> None:
-        """DeepSpeedZeroOptimizer.step of 0.19, without offload, loss scaling, clipping and its overflow check."""
-        wrapper.micro_step_id, wrapper.overflow, wrapper._global_grad_norm = -1, False, None
-        for i, weight in enumerate(wrapper.single_partition_of_fp32_groups):
-            wrapper.free_grad_in_param_list(wrapper.params_not_in_partition[i])
-            weight.grad = wrapper.flatten_dense_tensors_aligned(wrapper.averaged_gradients[i], weight.numel())
-            wrapper.free_grad_in_param_list(wrapper.params_in_partition[i])
-            wrapper.averaged_gradients[i] = wrapper.all_grad_tensors[i] = None
-            wrapper._optimizer_step(i)
-            weight.grad = None
-        all_gather_dp_groups(
-            groups_flat=wrapper.bit16_groups_flat,
-            partitioned_param_groups=wrapper.parallel_partitioned_bit16_groups,
-            dp_process_group=wrapper.real_dp_process_group,
-            start_alignment_factor=wrapper.nccl_start_alignment_factor,
-            allgather_bucket_size=wrapper.allgather_bucket_size,
-        )
-
-    assert not (wrapper.cpu_offload or wrapper.loss_scaler.dynamic or wrapper.clip_grad)
-    wrapper.step, wrapper.passes_joined = step, True
-    for flat in flats(engine):
-        flat.weight.grad_dtype = wrapper.dtype
-        engine.basic_optimizer.set_copies(flat.weight, weight=flat.training_weight)
-
-
-class Outcome(NamedTuple):
+class Update(NamedTuple):
     """The outcome of a step. If the device decides it, both tensors are on the device and reading them synchronizes."""
 
     applied: Tensor
@@ -161,7 +120,7 @@ def schedule(engine: Any, numbers: Tensor) -> None:
         group |= {"lr": rate, "momentum": momentum, "weight_decay": weight_decay if group["decays"] else 0.0}
 
 
-def step(engine: Any, clip_grad: float | None = None) -> Outcome | None:
+def step(engine: Any, clip_grad: float | None = None) -> Update | None:
     """Ends a micro-batch. After the last one of an accumulation, clips the gradient to the norm `clip_grad`, updates
     the weights unless the gradient is non-finite, and returns the outcome; before that, returns None."""
     if not engine.is_gradient_accumulation_boundary():
@@ -171,12 +130,12 @@ def step(engine: Any, clip_grad: float | None = None) -> Outcome | None:
         engine.step()
         norm = engine.get_global_grad_norm()
         norm = None if norm is None else torch.as_tensor(float(norm))
-        return Outcome(torch.as_tensor(engine.was_step_applied() and (norm is None or bool(norm.isfinite()))), norm)
+        return Update(torch.as_tensor(engine.was_step_applied() and (norm is None or bool(norm.isfinite()))), norm)
     norm = _gradient_norm(engine)
     scale = (clip_grad / (norm + 1e-6)).clamp(max=1.0) if clip_grad else None
     engine.basic_optimizer.gate(scale, (~norm.isfinite()).float())
     engine.step()
-    return Outcome(norm.isfinite(), norm)
+    return Update(norm.isfinite(), norm)
 
 
 def gradient(parameter: torch.nn.Parameter) -> Tensor | None:
@@ -185,6 +144,13 @@ def gradient(parameter: torch.nn.Parameter) -> Tensor | None:
     from deepspeed.utils import safe_get_full_grad
 
     return safe_get_full_grad(parameter)
+
+
+def weight(parameter: torch.nn.Parameter) -> Tensor:
+    """The whole weight of a parameter, fp32. Every rank calls it."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
 
 
 def _gradient_norm(engine: Any) -> Tensor:

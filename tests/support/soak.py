@@ -7,7 +7,7 @@ damaged    its newest checkpoints are corrupted, truncated or deleted; the newes
 moved      a checkpoint of every (ranks, ZeRO stage) is resumed on every one of them, in fp32 and bf16; ten losses are
            compared
 
-python tests/soak.py [--kills 30] [--damage 200] [--seed N]      prints a Markdown table
+python tests/support/soak.py [--kills 30] [--damage 200] [--seed N]      prints a Markdown table
 """
 
 import argparse

@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from jepa.config.schema import Config
-from jepa.state.restore import CheckpointError
+
+from .restore import CheckpointError
 
 RENEWAL = 10.0  # seconds
 SILENT = 300.0  # seconds without renewal, or the watchdog's timeout if that is less, after which a lock is stale

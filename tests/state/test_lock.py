@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from jepa.ranks import lock
-from jepa.ranks.lock import Lock
+from jepa.state import lock
+from jepa.state.lock import Lock
 from jepa.state.restore import CheckpointError
 from small import small_config
 
