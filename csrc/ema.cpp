@@ -3,6 +3,13 @@
 #include "lists.h"
 
 namespace jepa {
+namespace {
+
+JEPA_VECTOR_CLONES void move(float* __restrict target, const float* __restrict source, float weight, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) target[i] = lerp(target[i], source[i], weight);
+}
+
+}  // namespace
 
 void ema(std::vector<Tensor> targets, std::vector<Tensor> sources, Tensor weight) {
     const Flats to = flats("ema_", targets), from = flats("ema_", sources, to);
@@ -11,7 +18,7 @@ void ema(std::vector<Tensor> targets, std::vector<Tensor> sources, Tensor weight
     for_each_piece(to, [&](size_t i, int64_t first, int64_t n) {
         float target_buffer[kPiece], source_buffer[kPiece];
         float* target = read(to[i], first, n, target_buffer);
-        lerp(target, read(from[i], first, n, source_buffer), w, n);
+        move(target, read(from[i], first, n, source_buffer), w, n);
         write(to[i], first, n, target);
     });
 }

@@ -45,10 +45,6 @@ JEPA_VECTOR_CLONES void to_float16(const float* __restrict from, uint16_t* __res
 
 }  // namespace
 
-JEPA_VECTOR_CLONES void lerp(float* __restrict target, const float* __restrict source, float weight, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) target[i] = lerp(target[i], source[i], weight);
-}
-
 float* read(const Flat& t, int64_t from, int64_t n, float* buffer) {
     switch (t.dtype) {
         case ScalarType::Float:

@@ -16,9 +16,6 @@ inline float lerp(float a, float b, float weight) {
     return weight < 0.5f ? a + weight * (b - a) : b - (1 - weight) * (b - a);
 }
 
-// The same for n elements: target[i] = lerp(target[i], source[i], weight).
-void lerp(float* target, const float* source, float weight, int64_t n);
-
 // A tensor's memory: querying a stable tensor is a call into libtorch, too expensive to make for every piece.
 struct Flat {
     void* data;
