@@ -75,9 +75,20 @@ class Case:
     copies: Callable[[str, str, int], list[Call]] | None = None  # (mode, contender, count): each on its own buffers
 
 
+Op = Callable[[Size, str, torch.dtype], Case]
+OPS: dict[str, Op] = {}
+
+
+def benchmark(op: Op) -> Op:
+    """Adds it to `OPS`, under its name."""
+    OPS[op.__name__] = op
+    return op
+
+
 # --- the ops and their plain PyTorch equivalents
 
 
+@benchmark
 def gather(size: Size, device: str, dtype: torch.dtype) -> Case:
     def eager(x: Tensor, index: Tensor) -> Tensor:
         return torch.gather(x, 1, index[:, :, None].expand(-1, -1, x.shape[2]))
@@ -93,6 +104,7 @@ def gather(size: Size, device: str, dtype: torch.dtype) -> Case:
     return differentiable(contenders, [x, index], [x], work, device, dtype)
 
 
+@benchmark
 def patchify(size: Size, device: str, dtype: torch.dtype) -> Case:
     P = size.patch
 
@@ -121,6 +133,7 @@ def patchify(size: Size, device: str, dtype: torch.dtype) -> Case:
     return differentiable(contenders, inputs, [], work, device, dtype)
 
 
+@benchmark
 def predictor_tokens(size: Size, device: str, dtype: torch.dtype) -> Case:
     def eager(context: Tensor, context_index: Tensor, target_index: Tensor, pos: Tensor, mask_token: Tensor) -> Tensor:
         seen = (context + pos[context_index]).to(context.dtype)
@@ -137,6 +150,7 @@ def predictor_tokens(size: Size, device: str, dtype: torch.dtype) -> Case:
     return differentiable(contenders, inputs, [context, mask_token], work, device, dtype)
 
 
+@benchmark
 def prediction_loss(size: Size, device: str, dtype: torch.dtype) -> Case:
     def eager(pred: Tensor, target: Tensor, index: Tensor) -> Tensor:
         wide = torch.promote_types(target.dtype, torch.float32)
@@ -153,6 +167,7 @@ def prediction_loss(size: Size, device: str, dtype: torch.dtype) -> Case:
     return differentiable({"ours": ours.prediction_loss, "eager": eager}, inputs, [pred], work, device, dtype)
 
 
+@benchmark
 def vicreg(size: Size, device: str, dtype: torch.dtype) -> Case:
     def weighted(terms: Sequence[Tensor]) -> Tensor:
         return 25 * terms[0] + 25 * terms[1] + terms[2]
@@ -184,6 +199,7 @@ def vicreg(size: Size, device: str, dtype: torch.dtype) -> Case:
     return differentiable(contenders, [z], [z], work, device, dtype)
 
 
+@benchmark
 def sigreg(size: Size, device: str, dtype: torch.dtype) -> Case:
     """Eight views, 128 channels and the paper's 1024 slices and 17 knots."""
     V, D, S, K = 8, 128, 1024, 17
@@ -210,11 +226,13 @@ def sigreg(size: Size, device: str, dtype: torch.dtype) -> Case:
     return differentiable({"ours": ours.sigreg, "eager": eager}, [z, slices], [z], work, device, dtype)
 
 
+@benchmark
 def ema(size: Size, device: str, dtype: torch.dtype) -> Case:
     """float32 averages of float32 weights."""
     return averages(size, device, torch.float32)
 
 
+@benchmark
 def ema_bf16(size: Size, device: str, dtype: torch.dtype) -> Case:
     """float32 averages of bfloat16 weights."""
     return averages(size, device, torch.bfloat16)
@@ -252,11 +270,13 @@ def averages(size: Size, device: str, dtype: torch.dtype) -> Case:
     return Case({"step": calls}, {"step": ((8 + dtype.itemsize) * n, 3 * n)}, check)
 
 
+@benchmark
 def adamw_ema(size: Size, device: str, dtype: torch.dtype) -> Case:
     """float32 weights, gradients, moments and averages. All contenders read the same gradients."""
     return optimizers(size, device, torch.float32)
 
 
+@benchmark
 def adamw_ema_bf16(size: Size, device: str, dtype: torch.dtype) -> Case:
     """The same with bfloat16 gradients, and bfloat16 copies of weights and averages to write."""
     return optimizers(size, device, torch.bfloat16)
@@ -436,12 +456,3 @@ def differentiable(
 
 def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
-
-
-OPS = {
-    f.__name__: f
-    for f in (
-        *(gather, patchify, predictor_tokens, prediction_loss, vicreg, sigreg),
-        *(ema, ema_bf16, adamw_ema, adamw_ema_bf16),
-    )
-}

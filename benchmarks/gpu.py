@@ -34,13 +34,6 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("kernels", "engine")]
 
 SITE = ROOT / "build/site"  # the unpacked wheels
 LIBRARY = ROOT / "kernels/jepa_kernels/_C.abi3.so"
-# The files with tests that use a GPU (`pytest -m gpu`): the others would be imported only to be deselected.
-TESTED = (
-    "kernels/test_adamw_ema.py", "kernels/test_ema.py", "kernels/test_gather.py", "kernels/test_patchify.py",
-    "kernels/test_prediction_loss.py", "kernels/test_predictor_tokens.py", "kernels/test_sigreg.py",
-    "kernels/test_vicreg.py", "model/test_attention.py", "model/test_fp8.py", "data/test_augment.py",
-    "data/test_loader.py", "benchmarks/test_step_model.py",
-)  # fmt: skip
 PUBLISHED = "the published code's contenders are left out: no --checkout"
 TAIL = 15  # lines of a failed stage's log that are printed
 
@@ -65,6 +58,14 @@ class Update(NamedTuple):
     """The last line that it printed, or why it did not run."""
 
 
+def tests_on_a_gpu() -> list[str]:
+    """The files with them, which take their marks from numerics.py: others would be imported only to be deselected."""
+    files = [path for path in ROOT.glob("tests/*/test_*.py") if "from numerics import" in path.read_text()]
+    return [
+        str(path.relative_to(ROOT)) for path in sorted(files, key=lambda path: (path.parent.name != "kernels", path))
+    ]
+
+
 def stages(args: argparse.Namespace, build: bool = False) -> list[Stage]:
     """All of them, in order of worth. `build`: the CPU kernels, which sample the masks, have to be built first."""
     found = []
@@ -75,7 +76,7 @@ def stages(args: argparse.Namespace, build: bool = False) -> list[Stage]:
     if build:
         found.append(Stage("build", "compiles csrc", ("setup.py", "-q", "build_ext", "--inplace"), 60, 30))
     workers = ("--numprocesses", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
-    tests = tuple(f"tests/{file}" for file in TESTED)
+    tests = tests_on_a_gpu()
     alone = argparse.Namespace(**vars(args) | {"checkout": None})  # the published code has no C-JEPA
     found += [
         Stage("tests", "every numeric test that uses a GPU", ("-m", "pytest", "-m", "gpu", *workers, *tests), 90, 30),

@@ -1,8 +1,8 @@
 """The optimizations of a step (levers), each with its own switch: config overrides or a context manager."""
 
 import contextlib
-import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +17,7 @@ from jepa.model import fp8
 from jepa.model.attention import require
 from jepa.ranks.distributed import Ranks
 from jepa.train.optimizer import foreign
-
-MODULES = ("patchify", "gather", "predictor_tokens", "prediction_loss", "covariance")
+from jepa_kernels import OPS
 
 
 @contextlib.contextmanager
@@ -50,14 +49,10 @@ class Lever:
 
 
 def definitions() -> dict[str, Callable[..., object]]:
-    """The reference definition of each op: x_ref defines the op x, or x_ if it works in place."""
-    found = {}
-    for module in (importlib.import_module(f"jepa_kernels.{name}") for name in MODULES):
-        for name, definition in vars(module).items():
-            for op in (name.removesuffix("ref"), name.removesuffix("_ref")) if name.endswith("_ref") else ():
-                if hasattr(torch.ops.jepa_kernels, op):
-                    found[op] = definition
-    return found
+    """The reference of each op, x_ref for x or x_; not of AdamWEMA's, which the lever `optimizer` switches."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("jepa_kernels.")]
+    named = {name: x for module in modules for name, x in vars(module).items()}
+    return {op: named[f"{op.removesuffix('_')}_ref"] for op in OPS if not op.startswith("adamw_ema")}
 
 
 @contextlib.contextmanager

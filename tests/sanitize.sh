@@ -13,11 +13,10 @@ flags="-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-rec
 echo "sanitize: building csrc with $flags"
 CC=gcc CXX=g++ CFLAGS=$flags CXXFLAGS=$flags python setup.py --quiet build_ext --inplace
 
-# One op, one name: csrc/x.cpp is tested by tests/kernels/test_x.py. Only the C++ is instrumented, so only its cases run.
+# One op, one name: csrc/x.cpp is tested by test_x.py. Only the C++ is instrumented, so only its cases run.
 tests=()
-for source in csrc/*.cpp; do
-    test=tests/kernels/test_$(basename "$source" .cpp).py
-    [[ -f $test ]] && tests+=("$test")
+for source in $(grep -l LIBRARY_IMPL csrc/*.cpp); do
+    tests+=(tests/*/test_"$(basename "$source" .cpp)".py)
 done
 
 # Python itself is not instrumented: the sanitizers' libraries, and the one that throws, must be there before it.

@@ -26,24 +26,9 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_OF_CSRC = (
-    "adamw_ema_",
-    "adamw_ema_coefficients_",
-    "ema_",
-    "gather",
-    "gather_backward",
-    "patchify",
-    "prediction_loss",
-    "prediction_loss_scale_",
-    "predictor_tokens",
-    "predictor_tokens_backward",
-    "sigreg_backward",
-    "sigreg_normals_",
-    "sigreg_table",
-    "vicreg_backward",
-    "vicreg_moments",
-    "vicreg_products",
-)
+# What the modules above have defined: everything that each op must have follows from this (tests/kernels/test_ops.py).
+_registered = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
+OPS = tuple(sorted(op for namespace, op in _registered if namespace == "jepa_kernels"))
 
 
 def _load(folder: Path) -> None:
@@ -59,7 +44,7 @@ def _load(folder: Path) -> None:
         )
     torch.ops.load_library(str(library))
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    missing = [op for op in _OF_CSRC if not has_kernel(f"jepa_kernels::{op}", "CPU")]
+    missing = [op for op in OPS if not has_kernel(f"jepa_kernels::{op}", "CPU")]
     if missing:
         raise ImportError(
             f"jepa_kernels: {library} was built from different sources and lacks {', '.join(missing)}. Rebuild: {build}"

@@ -205,12 +205,15 @@ def compile_all() -> dict[str, Any]:
     import triton
     from triton.runtime.jit import JITFunction
 
+    def named(kernel: JITFunction) -> str:
+        return f"{kernel.__module__}.{kernel.__name__}"
+
     table: dict[str, Any] = {}
     reached: set[str] = set()
 
     def compile_instead(kernel: JITFunction, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            reached.add(kernel.__name__)
+            reached.add(named(kernel))
             compiled = kernel.warmup(*args, grid=grid, **options)
             table[f"{label}: {kernel.__name__} on sm_{target}"] = resources(compiled)
 
@@ -223,9 +226,9 @@ def compile_all() -> dict[str, Any]:
             for label, call in calls.items():  # noqa: B007 (`launch` above reads the label)
                 call()
     modules = [module for name, module in sys.modules.items() if name.startswith("jepa_kernels.")]
-    functions = {x.__name__: x.src for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
-    bodies = [src.split(":\n", 1)[1] for src in functions.values()]
-    helpers = {name for name in functions if any(f"{name}(" in body for body in bodies)}
+    functions = {named(x): x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
+    bodies = [x.src.split(":\n", 1)[1] for x in functions.values()]
+    helpers = {name for name, x in functions.items() if any(f"{x.__name__}(" in body for body in bodies)}
     return {"triton": triton.__version__, "missed": sorted(functions.keys() - helpers - reached), "kernels": table}
 
 

@@ -1,6 +1,7 @@
 """SimSiam against section 3 of arXiv 2011.10566, in float64; and the rate of its predictor."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_the_loss_is_the_papers() -> None:
     compare(general(config), random_views(config, 6), None, wanted)
 
 
-def moves(engine: object, config: object, step: int) -> set[str]:
+def moves(engine: Any, config: Any, step: int) -> set[str]:
     """The submodules that a step at a learning rate of zero moves."""
     before = whole_weights(engine)
     torch.manual_seed(100 * step + dist.get_rank())
