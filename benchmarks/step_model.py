@@ -256,9 +256,9 @@ def lengths(spec: MaskSpec, batch: int) -> tuple[tuple[float, float], ...]:
 
 
 def predictive(config: Config) -> Any:
-    """The config's method. Raises ValueError unless its steps predict masked blocks: others are of another shape."""
+    """The config's method. Raises ValueError unless it predicts masked blocks: others take steps of another shape."""
     if not config.method.masked:
-        raise ValueError(f"this is a model of steps that predict masked blocks; {config.loss.objective} takes others")
+        raise ValueError(f"this model is of steps that predict masked blocks; {config.loss.objective} takes others")
     return config.method
 
 

@@ -179,7 +179,6 @@ OTHER_MEANINGS = {
     "engine/jepa/state/interop.py": {"ijepa"},  # Hugging Face's IJepaModel and its model_type
     "engine/jepa/state/foreign.py": {"ijepa"},
     "benchmarks/contenders.py": {"vicreg"},  # the op of jepa_kernels
-    "benchmarks/gpu.py": {"vicreg"},  # the op's test
     "benchmarks/scaling.py": {"vicreg", "cjepa"},  # the op's module; a run whose every kind of traffic is counted
 }
 
