@@ -126,6 +126,7 @@ def test_gradient_of_any_mix_of_blocks(kernel, dtype):
     assert ((pred_.grad.cpu().view(3, -1) - expected).abs() <= budget).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weight", [0.7, 1 / 3, -1.5, 3.0])
 @pytest.mark.parametrize("compiled", [None, False, True], ids=["eager", "static", "dynamic"])
