@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,8 +60,12 @@ class Update(NamedTuple):
 
 
 def tests_on_a_gpu() -> list[str]:
-    """The files with them, which take their marks from numerics.py: others would be imported only to be deselected."""
-    files = [path for path in ROOT.glob("tests/*/test_*.py") if "from numerics import" in path.read_text()]
+    """The files with them: others would be imported only to be deselected."""
+    files = [
+        path
+        for path in ROOT.glob("tests/*/test_*.py")
+        if re.search(r"from numerics import|mark\.gpu", path.read_text())
+    ]
     return [
         str(path.relative_to(ROOT)) for path in sorted(files, key=lambda path: (path.parent.name != "kernels", path))
     ]

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from math import ceil
+from typing import Any
 
 from passes import COUNTED, LEAST, Passes
 
 from jepa.config.schema import Config, Size
 from jepa.data.masks import MaskSpec, sample_masks
-from jepa.methods.ijepa import IJepa
 from jepa.train.budget import flops_per_image, mean_tokens, parameters
 
 
@@ -255,9 +255,9 @@ def lengths(spec: MaskSpec, batch: int) -> tuple[tuple[float, float], ...]:
     return tuple(found)
 
 
-def predictive(config: Config) -> type[IJepa]:
-    """The config's method. Raises ValueError unless it is I-JEPA or extends it: others take steps of another shape."""
-    if not issubclass(config.method, IJepa):
+def predictive(config: Config) -> Any:
+    """The config's method. Raises ValueError unless it predicts masked blocks: others take steps of another shape."""
+    if not config.method.masked:
         raise ValueError(f"this model is of steps that predict masked blocks; {config.loss.objective} takes others")
     return config.method
 

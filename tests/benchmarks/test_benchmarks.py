@@ -10,6 +10,8 @@ import torch
 
 import jepa_kernels
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 

@@ -92,6 +92,7 @@ def test_the_estimates_of_what_matters_most_fit_the_budget() -> None:
     assert len(important) == 4 and sum(s.seconds for s in important) < 600
 
 
+@pytest.mark.slow
 def test_the_files_with_gpu_tests_are_those_of_the_plan() -> None:
     """Except the loader's, which need DALI and Pillow."""
     choice = ["-m", "gpu", "--ignore=tests/data"]

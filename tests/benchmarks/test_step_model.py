@@ -36,6 +36,8 @@ import step_model
 import step_report
 from step_model import GPUS, LEVERS, Attention, Product, Step, step
 
+pytestmark = pytest.mark.slow
+
 SHIPPED = sorted((ROOT / "engine/configs").glob("in*_[ic]jepa.yaml"))
 
 

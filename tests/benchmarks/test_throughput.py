@@ -37,6 +37,8 @@ import runners
 import scaling
 import throughput
 
+pytestmark = pytest.mark.slow
+
 WARMUP, STEPS, BATCH = 2, 4, 3
 CHECKOUT = os.environ.get("IJEPA_CHECKOUT")  # of facebookresearch/ijepa; if set, its step is a contender too
 

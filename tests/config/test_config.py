@@ -164,7 +164,13 @@ def test_twins_differ_in_the_objective_alone() -> None:
 
 def test_overrides_take_yaml_and_the_last_one_wins() -> None:
     overrides = ["optimization.lr=1e-3", "optimization.lr=5E-4", "engine.max_steps=1e5", "data.image_folder="]
-    overrides += ["loss.projector=[32, 64]", "engine.global_batch_size=null", "mask.allow_overlap=true", "meta.depth=2"]
+    overrides += [
+        "loss.objective=cjepa",
+        "loss.projector=[32, 64]",
+        "engine.global_batch_size=null",
+        "mask.allow_overlap=true",
+        "meta.depth=2",
+    ]
     mapping = small(data__image_folder="below", engine__global_batch_size=64)
     before = yaml.safe_dump(mapping)
     config = parse_config(mapping, overrides)
@@ -176,7 +182,9 @@ def test_overrides_take_yaml_and_the_last_one_wins() -> None:
 
 def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(small()) + "loss: {beta_vicreg: 1e-3, beta_sim: '2.5e1'}\nengine:\n")
+    path.write_text(
+        yaml.safe_dump(small()) + "loss: {objective: cjepa, beta_vicreg: 1e-3, beta_sim: '2.5e1'}\nengine:\n"
+    )
     config = load_config(path)
     assert (config["loss.beta_vicreg"], config["loss.beta_sim"]) == (1e-3, 25.0)
 
@@ -242,7 +250,7 @@ def test_a_key_in_the_wrong_section_is_told_the_right_one(known: str) -> None:
         (["engine.global_batch_size=12"], "engine.global_batch_size"),
         (["engine.global_batch_size=40", "engine.gradient_accumulation_steps=2"], "engine.global_batch_size"),
         (["loss.objective=cjepa", "mask.num_pred_masks=1"], "mask.num_pred_masks"),
-        (["loss.projector=[]"], "loss.projector"),
+        (["loss.objective=cjepa", "loss.projector=[]"], "loss.projector"),
         (["eval.every=5"], "eval.every"),
         (["logging.write_tag=5"], "logging.write_tag"),
     ],

@@ -36,6 +36,7 @@ def config(tmp_path: Path) -> Path:
     return write_config(tmp_path / "config.yaml", Path("$replace_this"))
 
 
+@pytest.mark.slow
 def test_every_program_and_benchmark_can_be_imported() -> None:
     programs = [
         str(path.relative_to(ROOT)) for folder in ("engine", "benchmarks") for path in ROOT.glob(f"{folder}/*.py")

@@ -159,6 +159,7 @@ def test_coefficients_against_float64(count, device, dtype, inf):
             assert row[:5] == pytest.approx([float(x) for x in exact], rel=2**-22 if dtype == torch.float32 else 2**-23)
 
 
+@pytest.mark.slow
 def test_agrees_with_adamw_and_averages_its_weights(device):
     """Against torch.optim.AdamW and a float64 average, with schedules in every group; one group has no average."""
     params = parameters(device)
@@ -535,6 +536,7 @@ def test_opcheck_of_the_coefficients(device):
     opcheck(COEFFICIENTS, (steps, [*numbers, torch.zeros((), device=device)], 0.9, 0.999))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_step_compiles_as_one_graph(device):
     compiled = parameters(device)

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TABLE = Path(__file__).with_suffix("").with_name("compile_targets.json")
 PACKAGE = Path(__file__).parents[2] / "kernels"
 

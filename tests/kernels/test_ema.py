@@ -44,6 +44,7 @@ def test_one_step_against_float64(ema, device, momentum):
         assert rms(result.double() - answer) <= slack * rounding, mixture
 
 
+@pytest.mark.slow
 @averages
 def test_many_steps_against_float64(ema, device):
     """A teacher's schedule, .9 -> 1: rounding errors accumulate as a random walk, without drift."""

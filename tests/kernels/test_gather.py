@@ -52,6 +52,7 @@ def test_any_strides(gather, device):
         assert torch.equal(gather(view.to(device), index.to(device)).cpu(), expected)
 
 
+@pytest.mark.slow
 @backwards
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -126,6 +126,7 @@ def test_gradient_of_any_mix_of_blocks(kernel, dtype):
     assert ((pred_.grad.cpu().view(3, -1) - expected).abs() <= budget).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weight", [0.7, 1 / 3, -1.5, 3.0])
 @pytest.mark.parametrize("compiled", [None, False, True], ids=["eager", "static", "dynamic"])
@@ -289,6 +290,7 @@ def test_more_elements_than_int32_counts_on_a_gpu():
     assert torch.equal(grad[0, -1].float(), 2 * before)
 
 
+@pytest.mark.slow
 def test_gradcheck(kernel):
     pred, target, index = on(kernel, *inputs(2, 2, 7, 3, 5, torch.float64))
     assert torch.autograd.gradcheck(
@@ -305,6 +307,7 @@ def test_opcheck(kernel):
     opcheck(OP.prediction_loss_scale_, (torch.randn_like(pred), torch.randn(2, device=pred.device)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", DEVICES)

@@ -112,6 +112,7 @@ def test_normal_projections_have_the_expected_statistic():
     assert sigreg(1.5 * z, slices).item() > 2 * expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_low_precision(kernel, shape, dtype):
@@ -258,11 +259,13 @@ def test_no_tensor_is_larger_than_the_projections(kernel, N):
     assert max(made) == 4 * 2 * N * 64
 
 
+@pytest.mark.slow
 def test_gradcheck(kernel):
     z, slices = on(kernel, *inputs(2, 4, 3, 5, torch.float64))
     assert torch.autograd.gradcheck(lambda z: sigreg(z, slices), (z.requires_grad_(),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.clone, lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0)])
 def test_opcheck(kernel, layout: Callable[[Tensor], Tensor]):
     step, phi, weight = _quadrature(17, 3.0)
@@ -272,6 +275,7 @@ def test_opcheck(kernel, layout: Callable[[Tensor], Tensor]):
     opcheck(OP.sigreg_normals_, (torch.empty(7, 9, device=x.device), 3, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiles_as_one_graph(device, dynamic, fresh_compiler):

@@ -124,6 +124,7 @@ def test_one_view_has_no_pair(kernel, shape):
     torch.testing.assert_close((variance.cpu(), covariance.cpu()), (std, cov), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(4, 2, 1), (5, 3, 5), *SHAPES[3:]], ids=str)
 def test_low_precision(kernel, shape, dtype):
@@ -364,6 +365,7 @@ def channels_first(z: Tensor) -> Tensor:
     return z.permute(2, 0, 1).contiguous().permute(1, 2, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.clone, views_major, channels_first])
 @pytest.mark.parametrize("gram", [False, True])
 def test_opcheck(kernel, gram, layout: Callable[[Tensor], Tensor]):

@@ -18,6 +18,8 @@ import safetensors.torch
 
 from processes import ROOT, rows, write_images
 
+pytestmark = pytest.mark.ranks
+
 CONFIG = """
 base: base.yaml
 

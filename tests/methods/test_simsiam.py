@@ -65,6 +65,7 @@ def rates(folder: Path) -> dict[int, list[set[str]]]:
     return found
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_predictors_rate_is_not_decayed(ranks: int, tmp_path: Path) -> None:
     for found in run_ranks(ranks, rates, tmp_path):

@@ -27,6 +27,8 @@ from small import run_ranks
 from soak import log_of
 from views import OWN, WITHOUT_AVERAGES, config_of, general, random_views
 
+pytestmark = pytest.mark.ranks
+
 CPU = torch.device("cpu")
 each = pytest.mark.parametrize("name", WITHOUT_AVERAGES)
 

@@ -107,6 +107,7 @@ def test_gradients_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *x: attend(*x), [x.detach().requires_grad_() for x in (q, k, v)])
 
 
+@pytest.mark.slow
 def test_compiled_for_all_lengths_at_once() -> None:
     """One graph serves lengths of every residue modulo 8."""
     torch._dynamo.reset()

@@ -253,6 +253,7 @@ def trained() -> VisionTransformer:
     return teacher.bfloat16()
 
 
+@pytest.mark.slow
 def test_features_of_a_trained_model_are_those_of_bf16(trained: VisionTransformer) -> None:
     """The targets, layer-normed, on scenes it has not seen. The cosine of a patch's features with those in bf16 is over
     0.999, 0.9999 on average; of what differs between images, without each position's mean, 0.9 on average. The error
@@ -291,6 +292,7 @@ def test_torchs_own_product_says_what_the_emulation_says() -> None:
         assert y.shape == (3, 7, len(weight[part])) and (y - wanted).norm() < 2**-8 * wanted.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_blocks_are_equal_and_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of images and rows changes from step to step; only the front end runs, as in test_levers."""

@@ -240,6 +240,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_it_runs_as_people_start_it(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     command = [sys.executable, str(PROGRAM), "--log", "empty.jsonl", "--out", "out"]

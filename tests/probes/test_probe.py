@@ -193,6 +193,7 @@ def test_evenly_spreads_without_repeats() -> None:
             assert chosen.min() >= 0 and chosen.max() < total
 
 
+@pytest.mark.slow
 def test_evaluate_and_online_probe_agree(tmp_path: Path) -> None:
     write(tmp_path / "set", {"train": 60, "val": 24})
     train, val = (str(tmp_path / "set" / split) for split in ("train", "val"))

@@ -50,6 +50,7 @@ def test_srun_s_names_are_translated_alike_on_all_ranks() -> None:
     assert (alone["RANK"], alone["LOCAL_RANK"]) == ("3", "0")  # the task sees only this GPU
 
 
+@pytest.mark.slow
 def test_determinism_is_asked_of_torch_and_cublas_before_anything_runs() -> None:
     """In its own process. Tests only that the flags are set; what they do is for torch to test."""
     code = (

@@ -130,6 +130,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks() -> None:
     assert kept_bytes(thrifty, *inputs) < 0.25 * kept_bytes(plain, *inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_blocks_are_equal_and_compile_once(mode: str) -> None:
@@ -150,6 +151,7 @@ def test_compiled_blocks_are_equal_and_compile_once(mode: str) -> None:
     assert 0 < warm <= 6 and not counters["graph_break"] and len(lengths) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_sizes_that_are_equal_by_chance_compile_once() -> None:
     block = Block(8, 2, 2.0)
@@ -160,6 +162,7 @@ def test_sizes_that_are_equal_by_chance_compile_once() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_generated_code_of_a_block_is_equal() -> None:
     block = Block(8, 2, 2.0)

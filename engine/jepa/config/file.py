@@ -144,7 +144,8 @@ def _nearest(name: str, sections: Sections) -> str:
         same = SequenceMatcher(None, key.lower(), known_key).ratio() + (key == known_key)
         return same + (0.25 * SequenceMatcher(None, section.lower(), known_section).ratio() if section else 0)
 
-    keys = [f"{name}.{key}" for name, model in sections.items() for key in model.model_fields]
+    every = [*sections.items(), *(("loss", settings_of(method)) for method in objectives())]
+    keys = list(dict.fromkeys(f"{name}.{key}" for name, model in every for key in model.model_fields))
     return max(keys if section else [*keys, "base"], key=likeness)
 
 

@@ -80,7 +80,7 @@ class _Delivery:
 
 def _nearest(images: Sequence[np.ndarray], box_N4: np.ndarray, size: int) -> Tensor:
     """The boxes of the images, resized to the nearest pixel: uint8 [N, size, size, 3]."""
-    at_N2S = box_N4[:, :2, None] + (box_N4[:, 2:, None] * (np.arange(size) + 0.5) / size).astype(np.int64)
+    at_N2S = box_N4[:, :2, None] + box_N4[:, 2:, None] * (2 * np.arange(size) + 1) // (2 * size)
     rows_N, columns_N = at_N2S.transpose(1, 0, 2)
     pixels = [images[i % len(images)][rows_N[i]][:, columns_N[i]] for i in range(len(box_N4))]
     return torch.from_numpy(np.stack(pixels))

@@ -91,13 +91,16 @@ class LeJEPA(Method):
             "global": loss.global_views * cost.encoder_flops(config, config.grid**2),
             "local": loss.local_views * cost.encoder_flops(config, patches),
             "projector": 3 * views * cost.mlp_flops((config.vit.embed_dim, *loss.projector)),
-            "sigreg": 3 * views * 2 * width * loss.slices,
+            "sigreg": 2 * views * 2 * width * loss.slices,  # directions have no gradient
         }
 
     @classmethod
     def activations(cls, config: Config, kept: Kept, size: int, ranks: int) -> Held:
-        sizes = [view.size for view in cls.views(config)]
-        return cost.views_held(config, sizes, [settings(config).projector], size)
+        """SIGReg keeps the directions, the projections on them, and two fp32 sums at each of 16 knots."""
+        loss, sizes = settings(config), [view.size for view in cls.views(config)]
+        rows, width = len(sizes) * config.data.batch_size, loss.projector[-1]
+        of_sigreg = 4 * loss.slices * (width + rows + 2 * 16 * len(sizes))
+        return cost.views_held(config, sizes, [loss.projector], size, of_sigreg)
 
 
 def settings(config: Config) -> LeJEPA.Settings:

@@ -89,12 +89,15 @@ def mlp_bytes(widths: Sequence[int], rows: float, size: int) -> float:
     return rows * (size * (first + 2 * sum(between)) + 4 * (2 * sum(between) + last))
 
 
-def views_held(config: Config, sizes: Sequence[int], mlps: Sequence[Sequence[int]], size: int) -> Held:
+def views_held(
+    config: Config, sizes: Sequence[int], mlps: Sequence[Sequence[int]], size: int, of_loss: float = 0.0
+) -> Held:
     """Bytes that a micro-batch keeps of views with `sizes` pixels a side, whose mean features go through `mlps` (their
-    layers' output widths) one after another; also the images, and the gradients of the encoder's last block."""
+    layers' output widths) one after another, to a loss that keeps `of_loss` itself; also the images, and the gradients
+    of the encoder's last block."""
     B, D = config.data.batch_size, config.vit.embed_dim
     tokens = B * sum((pixels // config.mask.patch_size) ** 2 for pixels in sizes)
-    encoder, behind = encoder_bytes(config, tokens, size), 0.0
+    encoder, behind = encoder_bytes(config, tokens, size), of_loss
     width = D
     for widths in mlps:
         behind += mlp_bytes((width, *widths), B * len(sizes), size)
