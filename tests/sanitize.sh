@@ -16,7 +16,8 @@ CC=gcc CXX=g++ CFLAGS=$flags CXXFLAGS=$flags python setup.py --quiet build_ext -
 # One op, one name: csrc/x.cpp is tested by test_x.py. Only the C++ is instrumented, so only its cases run.
 tests=()
 for source in $(grep -l LIBRARY_IMPL csrc/*.cpp); do
-    tests+=(tests/*/test_"$(basename "$source" .cpp)".py)
+    test=$(find tests/kernels tests/data -name "test_$(basename "$source" .cpp).py")
+    tests+=("${test:?$source has none}")
 done
 
 # Python itself is not instrumented: the sanitizers' libraries, and the one that throws, must be there before it.
