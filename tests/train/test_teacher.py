@@ -128,7 +128,7 @@ class Parameters(nn.ModuleList):
 class Model(nn.Module):
     """Parameters with an average and without; the gradient depends on x alone."""
 
-    averaged, undecayed = ("encoder",), ()
+    averaged, constant_lr = ("encoder",), ()
 
     def __init__(self, encoder: list[tuple[int, ...]], rest: list[tuple[int, ...]]) -> None:
         super().__init__()

@@ -267,9 +267,9 @@ class Logging(_Section):
 
 
 class Eval(_Section):
-    """Probing of the target encoder during training."""
+    """Probing of the encoder, or of its average where there is one, during training."""
 
-    every: Count = 0  # steps between probes of the target encoder; 0: never
+    every: Count = 0  # steps between probes; 0: never
     train_path: Text | None = None  # images labelled by folder name, like val_path
     val_path: Text | None = None
     max_images: Natural | None = 5000  # of each set; null: all

@@ -1,7 +1,7 @@
 """What a pretraining method is. The engine takes a step of any method like this (jepa.train.step):
 
     views   = the batch's images, as `Method.views` wants them: a list of uint8 [B, S, S, 3]
-    layout  = method.layout(...)                    which rows of them the step reads: masks, or None
+    layout  = method.layout(...)                    what else the step draws: masks' rows, random directions, or None
     targets = method.targets(teacher, views, layout)     no gradient; the teacher holds the averages in `averaged`
     output  = method(views, layout, targets)
     output.loss.backward(), then the optimizer's step and the averages'
@@ -44,7 +44,7 @@ class Method(nn.Module):
     """Names of the loss's terms, for the log."""
     averaged: ClassVar[tuple[str, ...]] = ()
     """Submodules whose moving average the teacher holds; none: there is no teacher, and no memory for one."""
-    undecayed: ClassVar[tuple[str, ...]] = ()
+    constant_lr: ClassVar[tuple[str, ...]] = ()
     """Submodules whose learning rate is optimization.lr in every step."""
     masked: ClassVar[bool] = False
     """Whether steps read masks, those of the section `mask`; then `layout` is a jepa.model.layout.Layout."""

@@ -46,7 +46,10 @@ class CJepa(IJepa):
 
     @classmethod
     def conflicts(cls, config: Config) -> Iterator[tuple[str, str]]:
-        if settings(config).vicreg_on == "predictions" and config.mask.num_pred_masks < 2:
+        loss = settings(config)
+        if (loss.regularizer, loss.vicreg_on) == ("cosine", "context"):
+            yield "loss.vicreg_on", "must be predictions: the cosine regularizer compares those"
+        elif loss.vicreg_on == "predictions" and config.mask.num_pred_masks < 2:
             yield "mask.num_pred_masks", "must be at least 2: C-JEPA compares the predicted blocks of an image"
 
     @classmethod
@@ -83,17 +86,20 @@ class CJepa(IJepa):
 
     @classmethod
     def flops(cls, config: Config, kept: Kept) -> dict[str, float]:
-        blocks, regularizer = config.mask.num_enc_masks * config.mask.num_pred_masks, 0.0
+        contexts, regularizer = config.mask.num_enc_masks, 0.0
         if cls.couples_images(config):
-            covariance = 2 * cls.projector_widths(config)[-1] ** 2
-            regularizer = blocks * (3 * cost.mlp_flops(cls.projector_widths(config)) + 2 * covariance)
+            widths = cls.projector_widths(config)
+            covariance = 2 * widths[-1] ** 2
+            projected, compared = (2, 1) if cls.reads_all_targets(config) else (config.mask.num_pred_masks,) * 2
+            regularizer = contexts * (3 * projected * cost.mlp_flops(widths) + 2 * compared * covariance)
         return super().flops(config, kept) | {"regularizer": regularizer}
 
     @classmethod
     def saved(cls, config: Config, kept: Kept, size: int) -> tuple[float, float]:
         encoder, predictor = super().saved(config, kept, size)
-        blocks = config.data.batch_size * config.mask.num_enc_masks * config.mask.num_pred_masks
-        more = cost.mlp_bytes(cls.projector_widths(config), blocks, size) if cls.couples_images(config) else 0
+        projected = 2 if cls.reads_all_targets(config) else config.mask.num_pred_masks
+        rows = config.data.batch_size * config.mask.num_enc_masks * projected
+        more = cost.mlp_bytes(cls.projector_widths(config), rows, size) if cls.couples_images(config) else 0
         return encoder, predictor + more
 
 

@@ -31,7 +31,7 @@ class SimSiam(Method):
         blur: Share = 0.5  # probability
 
     terms = ("cosine",)
-    undecayed = ("prediction",)
+    constant_lr = ("prediction",)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -1,22 +1,19 @@
 """How a model is run, which changes no result: the attention backend, recomputation, and compiled blocks."""
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch._dynamo
 import torch._inductor.config
 import torch.fx.experimental._config
 from torch import nn
 
+from jepa.config.schema import Config
+
 from .attention import require
 from .predictor import Predictor
 from .vit import Attention, Block, VisionTransformer
 
-if TYPE_CHECKING:
-    from jepa.config.schema import Config
 
-
-def configure(model: nn.Module, config: "Config") -> None:
+def configure(model: nn.Module, config: Config) -> None:
     """Makes `model` run as the section `engine` says. Raises ConfigError if its attention is not installed."""
     require(config.engine.attention)
     for module in model.modules():

@@ -5,9 +5,6 @@ width, T rows of all contexts if these are packed. Parameter names are those of 
 """
 
 import torch
-import torch._dynamo
-import torch._inductor.config
-import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from jepa.config.schema import Config

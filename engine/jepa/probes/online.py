@@ -13,7 +13,8 @@ from .knn import knn
 
 
 class OnlineProbe:
-    """k-NN accuracy of the target encoder during training, on labelled folders; the images are split over the ranks.
+    """k-NN accuracy of the encoder, or of its average where there is one, during training, on labelled folders; the
+    images are split over the ranks.
 
     It draws no random numbers, so probing does not change a bit of the run. Raises ValueError if the folders have no
     labels, their classes differ, or DALI is missing.

@@ -111,7 +111,8 @@ def take_step(
     losses, files, replaced, accumulation = [], [], 0, config.batch(ranks.world_size).accumulation
     for micro in range(accumulation):
         at(step, "waiting for images")
-        _, _, batch = next(batches)
+        of_step, of_micro, batch = next(batches)
+        assert (of_step, of_micro) == (step, micro), "the images are those of another step"
         at(step, "computing")
         layout = method.layout(config, Place(step, micro, ranks.rank, ranks.world_size), ranks.device, whole)
         targets: Any = partial(method.targets, teacher, batch.views, layout)
@@ -135,5 +136,5 @@ def take_step(
 
 
 def poison(loss: Tensor) -> Tensor:
-    """The unchanged loss, with a gradient that is NaN if the loss is not finite."""
+    """The loss, unchanged if it is finite; if not, NaN with a gradient that is NaN."""
     return loss * (1 + 0 * loss.detach())

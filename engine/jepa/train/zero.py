@@ -60,7 +60,7 @@ def param_groups(model: Method, lr: float) -> list[dict[str, Any]]:
     groups: dict[tuple[bool, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
-        key = part in model.averaged, parameter.ndim > 1, part not in model.undecayed
+        key = part in model.averaged, parameter.ndim > 1, part not in model.constant_lr
         groups.setdefault(key, []).append(parameter)
     return [
         {"params": params, "ema": ema, "decays": decays, "rate": None if scheduled else lr}
