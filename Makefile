@@ -49,11 +49,11 @@ ifeq ($(TORCH),2.13.0)
 endif
 	for cc in $(if $(filter 2.13.0,$(TORCH)),80 100,80 90 100); do NULLGPU_CC=$$cc $(NULLGPU_TEST) -m any_gpu || exit; done
 
-# `===`: the build for CUDA, even where a local index offers one for CPUs.
+# `===`: the build for CUDA, even where a local index offers one for CPUs. Each torch takes setuptools of its own choice.
 $(CUDA_ENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CUDA_ENV)
 	$(CUDA_ENV)/bin/pip install --quiet torch===$(TORCH)
-	(grep -v -E "^(torch|triton|nvidia)" constraints.txt; echo "torch===$(TORCH)") > $(CUDA_ENV)/constraints.txt
+	(grep -v -E "^(torch|triton|nvidia|setuptools)" constraints.txt; echo "torch===$(TORCH)") > $(CUDA_ENV)/constraints.txt
 	$(CUDA_ENV)/bin/pip install --quiet -c $(CUDA_ENV)/constraints.txt deepspeed numpy pydantic PyYAML safetensors \
 		matplotlib tqdm pillow ninja setuptools pytest pytest-xdist
 	touch $@
