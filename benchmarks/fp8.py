@@ -31,7 +31,7 @@ from jepa.data.loader import eval_batches
 from jepa.data.sources import open_images
 from jepa.model.fp8 import Encoder
 from jepa.pictures.style import BLUE, GREEN, ORANGE, STYLE
-from jepa.state.interop import load_encoder
+from jepa.state.encoder import load_encoder
 
 ARMS = {
     "bf16": ("bf16", BLUE, ()),

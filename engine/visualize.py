@@ -19,7 +19,7 @@ from jepa.pictures.attention import attention_maps
 from jepa.pictures.curves import training_curves
 from jepa.pictures.masks import masks_on_images
 from jepa.pictures.pca import feature_pca
-from jepa.state.interop import load_encoder
+from jepa.state.encoder import load_encoder
 from jepa.state.restore import CheckpointError
 
 

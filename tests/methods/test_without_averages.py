@@ -17,7 +17,7 @@ from jepa.methods import build
 from jepa.model.layout import Place
 from jepa.probes.features import extract
 from jepa.probes.knn import knn
-from jepa.state.interop import load_encoder
+from jepa.state.encoder import load_encoder
 from jepa.state.partitions import flats
 from jepa.train import zero
 from jepa.train.memory import memory_per_rank

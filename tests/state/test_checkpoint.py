@@ -21,7 +21,7 @@ from jepa.data.masks import sample_masks
 from jepa.methods import build
 from jepa.state import restore
 from jepa.state.checkpoint import Saver
-from jepa.state.interop import load_encoder
+from jepa.state.encoder import load_encoder
 from jepa.state.restore import CheckpointError, read_state
 from jepa.train import zero
 from small import every_row, run_ranks, small_config, whole_weights

@@ -19,7 +19,8 @@ from jepa.config.file import to_yaml
 from jepa.data.masks import sample_masks
 from jepa.methods import build
 from jepa.state.checkpoint import Saver
-from jepa.state.interop import ENCODERS, PARTS, load_encoder, open_weights
+from jepa.state.encoder import load_encoder
+from jepa.state.interop import ENCODERS, PARTS, open_weights
 from jepa.state.restore import CheckpointError
 from jepa.train import zero
 from small import every_row, run_ranks, small_config, whole_weights

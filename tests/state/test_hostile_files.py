@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from jepa.config.schema import ConfigError
 from jepa.methods import build
 from jepa.state import interop, manifest
+from jepa.state.encoder import load_encoder
 from jepa.state.foreign import open_initial
 from jepa.state.restore import CheckpointError, read_state
 from small import KEYS, small_config
@@ -64,7 +65,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
     }  # fmt: skip
     (folder / "state.json").write_text(manifest.seal(state))
-    encoder, _ = interop.load_encoder(folder)
+    encoder, _ = load_encoder(folder)
     for (name, a), b in zip(encoder.named_parameters(), model.encoder.parameters(), strict=True):
         assert torch.equal(a, b), name
     return folder
@@ -268,7 +269,7 @@ def test_a_changed_export_loads_or_is_refused(data: st.DataObject, exported: Pat
     path = exported.parent / "changed.safetensors"
     content = rewritten(exported, changed)
     path.write_bytes(noise(data, content, 400) if data.draw(st.booleans()) else content)
-    loads(lambda: interop.load_encoder(path))
+    loads(lambda: load_encoder(path))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_a_file_that_claims_a_large_model_is_refused(change: str, exported: Path
         header["__metadata__"]["jepa"] = json.dumps(about)
 
     (tmp_path / "x").write_bytes(rewritten(exported, changed))
-    assert not loads(lambda: interop.load_encoder(tmp_path / "x"))
+    assert not loads(lambda: load_encoder(tmp_path / "x"))
 
 
 @settings(deadline=None, max_examples=150)

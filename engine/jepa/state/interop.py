@@ -31,7 +31,7 @@ from jepa.config.file import parse_config
 from jepa.config.schema import Config
 from jepa.data.masks import MAX_SIDE
 from jepa.model.predictor import build_predictor
-from jepa.model.vit import LAYER_NORM_EPS, VisionTransformer, build_encoder, sincos_positions
+from jepa.model.vit import LAYER_NORM_EPS, build_encoder, sincos_positions
 
 from .restore import CheckpointError, Reader, kinds_in, read_state, verify
 
@@ -82,24 +82,6 @@ def open_weights(path: str | Path, config: Config | None = None) -> Weights:
     if config is not None:
         return _open_published(path, config)
     return _open_checkpoint(path) if path.is_dir() else _open_safetensors(path)
-
-
-def load_encoder(path: str | Path, which: str = "target_encoder") -> tuple[VisionTransformer, Config]:
-    """The encoder of a checkpoint or of an exported safetensors file, in fp32, and the config it was trained with.
-
-    `which`: "target_encoder" (the EMA: what I-JEPA evaluates) or "encoder". Raises like `open_weights`.
-    """
-    if which not in ENCODERS:
-        raise ValueError(f"which: given {which!r}, wanted one of {list(ENCODERS)}")
-    weights = open_weights(path)
-    if which not in weights.shapes:
-        raise CheckpointError(f"{path} has no {which}; it has {', '.join(weights.shapes)}")
-    encoder = build_encoder(weights.config)
-    parameters = dict(encoder.named_parameters())
-    with torch.no_grad():
-        for name, values in weights.tensors(which):
-            parameters[name].copy_(values)
-    return encoder.eval(), weights.config
 
 
 def _open_checkpoint(path: Path) -> Weights:
@@ -272,7 +254,7 @@ def positions_of(part: str) -> str:
 
 
 def save_safetensors(weights: Weights, parts: list[str], dtype: torch.dtype, out: Path) -> None:
-    """Writes `{part}.{name}` for each of `parts`, with the config in the metadata, as `load_encoder` reads it."""
+    """Writes `{part}.{name}` for each of `parts`, with the config in the metadata, as `open_weights` reads it."""
     about = {"config": weights.config.model_dump(mode="json"), "trained": weights.trained}
     tensors = {f"{part}.{name}": value.to(dtype) for part in parts for name, value in weights.tensors(part)}
     with _new(out) as partial:

@@ -1,0 +1,141 @@
+"""What a protocol is given and what it gives back.
+
+A protocol is a module of this room with two functions:
+
+    arguments(parser)            adds its options to an argparse parser
+    run(job, args) -> Result     does its work on all ranks; every rank returns the same
+
+`job.subjects` are to be compared: the encoder in question first, then one of the same shape that nothing has trained.
+Unfinished work lies in `job.out`, in a folder or file named after the protocol, and the same command goes on from it.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jepa.config.file import load_config
+from jepa.config.schema import Config
+from jepa.model.vit import VisionTransformer, build_encoder
+from jepa.ranks.distributed import Ranks
+from jepa.state.encoder import load_encoder
+
+Row = dict[str, str | float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row is {"features": name of an encoder, and figures in percent by name}; all rows have the same names.
+
+    `task`: the data set, if it is one of jepa.probes.papers.
+    """
+
+    rows: list[Row]
+    task: str | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An encoder to be judged: frozen, in eval mode, on the rank's device. `key` tells its weights from any others."""
+
+    name: str
+    encoder: VisionTransformer
+    key: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """`config`: what the encoders were trained with. `out`: an existing folder for results and unfinished work."""
+
+    weights: str
+    subjects: list[Subject]
+    config: Config
+    ranks: Ranks
+    out: Path
+
+    def say(self, line: str) -> None:
+        """Progress, on stderr, once for all ranks."""
+        if self.ranks.is_first:
+            print(line, file=sys.stderr, flush=True)
+
+    def first_only(self, work: Callable[[], None]) -> None:
+        """Calls `work` on the first rank while the others wait. What it raises is raised on all of them."""
+        error: list[BaseException | None] = [None]
+        if self.ranks.is_first:
+            try:
+                work()
+            except Exception as caught:
+                error = [caught]
+        dist.broadcast_object_list(error, group=self.ranks.cpu_group)
+        if error[0] is not None:
+            raise error[0]
+
+    def gather(self, value: object) -> list:
+        """One object of every rank, in the order of ranks, on every rank."""
+        values: list[object] = [None] * self.ranks.world_size
+        dist.all_gather_object(values, value, group=self.ranks.cpu_group)
+        return values
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all protocols share."""
+    parser.add_argument("weights", metavar="WEIGHTS", help="checkpoint, export, .pth.tar or Hugging Face folder")
+    parser.add_argument("--config", metavar="YAML", help="the model of a .pth.tar of the published code")
+    parser.add_argument("--part", default="target_encoder", choices=("target_encoder", "encoder"))
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for results and unfinished work (default: eval/NAME)"
+    )
+    parser.add_argument("--only", action="store_true", help="without the untrained encoder beside it")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the frozen encoder")
+
+
+def open_job(args: argparse.Namespace, ranks: Ranks) -> Job:
+    """Loads the encoders and makes the output folder. Raises ValueError, CheckpointError and OSError."""
+    config = load_config(args.config) if args.config else None
+    encoder, config = load_encoder(args.weights, args.part, config)
+    name = "target encoder" if args.part == "target_encoder" and "encoder" in config.method.averaged else "encoder"
+    encoders = {name: encoder}
+    if not args.only:
+        torch.manual_seed(config.engine.seed)
+        encoders["untrained encoder"] = build_encoder(config).eval()
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    subjects = [
+        Subject(name, module.requires_grad_(False).to(ranks.device, dtype), digest(module))
+        for name, module in encoders.items()
+    ]
+    job = Job(args.weights, subjects, config, ranks, args.out or Path("eval") / _stem(Path(args.weights)))
+    job.first_only(lambda: _make(job.out))
+    return job
+
+
+def digest(module: torch.nn.Module) -> str:
+    """16 hexadecimal digits that depend on the names, dtypes and values of all parameters and buffers."""
+    total = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
+
+
+def _stem(path: Path) -> str:
+    """runs/demo/jepa-latest -> demo-jepa-latest: a name that tells runs apart."""
+    path = path.absolute()
+    return f"{path.parent.name}-{path.name}".strip("-")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--out: {folder} cannot be written ({error.strerror or error}); choose another folder"
+        ) from error

@@ -1,0 +1,113 @@
+"""Labelled images: two sets and, for each label asked for, one number per image."""
+
+import argparse
+import csv
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jepa.data.sources import ImageSource, open_images
+
+CLASS = "class"  # the label that folder names give
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images to fit on and images to judge by; `train_y` and `val_y`: int64 labels of all images, by label's name."""
+
+    train: ImageSource
+    val: ImageSource
+    train_y: dict[str, np.ndarray]
+    val_y: dict[str, np.ndarray]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    images = "a folder, a .txt list or .tar shards, labelled by sub-folder, list or .cls"
+    parser.add_argument("--train", required=True, metavar="IMAGES", help=f"to fit on: {images}")
+    parser.add_argument("--val", required=True, metavar="IMAGES", help="to measure on")
+    parser.add_argument(
+        "--label", action="append", metavar="COLUMN", help="a column of labels.csv in both folders; may be repeated"
+    )
+
+
+def open_labelled(train: str | Path, val: str | Path, columns: Sequence[str] | None = None) -> Labelled:
+    """The images and their labels: the classes of the sources or, if `columns` are given, those of labels.csv.
+
+    Raises ValueError, in one line, for labels that are missing or empty, for classes of one set that the other lacks,
+    and for numbers written in several ways (1, 1.0, " 1"), which would be several classes.
+    """
+    sources = open_images(train), open_images(val)
+    if not columns:
+        for source in sources:
+            if source.labels is None:
+                raise ValueError(
+                    f"{source.path}: the images have no labels; wanted one sub-folder per class, or --label"
+                )
+        texts = {CLASS: [[source.classes[i] for i in source.labels] for source in sources]}  # type: ignore[union-attr]
+    else:
+        texts = {name: [_column(source, name) for source in sources] for name in columns}
+    numbers = {name: _numbered(name, *both, str(train), str(val)) for name, both in texts.items()}
+    return Labelled(*sources, *({name: both[i] for name, both in numbers.items()} for i in (0, 1)))
+
+
+def _numbered(
+    name: str, train: list[str], val: list[str], train_path: str, val_path: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices into the sorted classes; fractional numbers are binned at the training set's quartiles."""
+    for path, values in ((train_path, train), (val_path, val)):
+        if empty := sum(not value.strip() for value in values):
+            raise ValueError(f"{path}: label {name!r} is empty for {empty} of {len(values)} images")
+    both = set(train) | set(val)
+    if all(_is_number(value) for value in both) and any("." in value for value in train):
+        if fewer := [values for values in Counter(train).values() if values > len(train) // 2]:
+            raise ValueError(
+                f"{train_path}: label {name!r} cannot be cut into quartiles: one value is {fewer[0]} of {len(train)}"
+            )
+        cuts = np.quantile(np.array(train, np.float64), [0.25, 0.5, 0.75])
+        return np.searchsorted(cuts, np.array(train, np.float64)), np.searchsorted(cuts, np.array(val, np.float64))
+    meant: dict[object, str] = {}
+    for value in sorted(both):
+        same = float(value) if _is_number(value) else value.strip()
+        if meant.setdefault(same, value) != value:
+            raise ValueError(f"label {name!r}: {meant[same]!r} and {value!r} look like one class written in two ways")
+    for path, here, other, values in (
+        (val_path, set(val), train_path, set(train)),
+        (train_path, set(train), val_path, set(val)),
+    ):
+        if only := sorted(here - values):
+            raise ValueError(
+                f"label {name!r}: {len(only)} of {len(both)} classes are in {path} and not in {other}, "
+                f"for example {only[0]!r}; wanted the same classes in both"
+            )
+    numeric = all(_is_number(value) for value in both)
+    number = {value: i for i, value in enumerate(sorted(both, key=float if numeric else None))}
+    return np.array([number[v] for v in train]), np.array([number[v] for v in val])
+
+
+def _column(source: ImageSource, name: str) -> list[str]:
+    """One column of a source's labels.csv, in the order of its images."""
+    table = Path(source.path) / "labels.csv"
+    if not table.is_file():
+        raise ValueError(f"--label {name}: there is no {table}; wanted its first column to name the images")
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file, restval="")
+        columns = list(rows.fieldnames or [])
+        if name not in columns:
+            raise ValueError(f"--label {name}: {table} has only the columns {', '.join(columns) or '(none)'}")
+        values = {os.path.abspath(Path(source.path, row[columns[0]])): row[name] for row in rows}
+    images = [os.path.abspath(source.name(i)) for i in range(len(source))]
+    if missing := [image for image in images if image not in values]:
+        raise ValueError(f"--label {name}: {table} has no row for {len(missing)} images, for example {missing[0]}")
+    return [values[image] for image in images]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
