@@ -22,9 +22,9 @@ demo: setup
 	$(BIN)/python engine/jepa/data/synthetic.py data/demo --seed 1
 	rm -rf runs/demo
 	$(BIN)/deepspeed --num_accelerators 1 engine/train.py --config engine/configs/demo.yaml engine.device=$(DEVICE)
-	$(BIN)/python engine/evaluate.py runs/demo/jepa-latest --train data/demo/train --val data/demo/val \
+	$(BIN)/python engine/evaluate.py runs/demo/jepa-latest --train data/demo/images/train --val data/demo/images/val \
 		--label shape --label count --label distance --device $(DEVICE)
-	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl --out runs/demo
+	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/images/val --log runs/demo/jepa.jsonl --out runs/demo
 
 # What a change needs before it is shown: lint, and the tests that need little time, no GPU and no other processes.
 # TESTS=tests/data: of one room.

@@ -4,8 +4,8 @@
     deepspeed engine/evaluate.py PROTOCOL WEIGHTS ...       on all GPUs of a machine; torchrun works too
     python engine/evaluate.py report FOLDER                 gathers the results below FOLDER into one table
 
-WEIGHTS: a checkpoint, an export, a .pth.tar of the published code with --config, or an IJepaModel's Hugging Face folder.
-Prints a table, with an untrained encoder of the same shape and the paper's figure where it has one, and writes
+WEIGHTS: a checkpoint, an export, a .pth.tar of the published code with --config, or an IJepaModel's Hugging Face
+folder. Prints a table, with an untrained encoder of the same shape and the paper's figure where it has one, and writes
 PROTOCOL.json into --out. The same command goes on after an interruption.
 
 protocols:
@@ -13,9 +13,7 @@ protocols:
 
 import argparse
 import importlib
-import os
 import sys
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -46,7 +44,9 @@ def parser_of(protocol: str | None) -> argparse.ArgumentParser:
     for name, summary in PROTOCOLS.items():
         module = importlib.import_module(f"jepa.probes.{name}") if name == protocol else None
         kind = argparse.RawDescriptionHelpFormatter
-        sub = chosen.add_parser(name, help=summary, description=module and module.__doc__, formatter_class=kind)
+        sub = chosen.add_parser(
+            name, help=summary, description=module.__doc__ if module else summary, formatter_class=kind
+        )
         if module and name != "report":
             jobs.arguments(sub)
             sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

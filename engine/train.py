@@ -130,7 +130,8 @@ def train(
         if probe and probing:
             watchdog.at(step, "evaluating")
             found |= (accuracy := probe(encoder_of(config, engine, teacher)))
-            log.say(f"step {step}: k-NN accuracy of the encoder {100 * accuracy['knn']:.1f} %")
+            shown = f"k-NN {100 * accuracy['knn']:.1f} %, linear {100 * accuracy['linear']:.1f} %"
+            log.say(f"step {step}: accuracy of the encoder: {shown}")
         lr, weight_decay, momentum = numbers.tolist()
         grad_norm = None if done.grad_norm is None else float(done.grad_norm)
         if teacher is not None:

@@ -36,11 +36,12 @@ T = TypeVar("T")
 
 class Batch(NamedTuple):
     """`views`: one uint8 [B, S, S, 3] per view, RGB, on the loader's device. `files`: the images' names. `replaced`:
-    how many of them replace a file that cannot be used."""
+    how many of them replace a file that cannot be used. `indices`: where they are in the source."""
 
     views: list[Tensor]
     files: list[str]
     replaced: int = 0
+    indices: Sequence[int] = ()
 
     @property
     def images(self) -> Tensor:
@@ -206,7 +207,7 @@ class Loader:
             views = self._make(picks, uniform_BVK)
         _use_here(views)
         replaced = sum(pick != index for pick, index in zip(picks, wanted, strict=True))
-        return Batch(views, [self.source.name(i) for i in picks], replaced)
+        return Batch(views, [self.source.name(i) for i in picks], replaced, picks)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, Batch]]:
         """Yields (step, micro-batch, Batch) from step `start` up to, not including, `stop` (None: forever), prefetched.

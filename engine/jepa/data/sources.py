@@ -55,6 +55,13 @@ class ImageSource:
         file = self.files[self.file[i]]
         return file if self.members is None else f"{file}/{os.fsdecode(self.members[i])}"
 
+    def take(self, indices: np.ndarray) -> "ImageSource":
+        """The images with these indices alone, in this order; `classes` stay as they are."""
+        members = None if self.members is None else self.members[indices]
+        labels = None if self.labels is None else self.labels[indices]
+        rows = self.file[indices], self.offset[indices], self.size[indices]
+        return ImageSource(self.path, self.files, *rows, members, labels, self.classes)
+
     @cached_property
     def fingerprint(self) -> dict[str, int | str]:
         """Must be the same on all ranks and after every restart: the number of images, and a digest of their names in

@@ -8,15 +8,15 @@ A scene has one to four objects, each in its own quadrant, on a grainy backgroun
 its own colour and distance, and near ones look larger. So a part of the image says something about the rest, which is
 what joint-embedding prediction learns from, and an image has three labels: which shape, how many, how near.
 
-    OUT/{train,val}/<shape>/NNNNN.jpg
-    OUT/{train,val}/labels.csv        file, shape, count, distance (of the nearest object)
+    OUT/images/{train,val}/<shape>/NNNNN.jpg
+    OUT/scenes/CLEVR_{train,val}_scenes.json      the objects and their distances, in CLEVR's layout
 
 Scene i of a split is a function of (seed, split, i). `SyntheticImages` is the noise: it is made in memory, and replaces
 image files where data.synthetic says so.
 """
 
 import argparse
-import csv
+import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from PIL import Image
 SHAPES = ("diamond", "disc", "plus", "ring", "square", "triangle")
 SIZE = 64  # pixels
 NEAR, FAR = 1.0, 1.8
+DEPTH = 7.0  # of an object at distance 1, where distances are written
 RADIUS = 12.5  # pixels, of an object at distance 1
 JITTER = 2.0  # pixels, of an object's position in its quadrant
 GROUND, GRAIN = 0.2, 0.04  # grey level of the background and its standard deviation, 0 to 1
@@ -43,6 +44,7 @@ class Scenes:
     shape: np.ndarray  # int64 [B], index into SHAPES
     count: np.ndarray  # int64 [B], 1..4
     distance: np.ndarray  # float64 [B], of the nearest object
+    objects: list[list[list[float]]]  # of each scene's objects: x and y of the centre in pixels, and distance
 
 
 def draw(first: int, count: int, *, split: int = 0, seed: int = 0) -> Scenes:
@@ -71,7 +73,9 @@ def draw(first: int, count: int, *, split: int = 0, seed: int = 0) -> Scenes:
         cover = np.clip(0.5 - outside, 0, 1) * present[:, cell, None, None]
         canvas += cover[..., None] * (colour[:, cell, None, None] - canvas)
     nearest = np.where(present, distance, np.inf).min(1)
-    return Scenes((canvas * 255 + 0.5).astype(np.uint8), shape, objects, nearest)
+    places = np.concatenate([centre[..., ::-1], distance[..., None]], axis=2)
+    each = [place[there].tolist() for place, there in zip(places, present, strict=True)]
+    return Scenes((canvas * 255 + 0.5).astype(np.uint8), shape, objects, nearest, each)
 
 
 def _outside(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
@@ -103,18 +107,20 @@ def write(root: Path, splits: dict[str, int], seed: int = 0) -> bool:
     partial = root.with_name(f".{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for number, (split, total) in enumerate(splits.items()):
+        table, images = [], partial / "images" / split
         for name in SHAPES:
-            (partial / split / name).mkdir(parents=True)
-        with (partial / split / "labels.csv").open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["file", "shape", "count", "distance"])
-            for first in range(0, total, CHUNK):
-                scenes = draw(first, min(CHUNK, total - first), split=number, seed=seed)
-                rows = zip(scenes.images, scenes.shape, scenes.count, scenes.distance, strict=True)
-                for i, (image, shape, count, distance) in enumerate(rows, start=first):
-                    path = f"{SHAPES[shape]}/{i:05d}.jpg"
-                    Image.fromarray(image).save(partial / split / path, quality=95, subsampling=0)
-                    table.writerow([path, SHAPES[shape], count, f"{distance:.4f}"])
+            (images / name).mkdir(parents=True)
+        for first in range(0, total, CHUNK):
+            scenes = draw(first, min(CHUNK, total - first), split=number, seed=seed)
+            for i, (image, shape, objects) in enumerate(zip(scenes.images, scenes.shape, scenes.objects, strict=True)):
+                path, name = f"{SHAPES[shape]}/{first + i:05d}.jpg", SHAPES[shape]
+                Image.fromarray(image).save(images / path, quality=95, subsampling=0)
+                # CLEVR's depths are about 7 to 14.
+                at = [[x, y, DEPTH * distance] for x, y, distance in objects]
+                table.append({"image_filename": path, "objects": [{"shape": name, "pixel_coords": xyz} for xyz in at]})
+        (partial / "scenes").mkdir(exist_ok=True)
+        text = json.dumps({"info": {"split": split}, "scenes": table})
+        (partial / "scenes" / f"CLEVR_{split}_scenes.json").write_text(text)
     (partial / "README").write_text(stamp)
     partial.rename(root)
     return True

@@ -28,7 +28,7 @@ TIMES = Panel("Step time (ms)", {"step_ms": "all", "data_wait_ms": "waiting for 
 LOSS = Panel("Loss", {"loss": ""}, noisy=True)
 OTHERS = (
     Panel("Teacher distance", {"teacher_distance": ""}),
-    Panel("k-NN accuracy (%)", {"knn": ""}),
+    Panel("Accuracy of probes (%)", {"knn": "k-NN", "linear": "linear"}),
     Panel("Gradient norm", {"grad_norm": ""}, noisy=True),
     Panel("Learning rate", {"lr": ""}),
     Panel("Weight decay", {"weight_decay": ""}),
@@ -39,7 +39,7 @@ OTHERS = (
 )
 HEALTH = {"std": "Relative std of features", "rank": "Effective rank of features", "cov": "Correlation of features"}
 UNSEEN = ("step", "epoch", "bad_images", "skipped")  # and what is not a number
-PERCENT = ("knn",)  # logged as a fraction
+PERCENT = ("knn", "linear")  # logged as fractions
 
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:

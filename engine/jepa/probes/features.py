@@ -1,60 +1,256 @@
-"""Frozen features, for the probes: the mean over an image's patches of the encoder's output, as in I-JEPA.
+"""Frozen features of a set of images, stored in files that the probes read piece by piece.
 
-Legend: S samples, D feature dimensions, C classes; an encoder maps uint8 images [B, H, W, 3] to features [B, N, D].
+    python engine/evaluate.py features runs/demo/jepa-latest --images data/demo/images
+
+One pass of the encoder over the images, shared by all ranks. Features are float32 (an untrained encoder's differ by
+less than float16 resolves) and lie in --store, in a folder named after the weights, the images (names, sizes, times of
+change) and the crop: for each block of the encoder its rows, and which images are done. A pass that was interrupted
+goes on, also on another number of ranks, and whoever needs the same features reads them. Memory does not grow with the
+number of images.
+
+Legend: S usable images, D width, N patches.
 """
 
-from collections.abc import Callable, Iterable
+import argparse
+import hashlib
+import json
+import mmap
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from jepa.data.loader import eval_batches
 from jepa.data.sources import ImageSource, open_images
+from jepa.model.vit import VisionTransformer
 
-Encoder = Callable[[Tensor], Tensor]
+from .job import Job, Result, Row, Subject
+
+PENDING, DONE, BAD = 0, 1, 2  # of an image
+REPORT = 10.0  # seconds between lines of progress
 
 
-@torch.no_grad()
-def extract(encoder: Encoder, batches: Iterable[tuple[Tensor, list[int]]]) -> tuple[Tensor, list[int]]:
-    """Mean-pooled features, fp32 [S, D], and the indices of the S images that `eval_batches` yields.
+class Pixels(nn.Module):
+    """The images themselves as features, averaged down to 16 x 16 pixels, with an encoder's interface."""
 
-    If no image is usable, the features are [0], which concatenates with those of other ranks.
+    embed_dim = 768
+    blocks = (None,)
+
+    def features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """uint8 [B, H, W, 3] -> [B, 1, 768] for each layer asked for."""
+        return [F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2) / 255.0, 16).flatten(1)[:, None]] * len(layers)
+
+
+def pixels() -> Subject:
+    return Subject("pixels", cast(VisionTransformer, Pixels()), "pixels")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Rows of stored features: `features[i:j]` or `features[indices]` is float32 [n, D], blocks side by side.
+
+    `numbers`: int64 [S], which image each row belongs to; those that could not be decoded have none.
     """
-    features, numbers = [], []
-    for images, indices in batches:
-        features.append(encoder(images).float().mean(1))
-        numbers += indices
-    return torch.cat(features) if features else torch.empty(0), numbers
+
+    blocks: list[tuple[mmap.mmap, np.ndarray]]
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.numbers), sum(rows.shape[1] for _, rows in self.blocks)
+
+    def only(self, images: np.ndarray) -> "Features":
+        """The rows of these images alone."""
+        return Features(self.blocks, self.numbers[np.isin(self.numbers, images)])
+
+    def __getitem__(self, rows: slice | np.ndarray | Tensor) -> Tensor:
+        if isinstance(rows, Tensor):
+            rows = rows.cpu().numpy()
+        chosen = self.numbers[rows]
+        found = np.concatenate([block[chosen] for _, block in self.blocks], axis=1)
+        for file, _ in self.blocks:
+            file.madvise(mmap.MADV_DONTNEED)  # else the process would grow to the size of the files
+        return torch.from_numpy(found)
 
 
-def check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> None:
-    """Raises ValueError for shapes that do not match, too few samples, or features that are not finite."""
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", action="append", required=True, metavar="IMAGES", help="may be repeated")
+    parser.add_argument("--patches", action="store_true", help="every patch's features instead of their mean")
+    shared_arguments(parser)
+
+
+def shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every protocol that reads stored features."""
+    parser.add_argument("--layers", type=int, default=1, help="number of last blocks side by side (default: 1)")
+    parser.add_argument("--store", type=Path, metavar="FOLDER", help="where features lie (default: --out/features)")
+    parser.add_argument("--batch", type=int, help="images at once (default: data.batch_size of the run)")
+
+
+def run(job: Job, args: argparse.Namespace) -> Result:
+    """Stores the features; the figures are the usable images in percent."""
+    sources = [open_images(path) for path in args.images]
+    rows: list[Row] = []
+    for subject in job.subjects:
+        found = [features(job, subject, source, args, pooled=not args.patches) for source in sources]
+        usable = {s.path: 100 * len(f) / len(s) for s, f in zip(sources, found, strict=True)}
+        rows.append({"features": subject.name, **usable})
+    return Result(rows)
+
+
+def features(
+    job: Job, subject: Subject, source: ImageSource, args: argparse.Namespace, *, pooled: bool = True
+) -> Features:
+    """Reads a subject's features of all images, after storing those that are missing.
+
+    `pooled`: the mean over an image's patches, as in I-JEPA; else all N patches in a row of N * D numbers.
+    `args`: those of `shared_arguments`. Every rank calls it. Raises ValueError for more layers than there are blocks,
+    for features that are not finite, and for a folder that cannot be written.
+    """
+    depth = len(subject.encoder.blocks)
+    if isinstance(subject.encoder, Pixels):
+        layers = [0]
+    elif 1 <= args.layers <= depth:
+        layers = list(range(depth - args.layers, depth))
+    else:
+        raise ValueError(f"--layers {args.layers}: must be from 1 to the encoder's {depth} blocks")
+    config, dtype = job.config, next((str(p.dtype) for p in subject.encoder.parameters()), "none")
+    about = {"weights": subject.key, "precision": dtype, "crop": config.data.crop_size, "pooled": pooled}
+    about |= source.fingerprint | {"contents": _contents(source)}
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    folder = (args.store or job.out / "features") / f"{subject.key}-{name}"
+    width = subject.encoder.embed_dim * (1 if pooled else _patches(subject, config.data.crop_size))
+    store = _Store(folder, layers, len(source), width)
+    job.first_only(lambda: store.create({"images": source.path, **about}))
+    pending = np.flatnonzero((store.state() == PENDING).any(0))
+    if len(pending):
+        _fill(job, subject, source, args, store, np.array_split(pending, job.ranks.world_size)[job.ranks.rank], pooled)
+    dist.barrier(group=job.ranks.cpu_group)
+    return store.read()
+
+
+def _fill(
+    job: Job,
+    subject: Subject,
+    source: ImageSource,
+    args: argparse.Namespace,
+    store: "_Store",
+    mine: np.ndarray,
+    pooled: bool,
+) -> None:
+    config, begin = job.config, time.monotonic()
+    reported, left = begin, set(mine.tolist())
+    batches = eval_batches(
+        source,
+        crop_size=config.data.crop_size,
+        batch_size=args.batch or config.data.batch_size,
+        indices=mine.tolist(),
+        device=job.ranks.device,
+        decoder=config.decoder,
+        num_workers=config.data.num_workers,
+    )
+    for images, numbers in batches:
+        with torch.no_grad():
+            outputs = subject.encoder.features(images, store.layers)
+        store.write(numbers, [(x.float().mean(1) if pooled else x.flatten(1)).cpu() for x in outputs])
+        left -= set(numbers)
+        if (now := time.monotonic()) - reported > REPORT:
+            reported, done = now, len(mine) - len(left)
+            job.say(f"{subject.name}: {done} of {len(mine)} images, {done / (now - begin):.1f}/s")
+    store.mark(sorted(left), BAD)
+
+
+class _Store:
+    """The files of one folder: `block-I.f32`, rows of float32, and `block-I.state`, a byte per image."""
+
+    def __init__(self, folder: Path, layers: list[int], images: int, width: int) -> None:
+        self.folder, self.layers, self.images, self.width = folder, layers, images, width
+
+    def create(self, about: dict[str, object]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+            for layer in self.layers:
+                for path, size in (
+                    (self._rows(layer), 4 * self.images * self.width),
+                    (self._state(layer), self.images),
+                ):
+                    if not path.exists() or path.stat().st_size != size:
+                        with open(path, "wb") as file:
+                            file.truncate(size)
+        except OSError as error:
+            raise ValueError(f"{self.folder} cannot be written ({error.strerror}); choose another --store") from error
+
+    def state(self) -> np.ndarray:
+        """uint8 [layers, images]."""
+        return np.stack([np.fromfile(self._state(layer), np.uint8) for layer in self.layers])
+
+    def write(self, numbers: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Rows [b, D] of each layer. They are marked done after they are written: a crash between costs their work."""
+        for layer, x in zip(self.layers, rows, strict=True):
+            if not x.isfinite().all():
+                raise ValueError("the features contain NaN or infinity: a broken encoder cannot be probed")
+            with open(self._rows(layer), "r+b", buffering=0) as file:
+                for number, row in zip(numbers, x.numpy(), strict=True):
+                    os.pwrite(file.fileno(), row.tobytes(), 4 * number * self.width)
+        self.mark(numbers, DONE)
+
+    def mark(self, numbers: Sequence[int], state: int) -> None:
+        for layer in self.layers:
+            with open(self._state(layer), "r+b", buffering=0) as file:
+                for number in numbers:
+                    os.pwrite(file.fileno(), bytes([state]), number)
+
+    def read(self) -> Features:
+        usable = np.flatnonzero((self.state() == DONE).all(0))
+        blocks = []
+        for layer in self.layers:
+            with open(self._rows(layer), "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            blocks.append((mapped, np.frombuffer(mapped, np.float32).reshape(self.images, self.width)))
+        return Features(blocks, usable)
+
+    def _rows(self, layer: int) -> Path:
+        return self.folder / f"block-{layer}.f32"
+
+    def _state(self, layer: int) -> Path:
+        return self.folder / f"block-{layer}.state"
+
+
+def _contents(source: ImageSource) -> str:
+    """A digest of the sizes and times of change of the files: other images under the same names are other images."""
+    total = hashlib.sha256(source.file.tobytes())
+    for file in source.files:
+        try:
+            status = os.stat(file)
+            total.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        except OSError:
+            total.update(b"missing\n")
+    return total.hexdigest()[:16]
+
+
+def _patches(subject: Subject, crop: int) -> int:
+    return 1 if isinstance(subject.encoder, Pixels) else (crop // subject.encoder.patch_embed.patch_size) ** 2
+
+
+def check(train_x: Tensor | Features, train_y: Tensor, test_x: Tensor | Features, test_y: Tensor) -> None:
+    """Raises ValueError for shapes that do not match or too few samples."""
     for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
-        if x.ndim != 2 or x.shape[1] != train_x.shape[1] or y.shape != x.shape[:1]:
+        if len(x.shape) != 2 or x.shape[1] != train_x.shape[1] or len(y) != len(x) or y.ndim != 1:
             raise ValueError(
                 f"{name}: features {list(x.shape)} and labels {list(y.shape)}, wanted [S, {train_x.shape[-1]}] and [S]"
             )
         if len(x) < (5 if name == "train" else 1):
             raise ValueError(f"{name}: {len(x)} samples; a probe needs at least 5 to train and 1 to test")
-        if not x.isfinite().all():
+        if isinstance(x, Tensor) and not x.isfinite().all():
             raise ValueError(f"{name}: the features contain NaN or infinity: a broken encoder cannot be probed")
-
-
-def open_labelled(train: str | Path, val: str | Path) -> list[ImageSource]:
-    """The two sources of a probe. Raises ValueError if one has no labels or their classes differ."""
-    sources = [open_images(train), open_images(val)]
-    for source in sources:
-        if source.labels is None or source.classes != sources[0].classes:
-            raise ValueError(
-                f"{source.path} has the classes {source.classes[:5]}, {train} has {sources[0].classes[:5]}; "
-                "a probe needs the same classes in both: one sub-folder per class"
-            )
-    return sources
-
-
-def evenly(total: int, wanted: int | None) -> np.ndarray:
-    """`wanted` indices spread evenly over `total`; all of them if there are fewer."""
-    return (
-        np.arange(total) if wanted is None or wanted >= total else np.linspace(0, total - 1, wanted).round().astype(int)
-    )

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from jepa.config.file import load_config
 from jepa.config.schema import Config

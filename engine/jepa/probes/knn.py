@@ -1,25 +1,99 @@
-"""The accuracy of the nearest neighbours' vote on frozen features."""
+"""The accuracy of the nearest neighbours' vote on frozen features.
 
+    python engine/evaluate.py knn runs/demo/jepa-latest --train data/demo/images/train --val data/demo/images/val --k 20
+
+By cosine, weighted by exp(cosine / temperature): the protocol of Wu et al. (arXiv 1805.01978) and DINO.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import check
+from . import labels
+from .features import Features, check, features, pixels, shared_arguments
+from .job import Job, Result
+from .papers import classified
+
+QUERIES, KEYS = 1024, 65536  # samples compared at once
+TEMPERATURE = 0.07
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    labels.arguments(parser)
+    parser.add_argument("--k", action="append", type=int, help="neighbours that vote; may be repeated (default: 20)")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE)
+    shared_arguments(parser)
+
+
+def run(job: Job, args: argparse.Namespace) -> Result:
+    """Figures: accuracy by label, and by k where several are asked for. The ranks share the queries."""
+    sets, ks = labels.open_labelled(args.train, args.val, args.label), args.k or [20]
+    if min(ks) < 1 or args.temperature <= 0:
+        raise ValueError(f"--k {ks}, --temperature {args.temperature}: wanted at least 1 and more than 0")
+    rows = []
+    for subject in [*job.subjects, pixels()]:
+        train, val = (features(job, subject, source, args) for source in (sets.train, sets.val))
+        mine = np.array_split(np.arange(len(val)), job.ranks.world_size)[job.ranks.rank]
+        found = nearest(train, val, mine, max(ks), job.ranks.device)
+        row: dict[str, str | float] = {"features": subject.name}
+        for name, train_y in sets.train_y.items():
+            known, wanted = (torch.from_numpy(y) for y in (train_y[train.numbers], sets.val_y[name][val.numbers]))
+            right = vote(*found, known, wanted[mine], ks, args.temperature)
+            for k, total in zip(ks, np.sum(job.gather(right), axis=0), strict=True):
+                row[name if len(ks) == 1 else f"{name} k={k}"] = 100 * float(total) / len(val)
+        rows.append(row)
+        job.say(f"{subject.name}: done")
+    return Result(rows, classified(sets))
+
+
+def nearest(
+    train: Tensor | Features, test: Tensor | Features, chosen: np.ndarray, k: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The k nearest training samples of the test samples `chosen`: cosines and indices, both [n, k] on the CPU, nearest
+    first; fewer if there are fewer. Memory holds 1024 x 65536 cosines and the samples compared."""
+    k, parts = min(k, len(train)), []
+    for rows in np.array_split(chosen, max(1, -(-len(chosen) // QUERIES))):
+        x = F.normalize(test[rows].float().to(device), dim=1)
+        best, where = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=device)
+        for first in range(0, len(train), KEYS):
+            keys = F.normalize(train[first : first + KEYS].float().to(device), dim=1)
+            cosine, index = (x @ keys.T).topk(min(k, len(keys)), dim=1)
+            best, where = torch.cat([best, cosine], 1), torch.cat([where, index + first], 1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            where = where.gather(1, order)
+        parts.append((best.cpu(), where.cpu()))
+    best, where = (torch.cat(part) for part in zip(*parts, strict=True))
+    return best, where
+
+
+def vote(
+    cosine: Tensor, index: Tensor, train_y: Tensor, test_y: Tensor, ks: Sequence[int], temperature: float
+) -> list[int]:
+    """How many of the n test samples the vote of their k nearest gets right, for each k."""
+    classes, weight = int(torch.cat([train_y, test_y]).max()) + 1, (cosine / temperature).exp()
+    right = [0] * len(ks)
+    for rows in torch.arange(len(cosine)).split(QUERIES):
+        for i, k in enumerate(ks):
+            votes = torch.zeros(len(rows), classes)
+            votes.scatter_add_(1, train_y[index[rows, :k]], weight[rows, :k])
+            right[i] += int((votes.argmax(1) == test_y[rows]).sum())
+    return right
 
 
 def knn(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, k: int = 20, temperature: float = 0.07
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = TEMPERATURE,
 ) -> float:
-    """Accuracy, 0 to 1, of a vote of the k nearest training samples by cosine, weighted by exp(cosine / temperature).
-
-    Features [S, D], labels [S]. The protocol of Wu et al. (arXiv 1805.01978) and DINO.
-    Raises ValueError as `check` does.
-    """
+    """Accuracy, 0 to 1, of features [S, D] with labels [S], all in memory. Raises ValueError as `check` does."""
     check(train_x, train_y, test_x, test_y)
-    train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
-    classes, right = int(torch.cat([train_y, test_y]).max()) + 1, 0
-    for x, y in zip(test_x.split(1024), test_y.split(1024), strict=True):
-        cosine, nearest = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)
-        votes = x.new_zeros(len(x), classes).scatter_add_(1, train_y[nearest], (cosine / temperature).exp())
-        right += int((votes.argmax(1) == y).sum())
-    return right / len(test_y)
+    found = nearest(train_x, test_x, np.arange(len(test_x)), k, train_x.device)
+    return vote(*found, train_y.cpu(), test_y.cpu(), [k], temperature)[0] / len(test_y)

@@ -4,7 +4,6 @@ import argparse
 import csv
 import math
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,49 +41,41 @@ def open_labelled(train: str | Path, val: str | Path, columns: Sequence[str] | N
     and for numbers written in several ways (1, 1.0, " 1"), which would be several classes.
     """
     sources = open_images(train), open_images(val)
-    if not columns:
-        for source in sources:
-            if source.labels is None:
-                raise ValueError(
-                    f"{source.path}: the images have no labels; wanted one sub-folder per class, or --label"
-                )
-        texts = {CLASS: [[source.classes[i] for i in source.labels] for source in sources]}  # type: ignore[union-attr]
-    else:
-        texts = {name: [_column(source, name) for source in sources] for name in columns}
-    numbers = {name: _numbered(name, *both, str(train), str(val)) for name, both in texts.items()}
-    return Labelled(*sources, *({name: both[i] for name, both in numbers.items()} for i in (0, 1)))
+    paths, train_y, val_y = (str(train), str(val)), {}, {}
+    for name in columns or [CLASS]:
+        texts = [_column(source, name) if columns else _classes(source) for source in sources]
+        train_y[name], val_y[name] = _numbered(name, (texts[0], texts[1]), paths)
+    return Labelled(*sources, train_y, val_y)
 
 
-def _numbered(
-    name: str, train: list[str], val: list[str], train_path: str, val_path: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _classes(source: ImageSource) -> list[str]:
+    if source.labels is None:
+        raise ValueError(f"{source.path}: the images have no labels; wanted one sub-folder per class, or --label")
+    return [source.classes[i] for i in source.labels]
+
+
+def _numbered(name: str, texts: tuple[list[str], list[str]], paths: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """Indices into the sorted classes; fractional numbers are binned at the training set's quartiles."""
-    for path, values in ((train_path, train), (val_path, val)):
+    train, val = texts
+    for path, values in zip(paths, texts, strict=True):
         if empty := sum(not value.strip() for value in values):
             raise ValueError(f"{path}: label {name!r} is empty for {empty} of {len(values)} images")
     both = set(train) | set(val)
-    if all(_is_number(value) for value in both) and any("." in value for value in train):
-        if fewer := [values for values in Counter(train).values() if values > len(train) // 2]:
-            raise ValueError(
-                f"{train_path}: label {name!r} cannot be cut into quartiles: one value is {fewer[0]} of {len(train)}"
-            )
+    numeric = all(_is_number(value) for value in both)
+    if numeric and any("." in value for value in train) and len(set(train)) > 20:
         cuts = np.quantile(np.array(train, np.float64), [0.25, 0.5, 0.75])
         return np.searchsorted(cuts, np.array(train, np.float64)), np.searchsorted(cuts, np.array(val, np.float64))
     meant: dict[object, str] = {}
     for value in sorted(both):
-        same = float(value) if _is_number(value) else value.strip()
+        same: object = float(value) if _is_number(value) else value.strip()
         if meant.setdefault(same, value) != value:
             raise ValueError(f"label {name!r}: {meant[same]!r} and {value!r} look like one class written in two ways")
-    for path, here, other, values in (
-        (val_path, set(val), train_path, set(train)),
-        (train_path, set(train), val_path, set(val)),
-    ):
-        if only := sorted(here - values):
+    for this, other in ((0, 1), (1, 0)):
+        if only := sorted(set(texts[this]) - set(texts[other])):
             raise ValueError(
-                f"label {name!r}: {len(only)} of {len(both)} classes are in {path} and not in {other}, "
+                f"label {name!r}: {len(only)} of {len(both)} classes are in {paths[this]} and not in {paths[other]}, "
                 f"for example {only[0]!r}; wanted the same classes in both"
             )
-    numeric = all(_is_number(value) for value in both)
     number = {value: i for i, value in enumerate(sorted(both, key=float if numeric else None))}
     return np.array([number[v] for v in train]), np.array([number[v] for v in val])
 

@@ -1,65 +1,173 @@
-"""The accuracy of a linear classifier on frozen features."""
+"""The accuracy of a linear classifier on frozen features, in two forms.
 
+    python engine/evaluate.py linear runs/demo/jepa-latest --train data/demo/images/train --val data/demo/images/val
+
+--form quick (default): logistic regression on stored features. The strength of its penalty is chosen on a held-out
+fifth of the training images.
+--form paper: the I-JEPA paper's. The encoder sees new crops and flips of the training images in each of 50 epochs, and
+24 heads learn side by side: on the last block or the last four, with and without batch norm, by LARS at three learning
+rates and two weight decays. As in the paper, the best of them on --val is reported, which flatters a little.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .features import check
+from . import heads, labels
+from .features import Features, check, features, pixels, shared_arguments
+from .job import Job, Result, Row
+from .papers import classified
 
-STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the linear probe's L2 penalty, strongest first
+STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the L2 penalty, strongest first
+EPOCHS, STEPS, BATCH = 10, 1000, 256  # at least so many epochs and steps; samples in a step
+RATE, MOMENTUM = 0.5, 0.9
+IN_MEMORY = 2**28  # features that are rotated once and kept; more are rotated whenever they are read
+CHUNK = 8192  # samples read at once
 
 
-def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Accuracy, 0 to 1, of multinomial logistic regression on standardised features.
+def arguments(parser: argparse.ArgumentParser) -> None:
+    labels.arguments(parser)
+    parser.add_argument("--form", choices=("quick", "paper"), default="quick")
+    shared_arguments(parser)
+    heads.arguments(parser)
 
-    The L2 penalty is chosen on a held-out fifth of the training samples, never on the test samples. Solved by L-BFGS in
-    float64, so there is no learning rate to tune. An encoder's features, above all an untrained one's, are so collinear
-    that L-BFGS would stop far from the minimum: up to 4096 features are rotated to their principal axes, which does not
-    move the minimum, and `_solve` scales those. (The paper's protocol trains the same classifier with LARS for 50
-    epochs on augmented images.) Raises ValueError as `check` does.
+
+def run(job: Job, args: argparse.Namespace) -> Result:
+    """Figures: accuracy by label. quick: the ranks share the strengths; paper: the images."""
+    sets = labels.open_labelled(args.train, args.val, args.label)
+    return Result(rows_of(job, sets, args), classified(sets))
+
+
+def rows_of(job: Job, sets: labels.Labelled, args: argparse.Namespace, chosen: np.ndarray | None = None) -> list[Row]:
+    """A row for each encoder, and one for pixels in the quick form. `chosen`: the training images that may be used."""
+    if args.form == "paper":
+        if chosen is not None:
+            labelled = {name: y[chosen] for name, y in sets.train_y.items()}
+            sets = labels.Labelled(sets.train.take(chosen), sets.val, labelled, sets.val_y)
+        return [heads.train(job, subject, sets, args) for subject in job.subjects]
+    rows: list[Row] = []
+    for subject in [*job.subjects, pixels()]:
+        train, val = (features(job, subject, source, args) for source in (sets.train, sets.val))
+        if chosen is not None:
+            train = train.only(chosen)
+        row: Row = {"features": subject.name}
+        for name, train_y in sets.train_y.items():
+            known, wanted = (torch.from_numpy(y) for y in (train_y[train.numbers], sets.val_y[name][val.numbers]))
+            row[name] = 100 * linear_probe(train, known, val, wanted, job)
+        rows.append(row)
+        job.say(f"{subject.name}: done")
+    return rows
+
+
+def linear_probe(
+    train_x: Tensor | Features, train_y: Tensor, test_x: Tensor | Features, test_y: Tensor, job: Job | None = None
+) -> float:
+    """Accuracy, 0 to 1, of multinomial logistic regression on standardised features [S, D] with labels [S].
+
+    Minimizes the mean cross-entropy + strength / 2 * |weights|^2 for all strengths at once. With a `job`, every rank
+    calls it and takes a share of the strengths. Raises ValueError as `check` does.
     """
     check(train_x, train_y, test_x, test_y)
-    x, t = train_x.double(), test_x.double()
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
-    x, t = (x - mean) / std, (t - mean) / std
-    if x.shape[1] <= 4096:  # the penalty is the same in any orthonormal basis
-        axes = torch.linalg.eigh(x.T @ x).eigenvectors
-        x, t = x @ axes, t @ axes
+    device = job.ranks.device if job else torch.device("cpu") if isinstance(train_x, Features) else train_x.device
+    rank, world = (job.ranks.rank, job.ranks.world_size) if job else (0, 1)
+    axes = Axes(train_x, device)
+    train_y, test_y = train_y.to(device), test_y.to(device)
     classes = int(torch.cat([train_y, test_y]).max()) + 1
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
-    held, fitted = order[: len(x) // 5], order[len(x) // 5 :]
-    weights = x.new_zeros(x.shape[1] + 1, classes)
-    best = (-1.0, STRENGTHS[0], weights)
-    for strength in STRENGTHS:
-        weights = _solve(x[fitted], train_y[fitted], weights, strength)
-        accuracy = _accuracy(weights, x[held], train_y[held])
-        if accuracy > best[0]:
-            best = (accuracy, strength, weights)
-    return _accuracy(_solve(x, train_y, best[2], best[1]), t, test_y)
+    order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))
+    held, fitted = order[: len(train_x) // 5], order[len(train_x) // 5 :]
+    x, mine = axes.rotated(train_x), STRENGTHS[rank::world]
+    scores = [0.0] * len(STRENGTHS)
+    if mine:
+        scores[rank::world] = accuracy(fit(x, train_y, fitted, axes, mine, classes), x, train_y, held)
+    if job:
+        scores = np.sum(job.gather(scores), axis=0).tolist()
+    best = STRENGTHS[scores.index(max(scores))]
+    solved = fit(x, train_y, order, axes, [best], classes)
+    return accuracy(solved, axes.rotated(test_x), test_y, torch.arange(len(test_x)))[0]
 
 
-def _solve(x: Tensor, y: Tensor, start: Tensor, strength: float) -> Tensor:
-    """Minimizes the mean cross-entropy + strength / 2 * |weights|^2; the last row is the bias, which has no penalty.
+class Axes:
+    """The standardised features' principal axes, found in one pass, and the mean square of the features along each.
 
-    L-BFGS optimizes weights / scale: curvature along a feature, about its mean square + strength, is scaled to 1.
+    An encoder's features, above all an untrained one's, are so collinear that descent along them would stop far from
+    the minimum. Rotation does not move the minimum, and along the axes the curvature is known and can be scaled to 1.
     """
-    scale = torch.cat([(x.square().mean(0) + strength).rsqrt(), x.new_ones(1)])[:, None]
-    scaled = (start / scale).requires_grad_()
-    solver = torch.optim.LBFGS(
-        [scaled], max_iter=500, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
 
-    def objective() -> Tensor:
-        solver.zero_grad()
-        weights = scaled * scale
-        loss = F.cross_entropy(x @ weights[:-1] + weights[-1], y) + strength / 2 * weights[:-1].square().sum()
-        loss.backward()
-        return loss
+    def __init__(self, x: Tensor | Features, device: torch.device) -> None:
+        width, self.device = x.shape[1], device
+        shift = x[:CHUNK].to(device).double().mean(0)  # near the mean, so that squares do not cancel
+        total, square = torch.zeros_like(shift), torch.zeros(width, width, dtype=torch.float64, device=device)
+        for first in range(0, len(x), CHUNK):
+            part = x[first : first + CHUNK].to(device).double() - shift
+            total += part.sum(0)
+            square += part.T @ part
+        mean = total / len(x)
+        covariance = square / len(x) - mean[:, None] * mean
+        deviation = covariance.diagonal().clamp_min(0).sqrt().clamp_min(1e-6)
+        self.mean, self.deviation = (shift + mean).float(), deviation.float()
+        squares, axes = torch.linalg.eigh(covariance / (deviation[:, None] * deviation))
+        self.squares, self.axes = squares.clamp_min(0).float(), axes.float()
 
-    with torch.enable_grad():
-        solver.step(objective)
-    return (scaled * scale).detach()
+    def __call__(self, x: Tensor) -> Tensor:
+        return ((x.to(self.device).float() - self.mean) / self.deviation) @ self.axes
+
+    def rotated(self, x: Tensor | Features) -> "Rotated | Tensor":
+        """`x` along the axes: at once if it is small, else whenever rows are read."""
+        if x.shape[0] * x.shape[1] > IN_MEMORY:
+            return Rotated(x, self)
+        return torch.cat([self(x[first : first + CHUNK]) for first in range(0, len(x), CHUNK)])
 
 
-def _accuracy(weights: Tensor, x: Tensor, y: Tensor) -> float:
-    return float(((x @ weights[:-1] + weights[-1]).argmax(1) == y).double().mean())
+class Rotated:
+    def __init__(self, x: Tensor | Features, axes: Axes) -> None:
+        self.x, self.axes = x, axes
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.axes(self.x[rows])
+
+
+def fit(
+    x: Rotated | Tensor, y: Tensor, chosen: Tensor, axes: Axes, strengths: Sequence[float], classes: int
+) -> tuple[Tensor, Tensor]:
+    """Weights [D, H, C] and biases [H, C] for H strengths, by Nesterov's method with a cosine schedule.
+
+    It descends in weights / scale, where `scale` makes the curvature along every axis about 1 for every strength.
+    """
+    device = axes.device
+    strength = torch.tensor(strengths, device=device)
+    scale = (axes.squares[:, None] + strength).rsqrt()[..., None]  # [D, H, 1]
+    penalty = strength[:, None] * scale.square()
+    u = torch.zeros(len(scale), len(strengths), classes, device=device)
+    bias = torch.zeros(len(strengths), classes, device=device)
+    u_speed, bias_speed = torch.zeros_like(u), torch.zeros_like(bias)
+    batch = min(BATCH, len(chosen))
+    epochs = max(EPOCHS, -(-STEPS * batch // len(chosen)))
+    steps, step, generator = epochs * -(-len(chosen) // batch), 0, torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for rows in chosen[torch.randperm(len(chosen), generator=generator)].split(batch):
+            part = x[rows]
+            logits = (part @ (scale * u).flatten(1)).view(len(rows), *bias.shape) + bias
+            slope = logits.softmax(2)
+            slope[torch.arange(len(rows), device=device), :, y[rows.to(device)]] -= 1
+            slope /= len(rows)
+            u_slope = scale * (part.T @ slope.flatten(1)).view_as(u) + penalty * u
+            rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+            step += 1
+            for value, speed, towards in ((u, u_speed, u_slope), (bias, bias_speed, slope.sum(0))):
+                speed.mul_(MOMENTUM).add_(towards)
+                value.sub_(towards + MOMENTUM * speed, alpha=rate)
+    return scale * u, bias
+
+
+def accuracy(solved: tuple[Tensor, Tensor], x: Rotated | Tensor, y: Tensor, chosen: Tensor) -> list[float]:
+    """The accuracy, 0 to 1, of each of the H classifiers on the samples chosen."""
+    weights, bias = solved
+    right = torch.zeros(len(bias), dtype=torch.int64, device=bias.device)
+    for rows in chosen.split(CHUNK):
+        logits = (x[rows] @ weights.flatten(1)).view(len(rows), *bias.shape) + bias
+        right += (logits.argmax(2) == y[rows.to(y.device)][:, None]).sum(0)
+    return [int(n) / len(chosen) for n in right]

@@ -1,35 +1,39 @@
-"""The probe of a run that is under way."""
+"""The probes of a run that is under way."""
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from jepa.config.schema import Config
 from jepa.data.decode import dali
 from jepa.data.loader import eval_batches
 
-from .features import Encoder, evenly, extract, open_labelled
 from .knn import knn
+from .labels import CLASS, open_labelled
+from .linear import linear_probe
 
 
 class OnlineProbe:
-    """k-NN accuracy of the encoder, or of its average where there is one, during training, on labelled folders; the
-    images are split over the ranks.
+    """Accuracy of the encoder, or of its average where there is one, during training, on labelled folders; the images
+    are split over the ranks.
 
-    It draws no random numbers, so probing does not change a bit of the run. Raises ValueError if the folders have no
-    labels, their classes differ, or DALI is missing.
+    It draws none of the run's random numbers, so probing does not change a bit of the run. Raises ValueError if the
+    folders have no labels, their classes differ, or DALI is missing.
     """
 
     def __init__(self, config: Config, rank: int, world_size: int, device: torch.device) -> None:
         dali()  # if it is missing, say so now, not at the first probe
         self.config, self.device = config, device
-        self.sources = open_labelled(str(config.eval.train_path), str(config.eval.val_path))
-        self.indices = [evenly(len(s), config.eval.max_images)[rank::world_size].tolist() for s in self.sources]
+        self.sets = open_labelled(str(config.eval.train_path), str(config.eval.val_path))
+        sizes = len(self.sets.train), len(self.sets.val)
+        self.indices = [evenly(size, config.eval.max_images)[rank::world_size].tolist() for size in sizes]
 
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """{"knn": accuracy in 0..1}. Every rank calls it and gets the same result."""
-        parts = []
-        for source, indices in zip(self.sources, self.indices, strict=True):
+    def __call__(self, encoder: nn.Module) -> dict[str, float]:
+        """{"knn": accuracy in 0..1, "linear": that of jepa.probes.linear}. Every rank calls it, and gets the same."""
+        parts: list[Tensor] = []
+        labelled = (self.sets.train, self.sets.train_y[CLASS]), (self.sets.val, self.sets.val_y[CLASS])
+        for (source, labels), indices in zip(labelled, self.indices, strict=True):
             batches = eval_batches(
                 source,
                 crop_size=self.config.data.crop_size,
@@ -39,10 +43,22 @@ class OnlineProbe:
                 decoder=self.config.decoder,
                 num_workers=self.config.data.num_workers,
             )
-            features, indices = extract(encoder, batches)
-            assert source.labels is not None  # checked by open_labelled
-            parts += [features.cpu(), torch.from_numpy(source.labels[indices])]
+            features, numbers = [torch.empty(0)], []
+            for images, some in batches:
+                with torch.no_grad():
+                    features.append(encoder(images).float().mean(1).cpu())
+                numbers += some
+            parts += [torch.cat(features), torch.from_numpy(labels[numbers])]
         ranks: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(ranks, parts)
-        train_x, train_y, val_x, val_y = (torch.cat(rows) for rows in zip(*ranks, strict=True))
-        return {"knn": knn(train_x, train_y, val_x, val_y, k=self.config.eval.knn_k)}
+        sets = [torch.cat(rows).to(self.device) for rows in zip(*ranks, strict=True)]
+        train_x, train_y, val_x, val_y = sets
+        found = knn(train_x, train_y, val_x, val_y, k=self.config.eval.knn_k)
+        return {"knn": found, "linear": linear_probe(train_x, train_y, val_x, val_y)}
+
+
+def evenly(total: int, wanted: int | None) -> np.ndarray:
+    """`wanted` indices spread evenly over `total`; all of them if there are fewer."""
+    return (
+        np.arange(total) if wanted is None or wanted >= total else np.linspace(0, total - 1, wanted).round().astype(int)
+    )

@@ -5,6 +5,8 @@ Sources: I-JEPA (arXiv 2301.08243) and C-JEPA (arXiv 2410.19560), their tables o
 
 from jepa.config.schema import Config
 
+from .labels import CLASS, Labelled
+
 # Data sets known by their numbers of validation images and classes, which a subset or another set does not share.
 CLASSIFIED = {
     (50_000, 1000): "ImageNet",
@@ -44,3 +46,8 @@ def reported(protocol: str, task: str | None, config: Config) -> dict[str, float
         name: models.get(model) for (which, on, name), models in FIGURES.items() if (which, on) == (protocol, task)
     }
     return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def classified(sets: Labelled) -> str | None:
+    """The name of a labelled data set that a paper reports, or None."""
+    return CLASSIFIED.get((len(sets.val), len(sets.train.classes))) if CLASS in sets.val_y else None

@@ -1,9 +1,11 @@
 """The encoder in a file of any format, ready to be probed or drawn."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from jepa.config.file import parse_config
 from jepa.config.schema import MODELS, Config
@@ -27,6 +29,7 @@ def load_encoder(
     if which not in ENCODERS:
         raise ValueError(f"which: given {which!r}, wanted one of {list(ENCODERS)}")
     path = Path(path)
+    tensors: Iterable[tuple[str, Tensor]]
     if (path / "config.json").is_file() and not (path / "state.json").is_file():
         config = _config_of(path)
         (stored,) = open_initial(path, config).parts.values()

@@ -26,7 +26,7 @@ from jepa.config.schema import Config
 CSV_COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")
 
 SECONDS_BETWEEN_LINES = 30.0
-SHOWN = ("knn", "images_per_second", "data_wait_ms", "lr")  # and the loss with its terms
+SHOWN = ("knn", "linear", "images_per_second", "data_wait_ms", "lr")  # and the loss with its terms
 
 
 class RunLog:

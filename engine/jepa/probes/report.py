@@ -1,0 +1,85 @@
+"""One table of all results below a folder: a row per model, a column per figure, in Markdown and as a picture.
+
+    python engine/evaluate.py report eval
+
+reads every result that evaluate.py wrote there, and writes report.md and report.png into the folder.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from jepa.pictures.tables import draw_table
+
+# In the order of the papers' tables: classification, then low-level tasks, then dense ones.
+ORDER = ("linear", "lowshot", "finetune", "knn", "clevr", "davis", "segment", "detect")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Writes both files and returns the table as text. Raises ValueError if there is no result, or two of one thing."""
+    results = read(args.folder)
+    header, rows = arranged(results)
+    text = markdown(header, rows)
+    (args.folder / "report.md").write_text(text)
+    draw_table(header, rows, args.folder / "report.png")
+    return f"{text}\nwritten to {args.folder / 'report.md'} and {args.folder / 'report.png'}"
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The results below `folder`, oldest first."""
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        if path.stem not in ORDER:
+            continue
+        try:
+            content = json.loads(path.read_text())
+            rows, _ = content["rows"], (content["model"]["digest"], content["date"], content["weights"])
+            if content["protocol"] == path.stem and all("features" in row for row in rows):
+                found.append(content)
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} is not a result of evaluate.py ({type(error).__name__}: {error})") from error
+    if not found:
+        raise ValueError(f"{folder}: no results; looked for {', '.join(f'{name}.json' for name in ORDER)} at any depth")
+    return sorted(found, key=lambda content: content["date"])
+
+
+def arranged(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows. A model's newest result of a protocol on a task counts. Rows: each model's encoder, then
+    those it is compared with; a paper's figure stands beside the model's own."""
+    columns: dict[tuple[str, str], None] = {}
+    rows: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
+    for protocol in ORDER:
+        for result in results:
+            if result["protocol"] != protocol:
+                continue
+            model = result["model"]
+            shape = f"{model['name'].removeprefix('vit_')}/{model['patch_size']}, {model['crop_size']} px"
+            task = f"{protocol} {result['task'] or ''}".strip()
+            paper = next((row for row in result["rows"] if row["features"] == "paper"), {})
+            for number, row in enumerate(result["rows"]):
+                if row is paper:
+                    continue
+                # The encoder in question is told apart by its weights, what it is compared with by its shape.
+                which = model["digest"] if number == 0 else ""
+                name = model["objective"] if number == 0 else row["features"]
+                epochs = str(model["epochs"]) if number == 0 else ""
+                line = rows.setdefault((name, shape if row["features"] != "pixels" else "", epochs, which), {})
+                for figure, value in row.items():
+                    if figure == "features":
+                        continue
+                    columns[task, figure] = None
+                    beside = f" ({paper[figure]:.1f})" if number == 0 and figure in paper else ""
+                    line[task, figure] = f"{value:.1f}{beside}"
+    header = ["method", "model", "epochs", *(f"{task}: {figure}" for task, figure in columns)]
+    return header, [[*key[:3], *(line.get(column, "-") for column in columns)] for key, line in rows.items()]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"Percent; in brackets, what the paper reports.\n\n{table}\n"
