@@ -121,6 +121,7 @@ def judge(video: Video, subject: Subject, folder: Path, how: Propagation, size: 
     path = folder / f"{video.name}.json"
     if path.is_file() and (known := json.loads(path.read_text()))["settings"] == settings:
         return known["scores"]
+    path.unlink(missing_ok=True)  # of other settings, whose masks are about to be replaced
     scores = measure(video, subject, folder / video.name, how, size)
     write(path, {"scores": scores, "settings": settings})
     return scores

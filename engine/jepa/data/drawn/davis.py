@@ -78,7 +78,7 @@ def _bounce(place: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def palette() -> list[int]:
-    """DAVIS's and PASCAL VOC's colours, R, G and B of 256 indices: bit 7 - i of channel c is bit 3 i + c of the index."""
+    """DAVIS's and PASCAL VOC's colours, R, G, B of 256 indices: bit 7 - i of channel c is bit 3 i + c of the index."""
     return [
         sum((index >> (3 * i + channel) & 1) << (7 - i) for i in range(3))
         for index in range(256)
