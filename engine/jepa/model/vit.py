@@ -207,7 +207,7 @@ class VisionTransformer(nn.Module):
         """
         patch = self.patch_embed.patch_size
         H, W = (size, size) if isinstance(size, int) else size
-        if {H, W} != {self.img_size}:
+        if {H, W} != {self.img_size} and (H, W) not in self.other_sizes:
             grid = H // patch, W // patch
             self.other_sizes[H, W] = sincos_positions(self.embed_dim, grid, self.img_size // patch)
 
