@@ -1,5 +1,6 @@
 """The encoder and the predictor against an independent float64 implementation (tests/support/plain.py)."""
 
+import math
 import re
 
 import pytest
@@ -87,3 +88,25 @@ def test_images_of_another_shape_are_refused(encoder: VisionTransformer, shape: 
     for index in (None, torch.zeros(2, 5, dtype=torch.int64)):
         with pytest.raises(ValueError, match=re.escape(f"images: given {[2, *shape]}")):
             encoder(images, index)
+
+
+@pytest.mark.parametrize("size", [(48, 16), (16, 64), (32, 32)])
+def test_images_of_an_allowed_size_show_the_area_of_the_crop(encoder: VisionTransformer, size: tuple[int, int]) -> None:
+    """A patch's position is where its centre lies on the grid of the crop that the whole image is taken for."""
+    square = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8)
+    before, (H, W) = encoder(square), size
+    images = torch.randint(0, 256, (2, H, W, 3), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="wanted"):
+        encoder(images)
+    encoder.allow(size)
+    encoder.allow(24)
+    found = (encoder.embed(images) - encoder.patch_embed(images, None))[0].unflatten(0, (H // 4, W // 4))
+    quarter = encoder.embed_dim // 4
+    for row in range(H // 4):
+        for column in range(W // 4):
+            y, x = ((2 * i + 1) / (2 * n) * 6 - 0.5 for i, n in ((row, H // 4), (column, W // 4)))
+            angles = [at * 10000 ** (-i / quarter) for at in (x, y) for i in range(quarter)]
+            halves = angles[:quarter], angles[quarter:]
+            wanted = [wave(angle) for half in halves for wave in (math.sin, math.cos) for angle in half]
+            torch.testing.assert_close(found[row, column], torch.tensor(wanted), atol=1e-5, rtol=0)
+    assert torch.equal(encoder(square), before) and encoder(images).shape == (2, H * W // 16, 16)

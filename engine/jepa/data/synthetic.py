@@ -1,8 +1,9 @@
 """Synthetic images: the demo's labelled scenes, and noise to time and test a run with.
 
-    python engine/jepa/data/synthetic.py OUT
+    python engine/jepa/data/synthetic.py OUT                       the demo's images
+    python engine/jepa/data/synthetic.py OUT --layout davis        a tiny set in another set's layout (jepa.data.drawn)
 
-draws the demo's images: textured scenes of a few shapes, in seconds and the same on every machine.
+draws textured scenes of a few shapes, in seconds and the same on every machine.
 
 A scene has one to four objects, each in its own quadrant, on a grainy background. All have the scene's shape; each has
 its own colour and distance, and near ones look larger. So a part of the image says something about the rest, which is
@@ -19,6 +20,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +71,7 @@ def draw(first: int, count: int, *, split: int = 0, seed: int = 0) -> Scenes:
         outside = np.empty((count, SIZE, SIZE))
         for s, name in enumerate(SHAPES):
             of = shape == s
-            outside[of] = _outside(name, x[of], y[of], radius[of, cell, None, None])
+            outside[of] = outside_of(name, x[of], y[of], radius[of, cell, None, None])
         cover = np.clip(0.5 - outside, 0, 1) * present[:, cell, None, None]
         canvas += cover[..., None] * (colour[:, cell, None, None] - canvas)
     nearest = np.where(present, distance, np.inf).min(1)
@@ -78,7 +80,7 @@ def draw(first: int, count: int, *, split: int = 0, seed: int = 0) -> Scenes:
     return Scenes((canvas * 255 + 0.5).astype(np.uint8), shape, objects, nearest, each)
 
 
-def _outside(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+def outside_of(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
     """How many pixels (x, y) is outside a shape of the given half height; negative inside."""
     ax, ay = np.abs(x), np.abs(y)
     if name == "disc":
@@ -95,19 +97,31 @@ def _outside(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.
 
 
 def write(root: Path, splits: dict[str, int], seed: int = 0) -> bool:
-    """Draws the data set into `root`, renamed into place once complete; returns False if it already exists.
+    """Draws the data set into `root`, as `place` does."""
+    return place(root, f"scenes, seed {seed}, {splits}\n", lambda folder: _write(folder, splits, seed))
 
-    Raises ValueError if `root` exists and holds something else.
+
+def place(root: Path, stamp: str, draw_into: Callable[[Path], None]) -> bool:
+    """A data set drawn into `root`, renamed into place once complete; returns False if it already exists.
+
+    `stamp`, in a file README, says which set it is. Raises ValueError if `root` exists and holds something else.
     """
-    stamp = f"scenes, seed {seed}, {splits}\n"
     if root.exists():
         if (root / "README").is_file() and (root / "README").read_text() == stamp:
             return False
         raise ValueError(f"{root} exists and is not this data set; remove it or choose another folder")
     partial = root.with_name(f".{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    draw_into(partial)
+    (partial / "README").write_text(stamp)
+    partial.rename(root)
+    return True
+
+
+def _write(root: Path, splits: dict[str, int], seed: int) -> None:
     for number, (split, total) in enumerate(splits.items()):
-        table, images = [], partial / "images" / split
+        table, images = [], root / "images" / split
         for name in SHAPES:
             (images / name).mkdir(parents=True)
         for first in range(0, total, CHUNK):
@@ -118,12 +132,9 @@ def write(root: Path, splits: dict[str, int], seed: int = 0) -> bool:
                 # CLEVR's depths are about 7 to 14.
                 at = [[x, y, DEPTH * distance] for x, y, distance in objects]
                 table.append({"image_filename": path, "objects": [{"shape": name, "pixel_coords": xyz} for xyz in at]})
-        (partial / "scenes").mkdir(exist_ok=True)
+        (root / "scenes").mkdir(exist_ok=True)
         text = json.dumps({"info": {"split": split}, "scenes": table})
-        (partial / "scenes" / f"CLEVR_{split}_scenes.json").write_text(text)
-    (partial / "README").write_text(stamp)
-    partial.rename(root)
-    return True
+        (root / "scenes" / f"CLEVR_{split}_scenes.json").write_text(text)
 
 
 def noise(number: int, size: int, seed: int = 0) -> np.ndarray:
@@ -166,20 +177,29 @@ class SyntheticImages:
 
 
 def main() -> int:
+    from jepa.data.drawn import davis
+
+    layouts = {"davis": davis}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
+    parser.add_argument("--layout", choices=("scenes", *layouts), default="scenes", help="default: %(default)s")
     parser.add_argument("--train", type=int, default=6000, help="training scenes (default: %(default)s)")
     parser.add_argument("--val", type=int, default=1500, help="held-out scenes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        drawn = write(args.out, {"train": args.train, "val": args.val}, args.seed)
+        if args.layout in layouts:
+            what, drawn = f"a set in the layout of {args.layout}", layouts[args.layout].write(args.out, args.seed)
+        else:
+            what = f"{args.train} + {args.val} scenes"
+            drawn = write(args.out, {"train": args.train, "val": args.val}, args.seed)
     except (ValueError, OSError) as error:
         print(f"synthetic.py: {error}", file=sys.stderr)
         return 1
-    print(f"{args.out}: {args.train} + {args.val} scenes {'drawn' if drawn else 'already exist'}")
+    print(f"{args.out}: {what} {'drawn' if drawn else 'already there'}")
     return 0
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # engine/ instead of this script's folder in the library
     sys.exit(main())

@@ -22,7 +22,18 @@ from jepa.model.packed import Ragged
 from jepa.model.projector import projector, world_group
 from jepa_kernels import vicreg
 
-from .ijepa import IJepa
+from .ijepa import B16, L16, IJepa
+
+PUBLISHED = {  # 600 epochs of ImageNet-1K
+    ("linear", "ImageNet", "class"): {B16: 73.7, L16: 78.1},
+    ("finetune", "ImageNet", "class"): {B16: 84.5, L16: 86.2},
+    ("clevr", "CLEVR", "count"): {L16: 86.8},
+    ("clevr", "CLEVR", "distance"): {L16: 71.6},
+    ("davis", "DAVIS 2017", "J&F"): {L16: 58.3},
+    ("segment", "ADE20K", "mIoU"): {B16: 48.7},
+    ("detect", "COCO", "box AP"): {B16: 50.7},
+    ("detect", "COCO", "mask AP"): {B16: 45.3},
+}
 
 
 class CJepa(IJepa):
@@ -36,6 +47,7 @@ class CJepa(IJepa):
         projector: Widths | None = None  # output widths of its layers; null: three layers of the encoder's width
 
     terms = ("jepa", "sim", "std", "cov")
+    published = PUBLISHED
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -26,6 +26,23 @@ from jepa_kernels import prediction_loss
 from .base import Method, Output
 
 
+B16, L16, H14, H16 = ("vit_base", 16, 224), ("vit_large", 16, 224), ("vit_huge", 14, 224), ("vit_huge", 16, 448)
+PUBLISHED = {  # 300 epochs of ImageNet-1K, B and L 600; ADE20K, COCO and DAVIS as the C-JEPA paper gives them
+    ("linear", "ImageNet", "class"): {B16: 72.9, L16: 77.5, H14: 79.3, H16: 81.1},
+    ("linear", "CIFAR-100", "class"): {H14: 87.5},
+    ("linear", "Places205", "class"): {H14: 58.4},
+    ("linear", "iNaturalist 2018", "class"): {H14: 47.6},
+    ("lowshot", "ImageNet", "1%"): {L16: 69.4, H14: 73.3, H16: 77.3},
+    ("finetune", "ImageNet", "class"): {B16: 83.5, L16: 85.3, H16: 87.1},
+    ("clevr", "CLEVR", "count"): {H14: 86.7},
+    ("clevr", "CLEVR", "distance"): {H14: 72.4},
+    ("davis", "DAVIS 2017", "J&F"): {L16: 56.6},
+    ("segment", "ADE20K", "mIoU"): {B16: 47.6},
+    ("detect", "COCO", "box AP"): {B16: 49.9},
+    ("detect", "COCO", "mask AP"): {B16: 44.5},
+}
+
+
 class IJepa(Method):
     class Settings(Loss):
         """I-JEPA's loss has no settings."""
@@ -33,6 +50,7 @@ class IJepa(Method):
     terms: ClassVar[tuple[str, ...]] = ("jepa",)
     averaged = ("encoder",)
     masked = True
+    published = PUBLISHED
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

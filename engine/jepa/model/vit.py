@@ -25,22 +25,26 @@ LAYER_NORM_EPS = 1e-6
 INIT_STD = 0.02
 
 
-def sincos_positions(dim: int, side: int, span: int | None = None) -> Tensor:
-    """Fixed 2-D sine-cosine position embeddings, fp32 [side * side, dim], in raster order.
+def sincos_positions(dim: int, side: int | tuple[int, int], span: int | None = None) -> Tensor:
+    """Fixed 2-D sine-cosine position embeddings of `side` rows and columns, or (rows, columns), in raster order.
 
-    The first half of the width encodes the column, the second the row; each half is [sin | cos] of the coordinate
-    times omega_i = 10000 ** (-i / (dim / 4)). Coordinates are 0 .. side - 1, or with `span` the centres of `side` cells
-    that share the area of 0 .. span - 1.
+    fp32 [rows * columns, dim]. The first half of the width encodes the column, the second the row; each half is
+    [sin | cos] of the coordinate times omega_i = 10000 ** (-i / (dim / 4)). Coordinates are 0 .. side - 1, or with
+    `span` the centres of cells that share the area of 0 .. span - 1 in either direction.
     """
+    rows, columns = (side, side) if isinstance(side, int) else side
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    places = torch.arange(side, dtype=torch.float64)
-    if span is not None:
-        places = (places + 0.5) * span / side - 0.5
-    angles = places[:, None] * omega
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    column = axis[None, :, :].expand(side, side, -1)
-    row = axis[:, None, :].expand(side, side, -1)
-    return torch.cat([column, row], dim=2).reshape(side * side, dim).float()
+
+    def axis(cells: int) -> Tensor:
+        places = torch.arange(cells, dtype=torch.float64)
+        if span is not None:
+            places = (places + 0.5) * span / cells - 0.5
+        angles = places[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    column = axis(columns)[None, :, :].expand(rows, columns, -1)
+    row = axis(rows)[:, None, :].expand(rows, columns, -1)
+    return torch.cat([column, row], dim=2).reshape(rows * columns, dim).float()
 
 
 class QKV(nn.Linear):
@@ -169,7 +173,7 @@ class VisionTransformer(nn.Module):
         self.img_size = img_size
         self.embed_dim = embed_dim
         self.checkpointing = False
-        self.other_sizes: dict[int, Tensor] = {}  # further sizes of images, and the positions of their patches
+        self.other_sizes: dict[tuple[int, int], Tensor] = {}  # (H, W) of other images, and their patches' positions
         self.patch_embed = PatchEmbed(patch_size, embed_dim, mean, std)
         positions = sincos_positions(embed_dim, img_size // patch_size)
         self.pos_embed: Tensor
@@ -180,7 +184,7 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor, index: Tensor | Ragged | None = None) -> Tensor:
         S = self.img_size
-        if (size := images.shape[2]) in self.other_sizes and tuple(images.shape[1:]) == (size, size, 3):
+        if (size := (images.shape[1], images.shape[2])) in self.other_sizes and images.shape[3:] == (3,):
             x = self.patch_embed(images, None)
             self.other_sizes[size] = self.other_sizes[size].to(x.device, x.dtype)
             return x + self.other_sizes[size]
@@ -196,10 +200,16 @@ class VisionTransformer(nn.Module):
         pos_ND = self.pos_embed[0].to(x.dtype)  # DeepSpeed keeps buffers in fp32; cast N rows, not B * K
         return x + (pos_ND if index is None else pos_ND[index])
 
-    def allow(self, size: int) -> None:
-        """Also takes whole images [B, size, size, 3], as crops of the area that images of `img_size` show."""
-        own, patch = self.img_size // self.patch_embed.patch_size, self.patch_embed.patch_size
-        self.other_sizes[size] = sincos_positions(self.embed_dim, size // patch, own)
+    def allow(self, size: int | tuple[int, int]) -> None:
+        """Also takes whole images [B, size, size, 3], or of (H, W), as crops of the area that `img_size` images show.
+
+        Their positions are computed at the centres of their patches in that area, where DINO interpolates learned ones.
+        """
+        patch = self.patch_embed.patch_size
+        H, W = (size, size) if isinstance(size, int) else size
+        if {H, W} != {self.img_size} and (H, W) not in self.other_sizes:
+            grid = H // patch, W // patch
+            self.other_sizes[H, W] = sincos_positions(self.embed_dim, grid, self.img_size // patch)
 
     def forward(self, images: Tensor, index: Tensor | Ragged | None = None, rows: Sequence[Tensor] = ()) -> Tensor:
         x, sequences = self.embed(images, index), index.contexts if isinstance(index, Ragged) else None

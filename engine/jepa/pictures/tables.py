@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -13,8 +14,10 @@ WRAP = 14  # letters of a line of the header
 
 
 def draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], out_path: str | Path) -> Figure:
-    """Writes header [C] and rows [R, C] as a PNG: the first three columns to the left, figures to the right, the best of
-    each column bold (the highest; a figure may be followed by another in brackets)."""
+    """Writes header [C] and rows [R, C] as a PNG: three columns of words, then figures, the highest of a column bold.
+
+    A figure may be followed by another in brackets.
+    """
     heads = [_wrapped(cell) for cell in header]
     columns = [[*head, *(row[c] for row in rows)] for c, head in enumerate(heads)]
     widths = [LETTER * max(map(len, column)) + SPACE for column in columns]
@@ -29,7 +32,7 @@ def draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], out_path: s
         for c, head in enumerate(heads):
             right = c >= 3
             at = x + widths[c] - SPACE if right else x
-            align = {"ha": "right" if right else "left", "va": "center"}
+            align: Any = {"ha": "right" if right else "left", "va": "center"}
             for i, text in enumerate(head, start=tall - len(head)):
                 axes.text(at, HEIGHT * (i + 0.7), text, fontsize=9, **align)
             values = [_value(row[c]) if right else None for row in rows]

@@ -105,7 +105,11 @@ def open_job(args: argparse.Namespace, ranks: Ranks) -> Job:
         encoders["untrained encoder"] = build_encoder(config).eval()
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     subjects = [
-        Subject(name, module.requires_grad_(False).to(ranks.device, dtype), digest(module))
+        Subject(
+            name,
+            module.requires_grad_(False).to(ranks.device, dtype),
+            digest(module, f"{config.data.mean} {config.data.std}"),
+        )
         for name, module in encoders.items()
     ]
     job = Job(args.weights, subjects, config, ranks, args.out or Path("eval") / _stem(Path(args.weights)))
@@ -113,9 +117,10 @@ def open_job(args: argparse.Namespace, ranks: Ranks) -> Job:
     return job
 
 
-def digest(module: torch.nn.Module) -> str:
-    """16 hexadecimal digits that depend on the names, dtypes and values of all parameters and buffers."""
-    total = hashlib.sha256()
+def digest(module: torch.nn.Module, images: str = "") -> str:
+    """16 hexadecimal digits that depend on the names, dtypes and values of all parameters and buffers, and on `images`,
+    what it takes of them."""
+    total = hashlib.sha256(images.encode())
     for name, value in sorted(module.state_dict().items()):
         total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

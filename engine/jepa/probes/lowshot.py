@@ -3,9 +3,9 @@
     python engine/evaluate.py lowshot WEIGHTS --train imagenet/train --val imagenet/val --labels 1%
     python engine/evaluate.py lowshot WEIGHTS --train imagenet/train --val imagenet/val --list 1percent.txt
 
---form linear: the quick linear classifier on stored features; finetune: all weights, as in the I-JEPA paper's low-shot
-table, which reports the better of the two. --list names the labelled images, one a line, by their paths or their files' names
-(SimCLR's lists of ImageNet); else --seed chooses them.
+--form linear: the quick linear classifier on stored features; finetune: all weights. The I-JEPA paper's low-shot table
+has the better of the two. --list names the labelled images, one a line, by their paths or their files' names (SimCLR's
+lists of ImageNet); else --seed chooses them.
 """
 
 import argparse

@@ -60,7 +60,7 @@ def arranged(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
             model = result["model"]
             shape = f"{model['name'].removeprefix('vit_')}/{model['patch_size']}, {model['crop_size']} px"
             task = f"{protocol} {result['task'] or ''}".strip()
-            paper = next((row for row in result["rows"] if row["features"] == "paper"), {})
+            paper: dict[str, Any] = next((row for row in result["rows"] if row["features"] == "paper"), {})
             for number, row in enumerate(result["rows"]):
                 if row is paper:
                     continue
