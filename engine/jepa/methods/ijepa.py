@@ -25,7 +25,6 @@ from jepa_kernels import prediction_loss
 
 from .base import Method, Output
 
-
 B16, L16, H14, H16 = ("vit_base", 16, 224), ("vit_large", 16, 224), ("vit_huge", 14, 224), ("vit_huge", 16, 448)
 PUBLISHED = {  # 300 epochs of ImageNet-1K, B and L 600; ADE20K, COCO and DAVIS as the C-JEPA paper gives them
     ("linear", "ImageNet", "class"): {B16: 72.9, L16: 77.5, H14: 79.3, H16: 81.1},
