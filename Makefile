@@ -6,7 +6,7 @@ BIN := .venv/bin
 SOURCES := kernels engine benchmarks tests setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo quick test test-cuda soak lint bench bench-gpu bench-wheels sanitize clean
+.PHONY: setup demo quick test test-cuda test-eval soak lint bench bench-gpu bench-wheels sanitize clean
 
 setup: .venv/installed
 
@@ -18,13 +18,18 @@ setup: .venv/installed
 		$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[engine-cu$$cuda,test]"
 	touch $@
 
+EVALUATE = $(BIN)/python engine/evaluate.py
+JUDGED = runs/demo/jepa-latest --out runs/demo/eval --device $(DEVICE)
 demo: setup
 	$(BIN)/python engine/jepa/data/synthetic.py data/demo --seed 1
 	rm -rf runs/demo
 	$(BIN)/deepspeed --num_accelerators 1 engine/train.py --config engine/configs/demo.yaml engine.device=$(DEVICE)
-	$(BIN)/python engine/evaluate.py runs/demo/jepa-latest --train data/demo/images/train --val data/demo/images/val \
-		--label shape --label count --label distance --device $(DEVICE)
-	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/images/val --log runs/demo/jepa.jsonl --out runs/demo
+	$(EVALUATE) knn $(JUDGED) --train data/demo/images/train --val data/demo/images/val
+	$(EVALUATE) linear $(JUDGED) --train data/demo/images/train --val data/demo/images/val
+	$(EVALUATE) clevr $(JUDGED) --data data/demo
+	$(EVALUATE) report runs/demo/eval
+	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/images/val --log runs/demo/jepa.jsonl \
+		--out runs/demo
 
 # What a change needs before it is shown: lint, and the tests that need little time, no GPU and no other processes.
 # TESTS=tests/data: of one room.
@@ -53,10 +58,16 @@ endif
 $(CUDA_ENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CUDA_ENV)
 	$(CUDA_ENV)/bin/pip install --quiet torch===$(TORCH)
-	(grep -v -E "^(torch|triton|nvidia|setuptools)" constraints.txt; echo "torch===$(TORCH)") > $(CUDA_ENV)/constraints.txt
+	(grep -v -E "^(torch|triton|nvidia-[a-z0-9-]*|setuptools)==" constraints.txt; echo "torch===$(TORCH)") > $(CUDA_ENV)/constraints.txt
 	$(CUDA_ENV)/bin/pip install --quiet -c $(CUDA_ENV)/constraints.txt deepspeed numpy pydantic PyYAML safetensors \
 		matplotlib tqdm pillow ninja setuptools pytest pytest-xdist
 	touch $@
+
+# The tests of the protocols that need torchvision, in the same environment: its builds fit CUDA builds of torch.
+test-eval: setup $(CUDA_ENV)/installed
+	$(CUDA_ENV)/bin/pip install --quiet -c $(CUDA_ENV)/constraints.txt hypothesis torchvision timm torchmetrics pycocotools
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(CUDA_ENV)/bin/python -m pytest tests/probes -m torchvision --numprocesses 2 \
+		--dist loadfile
 
 # Fault injection in real runs, seven to ten minutes: kills, damaged files, moves to other numbers of ranks.
 soak: setup

@@ -233,8 +233,8 @@ def _unit_circle(x, TURNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "rows"])
 def _table_kernel(
-    x,  # [V, N, S]
-    table,  # [N / rows, all K, 2, V, S]
+    x_ptr,  # [V, N, S]
+    table_ptr,  # [N / rows, all K, 2, V, S]
     N,
     S,
     rows,  # per program
@@ -246,19 +246,24 @@ def _table_kernel(
     BLOCK_S: tl.constexpr,
 ):
     K: tl.constexpr = len(PHI)
-    V, chunk, i = tl.num_programs(2).to(tl.int64), tl.program_id(0), tl.program_id(2)
-    column = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    start = chunk * rows
+    pid_n = tl.program_id(0)
+    pid_s = tl.program_id(1)
+    pid_v = tl.program_id(2)
+    V = tl.num_programs(2).to(tl.int64)
+    offs_s = pid_s * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask = offs_s < S
+    start = pid_n * rows
     stop = tl.minimum(start + rows, N)
-    at = x + (i.to(tl.int64) * N + start) * S + column
+    x_ptrs = x_ptr + (pid_v.to(tl.int64) * N + start) * S + offs_s
     sums = tl.tuple([])
     for _ in tl.static_range(2 * K):
-        sums += (tl.zeros([BLOCK_S], x.dtype.element_ty),)
+        sums += (tl.zeros([BLOCK_S], x_ptr.dtype.element_ty),)
     for _ in range(start, stop):
-        value = tl.load(at, column < S, other=0)
-        at += S
+        value = tl.load(x_ptrs, mask, other=0)
+        x_ptrs += S
         step_c, step_s = _unit_circle(value, TURNS)
-        c, s = step_c, step_s
+        c = step_c
+        s = step_s
         if FIRST:
             c, s = _unit_circle(value, TURNS * (FIRST + 1))
         added = tl.tuple([])
@@ -266,20 +271,20 @@ def _table_kernel(
             added += (sums[2 * k] + c, sums[2 * k + 1] + s)
             c, s = c * step_c - s * step_s, s * step_c + c * step_s
         sums = added
-    count = (stop - start).to(x.dtype.element_ty)
-    to = table + ((chunk * knots + FIRST) * 2 * V + i) * S + column
+    count = (stop - start).to(x_ptr.dtype.element_ty)
+    table_ptrs = table_ptr + ((pid_n * knots + FIRST) * 2 * V + pid_v) * S + offs_s
     for k in tl.static_range(K):
-        tl.store(to, (sums[2 * k] - count * PHI[k]) * WEIGHT[k], column < S)
-        tl.store(to + V * S, sums[2 * k + 1] * WEIGHT[k], column < S)
-        to += 2 * V * S
+        tl.store(table_ptrs, (sums[2 * k] - count * PHI[k]) * WEIGHT[k], mask)
+        tl.store(table_ptrs + V * S, sums[2 * k + 1] * WEIGHT[k], mask)
+        table_ptrs += 2 * V * S
 
 
 @triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
-    x,  # [V, N, S]
-    table,  # [K, 2, V, S]
-    scale,  # scalar
-    grad,  # [V, N, S]
+    x_ptr,  # [V, N, S]
+    table_ptr,  # [K, 2, V, S]
+    scale_ptr,  # scalar
+    grad_ptr,  # [V, N, S]
     N,
     S,
     TURNS: tl.constexpr,
@@ -288,56 +293,82 @@ def _backward_kernel(
     BLOCK_S: tl.constexpr,
 ):
     K: tl.constexpr = len(SLOPE)
-    V, i = tl.num_programs(2).to(tl.int64), tl.program_id(2)
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    mask = (row < N)[:, None] & (column < S)[None, :]
-    at = (i.to(tl.int64) * N + row)[:, None] * S + column[None, :]
-    step_c, step_s = _unit_circle(tl.load(x + at, mask, other=0), TURNS)
+    pid_n = tl.program_id(0)
+    pid_s = tl.program_id(1)
+    pid_v = tl.program_id(2)
+    V = tl.num_programs(2).to(tl.int64)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_s = pid_s * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask_s = offs_s < S
+    mask = (offs_n < N)[:, None] & mask_s[None, :]
+    offs = (pid_v.to(tl.int64) * N + offs_n)[:, None] * S + offs_s[None, :]
+    step_c, step_s = _unit_circle(tl.load(x_ptr + offs, mask, other=0), TURNS)
     # Horner's rule for the real part of the sum of (sines_k + i cosines_k) exp(i t_k x)
-    real = tl.zeros([BLOCK_N, BLOCK_S], x.dtype.element_ty)
-    imaginary = tl.zeros([BLOCK_N, BLOCK_S], x.dtype.element_ty)
-    of_k = table + ((2 * K - 2) * V + i) * S + column
+    real = tl.zeros([BLOCK_N, BLOCK_S], x_ptr.dtype.element_ty)
+    imaginary = tl.zeros([BLOCK_N, BLOCK_S], x_ptr.dtype.element_ty)
+    table_ptrs = table_ptr + ((2 * K - 2) * V + pid_v) * S + offs_s
     for k in tl.static_range(K - 1, -1, -1):
-        imaginary += tl.load(of_k, column < S, other=0)[None, :] * SLOPE[k]
-        real += tl.load(of_k + V * S, column < S, other=0)[None, :] * SLOPE[k]
-        of_k -= 2 * V * S
+        imaginary += tl.load(table_ptrs, mask_s, other=0)[None, :] * SLOPE[k]
+        real += tl.load(table_ptrs + V * S, mask_s, other=0)[None, :] * SLOPE[k]
+        table_ptrs -= 2 * V * S
         real, imaginary = real * step_c - imaginary * step_s, imaginary * step_c + real * step_s
-    tl.store(grad + at, real * tl.load(scale), mask)
+    tl.store(grad_ptr + offs, real * tl.load(scale_ptr), mask)
 
 
 @triton.jit(do_not_specialize=["seed", "step"])
-def _normals_kernel(out, count, seed, step, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _normals_kernel(
+    out_ptr,  # [count]
+    count,
+    seed,
+    step,
+    PURPOSE: tl.constexpr,
+    BLOCK: tl.constexpr,  # counters per program, four numbers each
+):
+    pid = tl.program_id(0)
+    offs = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], tl.uint32)
-    low, high = step.to(tl.uint32), (step.to(tl.int64) >> 32).to(tl.uint32)
-    words = tl.philox(seed.to(tl.int64), index.to(tl.uint32), zero + PURPOSE, zero + low, zero + high)
+    low = step.to(tl.uint32)
+    high = (step.to(tl.int64) >> 32).to(tl.uint32)
+    words = tl.philox(seed.to(tl.int64), offs.to(tl.uint32), zero + PURPOSE, zero + low, zero + high)
     for j in tl.static_range(2):
         u = (words[2 * j].to(tl.float64) + 0.5) / 4294967296
         radius = tl.sqrt(-2 * tl.log(u))
         c, s = _unit_circle(words[2 * j + 1].to(tl.float64), 1 / 4294967296)
-        place = 4 * index + 2 * j
-        tl.store(out + place, (radius * c).to(tl.float32), place < count)
-        tl.store(out + place + 1, (radius * s).to(tl.float32), place + 1 < count)
+        offs_out = 4 * offs + 2 * j
+        tl.store(out_ptr + offs_out, (radius * c).to(tl.float32), offs_out < count)
+        tl.store(out_ptr + offs_out + 1, (radius * s).to(tl.float32), offs_out + 1 < count)
 
 
 def sigreg_normals_triton(out: Tensor, seed: int, step: int) -> None:
     with torch.cuda.device_of(out):
         grid = (triton.cdiv(out.numel(), 4 * 128),)
-        _normals_kernel[grid](out, out.numel(), seed, step, _PURPOSE, 128, num_warps=4)
+        _normals_kernel[grid](
+            out_ptr=out, count=out.numel(), seed=seed, step=step, PURPOSE=_PURPOSE, BLOCK=128, num_warps=4
+        )
 
 
 def sigreg_table_triton(x: Tensor, step: float, phi: list[float], weight: list[float]) -> Tensor:
-    (V, N, S), K, group = x.shape, len(phi), 16  # the sums at sixteen knots fit into registers
+    V, N, S = x.shape
+    K, group = len(phi), 16  # the sums at sixteen knots fit into registers
     rows = min(256, max(64, triton.cdiv(N, 16)))  # many programs, yet their tables take at most half as much as x
     table = x.new_empty(max(1, triton.cdiv(N, rows)), K, 2, V, S)
     with torch.cuda.device_of(x):
         for first in range(0, K, group):
             part = slice(first, first + group)
             _table_kernel[len(table), triton.cdiv(S, 32), V](
-                x.contiguous(), table, N, S, rows, K, step / math.tau, first,
-                tuple(phi[part]), tuple(weight[part]), 32, num_warps=1,
-            )  # fmt: skip
+                x_ptr=x.contiguous(),
+                table_ptr=table,
+                N=N,
+                S=S,
+                rows=rows,
+                knots=K,
+                TURNS=step / math.tau,
+                FIRST=first,
+                PHI=tuple(phi[part]),
+                WEIGHT=tuple(weight[part]),
+                BLOCK_S=32,
+                num_warps=1,
+            )
     return table.sum(0) if len(table) > 1 else table[0]
 
 
@@ -348,9 +379,18 @@ def sigreg_backward_triton(x: Tensor, table: Tensor, scale: Tensor, step: float,
         rows, columns = min(64, triton.next_power_of_2(N)), 64
         with torch.cuda.device_of(x):
             _backward_kernel[triton.cdiv(N, rows), triton.cdiv(S, columns), V](
-                x.contiguous(), table.contiguous(), scale, grad, N, S, step / math.tau, tuple(slope),
-                rows, columns, num_warps=8,
-            )  # fmt: skip
+                x_ptr=x.contiguous(),
+                table_ptr=table.contiguous(),
+                scale_ptr=scale,
+                grad_ptr=grad,
+                N=N,
+                S=S,
+                TURNS=step / math.tau,
+                SLOPE=tuple(slope),
+                BLOCK_N=rows,
+                BLOCK_S=columns,
+                num_warps=8,
+            )
     return grad
 
 

@@ -130,7 +130,7 @@ def features(
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     folder = (args.store or job.out / "features") / f"{subject.key}-{name}"
     width = subject.encoder.embed_dim * (1 if pooled else _patches(subject, config.data.crop_size))
-    store = _Store(folder, layers, len(source), width)
+    store = Store(folder, layers, len(source), width)
     job.first_only(lambda: store.create({"images": source.path, **about}))
     pending = np.flatnonzero((store.state() == PENDING).any(0))
     if len(pending):
@@ -144,7 +144,7 @@ def _fill(
     subject: Subject,
     source: ImageSource,
     args: argparse.Namespace,
-    store: "_Store",
+    store: "Store",
     mine: np.ndarray,
     pooled: bool,
 ) -> None:
@@ -170,7 +170,7 @@ def _fill(
     store.mark(sorted(left), BAD)
 
 
-class _Store:
+class Store:
     """The files of one folder: `block-I.f32`, rows of float32, and `block-I.state`, a byte per image."""
 
     def __init__(self, folder: Path, layers: list[int], images: int, width: int) -> None:

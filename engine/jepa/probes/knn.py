@@ -6,6 +6,7 @@ By cosine, weighted by exp(cosine / temperature): the protocol of Wu et al. (arX
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ from .features import Features, check, features, pixels, shared_arguments
 from .job import Job, Result
 from .papers import classified
 
-QUERIES, KEYS = 1024, 65536  # samples compared at once
+BLOCK, QUERIES, KEYS = 16384, 1024, 65536  # queries for which all keys are read once; samples compared at once
 TEMPERATURE = 0.07
 
 
@@ -55,18 +56,17 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest training samples of the test samples `chosen`: cosines and indices, both [n, k] on the CPU, nearest
     first; fewer if there are fewer. Memory holds 1024 x 65536 cosines and the samples compared."""
-    k, parts = min(k, len(train)), []
-    for rows in np.array_split(chosen, max(1, -(-len(chosen) // QUERIES))):
-        x = F.normalize(test[rows].float().to(device), dim=1)
-        best, where = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=device)
+    k = min(k, len(train))
+    best, where = torch.full((len(chosen), k), -math.inf), torch.zeros(len(chosen), k, dtype=torch.int64)
+    for block in np.array_split(np.arange(len(chosen)), max(1, -(-len(chosen) // BLOCK))):
+        x = F.normalize(test[chosen[block]].float().to(device), dim=1)
         for first in range(0, len(train), KEYS):
             keys = F.normalize(train[first : first + KEYS].float().to(device), dim=1)
-            cosine, index = (x @ keys.T).topk(min(k, len(keys)), dim=1)
-            best, where = torch.cat([best, cosine], 1), torch.cat([where, index + first], 1)
-            best, order = best.topk(min(k, best.shape[1]), dim=1)
-            where = where.gather(1, order)
-        parts.append((best.cpu(), where.cpu()))
-    best, where = (torch.cat(part) for part in zip(*parts, strict=True))
+            for rows, part in zip(torch.from_numpy(block).split(QUERIES), x.split(QUERIES), strict=True):
+                cosine, index = (found.cpu() for found in (part @ keys.T).topk(min(k, len(keys)), dim=1))
+                both = torch.cat([best[rows], cosine], 1)
+                best[rows], order = both.topk(k, dim=1)
+                where[rows] = torch.cat([where[rows], index + first], 1).gather(1, order)
     return best, where
 
 

@@ -23,7 +23,7 @@ from .job import Job, Result, Row
 from .papers import classified
 
 STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the L2 penalty, strongest first
-EPOCHS, STEPS, BATCH = 10, 1000, 256  # at least so many epochs and steps; samples in a step
+EPOCHS, STEPS, BATCH = 10, 1000, 256  # at least so many epochs, steps, samples in a step and steps in a long epoch
 RATE, MOMENTUM = 0.5, 0.9
 IN_MEMORY = 2**28  # features that are rotated once and kept; more are rotated whenever they are read
 CHUNK = 8192  # samples read at once
@@ -131,7 +131,13 @@ class Rotated:
 
 
 def fit(
-    x: Rotated | Tensor, y: Tensor, chosen: Tensor, axes: Axes, strengths: Sequence[float], classes: int
+    x: Rotated | Tensor,
+    y: Tensor,
+    chosen: Tensor,
+    axes: Axes,
+    strengths: Sequence[float],
+    classes: int,
+    epochs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weights [D, H, C] and biases [H, C] for H strengths, by Nesterov's method with a cosine schedule.
 
@@ -144,8 +150,8 @@ def fit(
     u = torch.zeros(len(scale), len(strengths), classes, device=device)
     bias = torch.zeros(len(strengths), classes, device=device)
     u_speed, bias_speed = torch.zeros_like(u), torch.zeros_like(bias)
-    batch = min(BATCH, len(chosen))
-    epochs = max(EPOCHS, -(-STEPS * batch // len(chosen)))
+    batch = min(max(BATCH, len(chosen) // BATCH), len(chosen))
+    epochs = epochs or max(EPOCHS, -(-STEPS * batch // len(chosen)))
     steps, step, generator = epochs * -(-len(chosen) // batch), 0, torch.Generator().manual_seed(0)
     for _ in range(epochs):
         for rows in chosen[torch.randperm(len(chosen), generator=generator)].split(batch):
