@@ -9,11 +9,14 @@ import random
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import RandAugment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -69,7 +72,17 @@ def transforms(config: Config, settings: Settings) -> tuple[Transform, Transform
         re_mode="pixel",
         **common,
     )
+    for policy in training.transforms:
+        if isinstance(policy, RandAugment):
+            for op in policy.ops:
+                if op.name.startswith("Posterize"):
+                    op.level_fn = partial(_one_bit_at_least, op.level_fn)
     return training, create_transform(data.crop_size, crop_pct=CROP, **common)
+
+
+def _one_bit_at_least(bits: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
+    """At the strongest level timm keeps no bit. Pillow 13 refuses that, and earlier ones gave a black image."""
+    return (max(1, *bits(level, hparams)),)
 
 
 class TrainImages(Dataset):
@@ -175,7 +188,7 @@ def train_loader(images: TrainImages, order: Order, workers: int, pin: bool) -> 
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_join,
-        pin_memory=pin,  # type: ignore[arg-type]
+        pin_memory=pin,
     )
 
 

@@ -38,6 +38,7 @@ from jepa.data.sources import ImageSource
 from jepa.model.vit import LAYER_NORM_EPS
 from jepa.model.vit import VisionTransformer as Encoder
 from jepa.ranks.device import to_device
+from jepa.ranks.distributed import require_alike
 from jepa.ranks.stop import STOPPED, StopRequest
 from jepa.train.zero import BUCKET, wrap
 
@@ -57,7 +58,7 @@ from .augmented import (
 from .job import Job, Result, Row, Subject
 from .labels import CLASS, Labelled, open_labelled
 from .papers import CLASSIFIED
-from .recipe import Settings, options, settings_of
+from .recipe import Settings, settings_arguments, settings_of
 from .results import write
 
 SAY = 30.0  # seconds between two lines of progress within an epoch
@@ -66,7 +67,7 @@ NAMED = 10  # broken images to name at once; more are counted
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     labels.arguments(parser)
-    options(parser)
+    settings_arguments(parser)
     parser.add_argument("--max-minutes", type=float, help="stop after this time with everything saved, exit code 75")
 
 
@@ -110,6 +111,7 @@ def fine_tune(
     some = "" if train_indices is None else f"-{_digest(indices)}"
     folder = job.out / "finetune" / subject.key / (re.sub(r"\W+", "_", name) + some)
     state = State.read(folder, _conditions(job.ranks.world_size, train, val, settings))
+    require_alike(job.ranks, f"{state.step} steps in {folder}", "--out must be a folder that all machines share")
     if len(state.epochs) < settings.epochs:
         seeded(settings.seed)
         model = build(subject.encoder, job.config, 1 + int(max(train_y.max(), val_y.max())), settings.drop_path)
@@ -358,4 +360,4 @@ def _conditions(ranks: int, train: TrainImages, val: ValImages, settings: Settin
 
 
 def _digest(numbers: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(numbers, np.int64)).hexdigest()[:8]
+    return hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest()[:8]

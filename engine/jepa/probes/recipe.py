@@ -61,7 +61,7 @@ class Settings:
         return self.mixup > 0 or self.cutmix > 0
 
 
-def preset(name: str, config: Config) -> dict[str, Any]:
+def preset_of(name: str, config: Config) -> dict[str, Any]:
     """What differs from the defaults. "lowshot" is I-JEPA's fine-tuning on 1 % of ImageNet's labels."""
     if name == "paper":
         return {}
@@ -70,11 +70,11 @@ def preset(name: str, config: Config) -> dict[str, Any]:
     return {"batch": 512, "lr": 3e-5, "weight_decay": decay} | mixing
 
 
-def options(parser: argparse.ArgumentParser, default: str = "paper") -> None:
-    """Adds an option for each of the settings, and `--preset`."""
+def settings_arguments(parser: argparse.ArgumentParser, preset: str = "paper") -> None:
+    """Adds an option for each of the settings, and `--preset`, whose default is `preset`."""
     group = parser.add_argument_group("fine-tuning")
     group.add_argument(
-        "--preset", choices=("paper", "lowshot"), default=default, help="of what is not given (default: %(default)s)"
+        "--preset", choices=("paper", "lowshot"), default=preset, help="of what is not given (default: %(default)s)"
     )
     for one in fields(Settings):
         if text := one.metadata.get("help"):
@@ -85,9 +85,11 @@ def options(parser: argparse.ArgumentParser, default: str = "paper") -> None:
 
 
 def settings_of(args: argparse.Namespace, config: Config) -> Settings:
-    """The settings of a command line with `options` and `--precision`: a preset, overridden by what is given."""
+    """The settings of a command line with `settings_arguments` and `--precision`: a preset's, unless they are given."""
     given = {one.name: getattr(args, one.name) for one in fields(Settings)}
-    return Settings(**preset(args.preset, config) | {key: value for key, value in given.items() if value is not None})
+    return Settings(
+        **preset_of(args.preset, config) | {key: value for key, value in given.items() if value is not None}
+    )
 
 
 def flag(name: str) -> str:
