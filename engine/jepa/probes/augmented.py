@@ -183,13 +183,7 @@ class Order:
 
 def train_loader(images: TrainImages, order: Order, workers: int, pin: bool) -> DataLoader:
     """Yields images fp32 [B, 3, S, S], labels int64 [B] and the broken images that were met."""
-    return DataLoader(
-        images,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=_join,
-        pin_memory=pin,
-    )
+    return DataLoader(images, batch_sampler=order, num_workers=workers, collate_fn=_join, pin_memory=pin)
 
 
 def val_loader(images: ValImages, batch: int, rank: int, ranks: int, workers: int, pin: bool) -> DataLoader:
