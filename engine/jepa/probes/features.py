@@ -94,7 +94,7 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every protocol that reads stored features."""
     parser.add_argument("--layers", type=int, default=1, help="number of last blocks side by side (default: 1)")
     parser.add_argument("--store", type=Path, metavar="FOLDER", help="where features lie (default: --out/features)")
-    parser.add_argument("--batch", type=int, help="images at once (default: data.batch_size of the run)")
+    parser.add_argument("--encoder-batch", type=int, help="images at once (default: data.batch_size of the run)")
 
 
 def run(job: Job, args: argparse.Namespace) -> Result:
@@ -153,7 +153,7 @@ def _fill(
     batches = eval_batches(
         source,
         crop_size=config.data.crop_size,
-        batch_size=args.batch or config.data.batch_size,
+        batch_size=args.encoder_batch or config.data.batch_size,
         indices=mine.tolist(),
         device=job.ranks.device,
         decoder=config.decoder,

@@ -124,7 +124,7 @@ def train(job: Job, subject: Subject, sets: Labelled, args: argparse.Namespace) 
     """Trains the heads and returns the best accuracy of each label; all accuracies go to a file beside the state."""
     config, world = job.config, job.ranks.world_size
     wanted = min(args.head_batch, max(world, len(sets.train) // 10))
-    micro = max(1, min(args.batch or config.data.batch_size, wanted // world))
+    micro = max(1, min(args.encoder_batch or config.data.batch_size, wanted // world))
     loader = Loader(
         sets.train,
         [View(size=config.data.crop_size, scale=(0.08, 1.0), flip=0.5)],

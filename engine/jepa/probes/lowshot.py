@@ -17,8 +17,9 @@ import numpy as np
 
 from . import labels, linear
 from .features import shared_arguments
-from .job import Job, Result
+from .job import Job, Result, Row
 from .papers import classified
+from .recipe import settings_arguments, settings_of
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +27,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--labels", metavar="1%|10%|K", help="a share of each class, or images per class")
     chosen.add_argument("--list", type=Path, metavar="FILE", help="the labelled images, one a line")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
     parser.add_argument("--form", choices=("linear", "finetune"), default="linear")
     shared_arguments(parser)
-    if "finetune" in __import__("sys").argv:
-        from . import finetune
-
-        finetune.settings_arguments(parser, preset="lowshot")
+    settings_arguments(parser, preset="lowshot")
 
 
 def run(job: Job, args: argparse.Namespace) -> Result:
@@ -41,14 +38,14 @@ def run(job: Job, args: argparse.Namespace) -> Result:
     ((name, train_y), *others) = sets.train_y.items()
     if others:
         raise ValueError("--label: given several; the images are chosen by the classes of one")
-    chosen = listed(sets.train, args.list) if args.list else drawn(train_y, args.labels, args.seed)
+    chosen = listed(sets.train, args.list) if args.list else drawn(train_y, args.labels, args.seed or 0)
     fewest = min(Counter(train_y[chosen].tolist()).values())
     job.say(f"{len(chosen)} of {len(sets.train)} images are labelled, at least {fewest} of each class that has any")
     if args.form == "finetune":
-        from . import finetune
+        from . import finetune  # needs timm
 
-        settings = finetune.settings_of(args)
-        rows = [
+        settings = settings_of(args, job.config)
+        rows: list[Row] = [
             {"features": subject.name, name: finetune.fine_tune(job, subject, sets, name, chosen, settings)}
             for subject in job.subjects
         ]

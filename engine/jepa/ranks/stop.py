@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -104,4 +105,4 @@ class StopRequest:
 
 
 def say(rank: int, message: str) -> None:
-    print(f"engine/train.py, rank {rank}: {message}", file=sys.stderr, flush=True)
+    print(f"engine/{Path(sys.argv[0]).name}, rank {rank}: {message}", file=sys.stderr, flush=True)

@@ -70,6 +70,23 @@ def param_groups(model: Method, lr: float) -> list[dict[str, Any]]:
 
 def start(model: Method, config: Config) -> Any:
     """Wraps the model in a DeepSpeed engine with the optimizer named by `engine.optimizer`. Raises ConfigError."""
+    groups, device = param_groups(model, config.optimization.lr), next(model.parameters()).device
+    optimizer: Any = make_optimizer(config, groups, device)
+    settings = deepspeed_config(config, dist.get_world_size(), sum(p.numel() for p in model.parameters()))
+    engine = wrap(model, optimizer, settings)
+    if config.engine.zero_stage in (1, 2):
+        if dist.get_world_size() == 1:
+            send_nothing(engine.optimizer)
+        if optimizer.reads_tensors:
+            join_passes(engine)
+    return engine
+
+
+def wrap(model: torch.nn.Module, optimizer: Any, settings: dict[str, Any]) -> Any:
+    """A DeepSpeed engine of any model, its own optimizer and a DeepSpeed config. Raises ConfigError.
+
+    All learning rates of the optimizer must be 0: DeepSpeed may take a step with zero gradients to allocate memory.
+    """
     import deepspeed
 
     require(deepspeed.__version__)
@@ -77,20 +94,11 @@ def start(model: Method, config: Config) -> Any:
     # process waits for it. (Accessed as an attribute, `deepspeed.comm.torch` is PyTorch.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.utils.logger.setLevel(logging.ERROR)  # hides warnings about the custom optimizer and skipped steps
-    # DeepSpeed may take a step with zero gradients to allocate memory: lr 0 makes it a no-op; state is cleared below.
-    groups, device = param_groups(model, config.optimization.lr), next(model.parameters()).device
-    optimizer: Any = make_optimizer(config, groups, device)
-    settings = deepspeed_config(config, dist.get_world_size(), sum(p.numel() for p in model.parameters()))
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     optimizer.state.clear()
     for group in optimizer.param_groups:
         group.pop("step", None)
-    if config.engine.zero_stage in (1, 2):
-        if dist.get_world_size() == 1:
-            send_nothing(engine.optimizer)
-        if optimizer.reads_tensors:
-            join_passes(engine)
     return engine
 
 
