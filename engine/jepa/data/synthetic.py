@@ -19,6 +19,7 @@ import argparse
 import csv
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,14 +68,14 @@ def draw(first: int, count: int, *, split: int = 0, seed: int = 0) -> Scenes:
         outside = np.empty((count, SIZE, SIZE))
         for s, name in enumerate(SHAPES):
             of = shape == s
-            outside[of] = _outside(name, x[of], y[of], radius[of, cell, None, None])
+            outside[of] = outside_of(name, x[of], y[of], radius[of, cell, None, None])
         cover = np.clip(0.5 - outside, 0, 1) * present[:, cell, None, None]
         canvas += cover[..., None] * (colour[:, cell, None, None] - canvas)
     nearest = np.where(present, distance, np.inf).min(1)
     return Scenes((canvas * 255 + 0.5).astype(np.uint8), shape, objects, nearest)
 
 
-def _outside(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+def outside_of(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
     """How many pixels (x, y) is outside a shape of the given half height; negative inside."""
     ax, ay = np.abs(x), np.abs(y)
     if name == "disc":
@@ -91,21 +92,33 @@ def _outside(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.
 
 
 def write(root: Path, splits: dict[str, int], seed: int = 0) -> bool:
-    """Draws the data set into `root`, renamed into place once complete; returns False if it already exists.
+    """Draws the data set into `root`, as `place` does."""
+    return place(root, f"scenes, seed {seed}, {splits}\n", lambda folder: _write(folder, splits, seed))
 
-    Raises ValueError if `root` exists and holds something else.
+
+def place(root: Path, stamp: str, draw_into: Callable[[Path], None]) -> bool:
+    """A data set drawn into `root`, renamed into place once complete; returns False if it already exists.
+
+    `stamp`, in a file README, says which set it is. Raises ValueError if `root` exists and holds something else.
     """
-    stamp = f"scenes, seed {seed}, {splits}\n"
     if root.exists():
         if (root / "README").is_file() and (root / "README").read_text() == stamp:
             return False
         raise ValueError(f"{root} exists and is not this data set; remove it or choose another folder")
     partial = root.with_name(f".{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    draw_into(partial)
+    (partial / "README").write_text(stamp)
+    partial.rename(root)
+    return True
+
+
+def _write(root: Path, splits: dict[str, int], seed: int) -> None:
     for number, (split, total) in enumerate(splits.items()):
         for name in SHAPES:
-            (partial / split / name).mkdir(parents=True)
-        with (partial / split / "labels.csv").open("w", newline="") as file:
+            (root / split / name).mkdir(parents=True)
+        with (root / split / "labels.csv").open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["file", "shape", "count", "distance"])
             for first in range(0, total, CHUNK):
@@ -113,11 +126,8 @@ def write(root: Path, splits: dict[str, int], seed: int = 0) -> bool:
                 rows = zip(scenes.images, scenes.shape, scenes.count, scenes.distance, strict=True)
                 for i, (image, shape, count, distance) in enumerate(rows, start=first):
                     path = f"{SHAPES[shape]}/{i:05d}.jpg"
-                    Image.fromarray(image).save(partial / split / path, quality=95, subsampling=0)
+                    Image.fromarray(image).save(root / split / path, quality=95, subsampling=0)
                     table.writerow([path, SHAPES[shape], count, f"{distance:.4f}"])
-    (partial / "README").write_text(stamp)
-    partial.rename(root)
-    return True
 
 
 def noise(number: int, size: int, seed: int = 0) -> np.ndarray:

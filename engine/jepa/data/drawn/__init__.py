@@ -1,0 +1,1 @@
+"""Tiny drawn sets in the layouts of sets that cannot be shipped: one layout, one file."""
