@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from jepa.model.vit import VisionTransformer
+from jepa.model.vit import Block, VisionTransformer
 
 
 def drop_path(encoder: VisionTransformer, rate: float) -> None:
@@ -14,6 +14,7 @@ def drop_path(encoder: VisionTransformer, rate: float) -> None:
     last, linearly. Parameter names stay as they are.
     """
     for block, p in zip(encoder.blocks, torch.linspace(0, rate, len(encoder.blocks)).tolist(), strict=True):
+        assert isinstance(block, Block)
         for branch in (block.attn, block.mlp):
             branch.drop_path = StochasticDepth(p, "row")
             branch.register_forward_hook(_drop)

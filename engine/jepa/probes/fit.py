@@ -7,10 +7,11 @@ started again ends as if it had never stopped, on one CPU rank bit for bit.
 import argparse
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,12 +38,17 @@ def arguments(parser: argparse.ArgumentParser, weight_decay: float, warmup: int)
     parser.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="of unfinished training")
 
 
+class Samples(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> Any: ...
+
+
 def fit(
     job: Job,
     path: Path,
     name: str,
     model: nn.Module,
-    data: Sequence[Any],
+    data: Samples,
     loss: Callable[[nn.Module, list[Any]], Tensor],
     curve: Callable[[float], float],
     args: argparse.Namespace,
@@ -68,13 +74,10 @@ def fit(
     shared = _share(model, ranks.device) if ranks.world_size > 1 else model
     shared.train()
     each = args.batch // ranks.world_size
-    numbers = [range(step * args.batch + ranks.rank * each, step * args.batch + (ranks.rank + 1) * each)
-               for step in range(first, args.steps)]  # fmt: skip
-    loader = DataLoader(
-        Shuffled(data, args.seed), batch_sampler=numbers, num_workers=args.workers, collate_fn=list,  # type: ignore[arg-type]
-    )  # fmt: skip
+    starts = [step * args.batch + ranks.rank * each for step in range(first, args.steps)]
+    batches = stream(Shuffled(data, args.seed), [range(start, start + each) for start in starts], args.workers)
     report, begun = max(1, min(50, args.steps // 20)), time.monotonic()
-    for step, samples in enumerate(loader, first):
+    for step, samples in enumerate(batches, first):
         torch.manual_seed(_mixed(args.seed, step, ranks.rank))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * curve(step / args.steps)
@@ -90,18 +93,39 @@ def fit(
                     f"{name}: the loss is {mean} after {done} steps; a lower --lr or more --warmup may help"
                 )
             pace = (time.monotonic() - begun) / (done - first)
-            left = time.strftime("%H:%M:%S", time.gmtime(pace * (args.steps - done)))
-            job.say(
-                f"{name}: step {done} of {args.steps}, loss {mean:.4f}, {args.batch / pace:.1f} images/s, {left} left"
-            )
+            left = timedelta(seconds=round(pace * (args.steps - done)))
+            speed = f"{args.batch / pace:.1f} images/s, {left} left"
+            job.say(f"{name}: step {done} of {args.steps}, loss {mean:.4f}, {speed}")
         if done % args.save_every == 0 or done == args.steps:
             job.first_only(lambda: _save(path, settings, done, model, optimizer))  # noqa: B023 - called at once
+
+
+def stream(data: Any, batches: Sequence[Sequence[int]], workers: int) -> Iterator[list[Any]]:
+    """The samples of each batch in turn, read ahead by processes. What reading one raises is raised here, as it was."""
+    for samples in DataLoader(_Caught(data), batch_sampler=batches, num_workers=workers, collate_fn=list):  # type: ignore[arg-type]
+        for sample in samples:
+            if isinstance(sample, Exception):
+                raise sample
+        yield samples
+
+
+class _Caught(Dataset):
+    """Errors as samples: DataLoader would raise them with a page of its own."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __getitem__(self, i: int) -> Any:
+        try:
+            return self.data[i]
+        except (ValueError, OSError) as error:
+            return error
 
 
 class Shuffled(Dataset):
     """Sample n of an endless row of passes over `data`, each in its own order; a function of (seed, n)."""
 
-    def __init__(self, data: Sequence[Any], seed: int) -> None:
+    def __init__(self, data: Samples, seed: int) -> None:
         self.data, self.seed = data, seed
 
     def __getitem__(self, n: int) -> Any:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -37,7 +37,7 @@ from jepa.pictures.segmentation import segmentation
 
 from . import fit
 from .drop_path import drop_path
-from .job import Job, Result, Subject
+from .job import Job, Result, Row, Subject
 from .upernet import Linear, UPerNet
 
 DEFAULTS = {"upernet": (160_000, 1e-4), "linear": (40_000, 1e-3)}  # steps and learning rate
@@ -63,7 +63,8 @@ def run(job: Job, args: argparse.Namespace) -> Result:
     steps, lr = DEFAULTS[args.head]
     args.steps, args.lr = args.steps or steps, args.lr or lr
     args.size = -(-args.size // patch) * patch
-    rows, models = [], {}
+    rows: list[Row] = []
+    models: dict[str, nn.Module] = {}
     for subject in job.subjects:
         model = build(subject, args)
         path = job.out / "segment" / f"{subject.key}.pt"
@@ -147,12 +148,12 @@ def augmentation(size: int, mean: tuple[float, ...] | list[float]) -> v2.Compose
 class Segmenter(nn.Module):
     """uint8 images [B, 3, S, S] -> scores fp32 [B, K, S, S], from the outputs of the blocks `layers`."""
 
-    def __init__(self, encoder: VisionTransformer, layers: list[int], head: nn.Module, half: bool) -> None:
+    def __init__(self, encoder: VisionTransformer, layers: list[int], head: nn.Module, bf16: bool) -> None:
         super().__init__()
-        self.encoder, self.layers, self.head, self.half = encoder, layers, head, half
+        self.encoder, self.layers, self.head, self.bf16 = encoder, layers, head, bf16
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             side = images.shape[2] // self.encoder.patch_embed.patch_size
             outputs = self.encoder.features(images.permute(0, 2, 3, 1).contiguous(), self.layers)
             scores = self.head([x.transpose(1, 2).unflatten(2, (side, side)) for x in outputs])
@@ -169,14 +170,13 @@ def build(subject: Subject, args: argparse.Namespace) -> Segmenter:
     if args.head == "linear":
         if not 1 <= args.layers <= depth:
             raise ValueError(f"--layers: given {args.layers}, wanted 1 to {depth}, the blocks of this encoder")
-        layers, head = list(range(depth - args.layers, depth)), Linear(dim, args.layers, args.classes)
+        layers = list(range(depth - args.layers, depth))
+        head: nn.Module = Linear(dim, args.layers, args.classes)
     else:
         encoder.float().requires_grad_(True)
         drop_path(encoder, args.drop_path)
-        layers, head = (
-            [-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)],
-            UPerNet(dim, args.channels, args.classes),
-        )
+        layers = [-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)]
+        head = UPerNet(dim, args.channels, args.classes)
     return Segmenter(encoder, layers, head, args.precision == "bf16")
 
 
@@ -194,11 +194,11 @@ def evaluate(job: Job, model: nn.Module, data: Labelled, args: argparse.Namespac
     """The mIoU of all ranks' shares together, 0 to 1."""
     model.to(job.ranks.device).eval()
     metric = MulticlassJaccardIndex(args.classes, ignore_index=IGNORED, validate_args=False).to(job.ranks.device)
-    mine = Subset(data, range(job.ranks.rank, len(data), job.ranks.world_size))
-    for i, (image, labels) in enumerate(DataLoader(mine, batch_size=None, num_workers=args.workers)):
+    mine = [[i] for i in range(job.ranks.rank, len(data), job.ranks.world_size)]
+    for done, ((image, labels),) in enumerate(fit.stream(data, mine, args.workers), 1):
         metric.update(predict(model, image, args.size)[None], labels[None].to(job.ranks.device))
-        if (i + 1) % 100 == 0:
-            job.say(f"segment: {i + 1} of {len(mine)} validation images")
+        if done % 100 == 0:
+            job.say(f"segment: {done} of {len(mine)} validation images")
     return float(metric.compute())
 
 
