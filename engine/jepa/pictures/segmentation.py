@@ -34,7 +34,10 @@ def segmentation(
 def class_colours(count: int) -> np.ndarray:
     """Colours 0 .. 1, [count, 3]."""
     return np.array(
-        [colorsys.hsv_to_rgb(i * GOLDEN % 1, (0.85, 0.55)[i % 2], (0.9, 0.7, 1.0)[i % 3]) for i in range(count)]
+        [
+            colorsys.hsv_to_rgb(i * GOLDEN % 1, (0.85, 0.55)[i % 2], (0.9, 0.7, 1.0, 0.6, 0.8)[i % 5])
+            for i in range(count)
+        ]
     )
 
 
