@@ -29,6 +29,7 @@ def alone() -> Iterator[None]:
 def job_of(out: Path, protocol: ModuleType, *words: object) -> tuple[Job, argparse.Namespace]:
     """A job of the process group that is up, with a small random encoder, the same on all ranks, and its options."""
     config, group = small_config(), dist.group.WORLD
+    assert group is not None
     with torch.random.fork_rng():
         torch.manual_seed(1)
         encoder = build_encoder(config).eval().requires_grad_(False)

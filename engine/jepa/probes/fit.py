@@ -29,13 +29,19 @@ ASIDE = {"protocol", "weights", "config", "part", "out", "only", "device", "root
 
 def arguments(parser: argparse.ArgumentParser, weight_decay: float, warmup: int) -> None:
     """Options of the loop; defaults are the protocol's."""
-    parser.add_argument("--batch", type=int, default=16, help="images a step, of all ranks together")
+    parser.add_argument("--batch", type=int, default=16, help="images a step, of all ranks together (default: 16)")
     parser.add_argument("--weight-decay", type=float, default=weight_decay, help="of matrices (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=warmup, help="steps (default: %(default)s)")
     parser.add_argument("--drop-path", type=float, default=0.1, help="of the last block (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=4, help="processes a rank that read images")
-    parser.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="of unfinished training")
+    parser.add_argument("--workers", type=int, default=4, help="processes a rank that read images (default: 4)")
+    parser.add_argument(
+        "--save-every",
+        type=int,
+        default=1000,
+        metavar="STEPS",
+        help="between states of unfinished training (default: 1000)",
+    )
 
 
 class Samples(Protocol):

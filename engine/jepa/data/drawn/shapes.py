@@ -32,16 +32,15 @@ def put_shapes(stream: np.random.Generator, canvas: np.ndarray) -> list[Shape]:
     for quadrant in stream.permutation(4)[: stream.integers(1, 5)]:
         number = int(stream.integers(len(SHAPES)))
         radius = min(height, width) * stream.uniform(0.15, 0.22)
-        room = np.array([height, width]) / 4 - radius
-        top, left = np.array([height, width]) * (0.25 + 0.5 * np.array(divmod(quadrant, 2))) + room * stream.uniform(
-            -1, 1, 2
-        )
+        half = np.array([height, width]) / 2
+        centre = half * (0.5 + np.array(divmod(quadrant, 2))) + (half / 2 - radius) * stream.uniform(-1, 1, 2)
+        top, left = centre.tolist()
         mask = outside_of(SHAPES[number], x - left, y - top, radius) < 0
         hue = number / len(SHAPES) + stream.uniform(-0.03, 0.03) + np.arange(3) / 3
         angle = stream.uniform(0, np.pi)
         stripes = 0.8 + 0.2 * np.sin((np.cos(angle) * x + np.sin(angle) * y) * 4 * np.pi / radius)
         canvas[mask] = (stripes[..., None] * (0.6 + 0.4 * np.cos(2 * np.pi * hue)))[mask]
-        shapes.append(Shape(SHAPES[number], mask, float(left), float(top), float(radius)))
+        shapes.append(Shape(SHAPES[number], mask, left, top, radius))
     return shapes
 
 
