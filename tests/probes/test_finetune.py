@@ -1,6 +1,5 @@
 """Fine-tuning: the parts by themselves, and whole runs in processes of their own against independent computations."""
 
-# ruff: noqa: E402
 from packages import need
 
 need("torchvision", "timm")

@@ -1,4 +1,4 @@
-"""Packages that not every environment can import."""
+"""Packages that not every installation has."""
 
 import importlib
 
@@ -6,14 +6,11 @@ import pytest
 
 
 def need(*modules: str) -> None:
-    """Skips the rest of a test module unless all of these packages can be imported."""
-    for module in modules:
+    """Skips the test module that calls it, unless all of these import."""
+    for name in modules:
         try:
-            importlib.import_module(module)
-        except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises RuntimeError
-            why = (
-                f"{module} cannot be imported"
-                if isinstance(error, ImportError)
-                else f"{module} does not fit this torch"
-            )
-            pytest.skip(f"{why} ({str(error).splitlines()[0][:100]})", allow_module_level=True)
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            pytest.skip(f"{name} is not installed: pip install '.[eval]'", allow_module_level=True)
+        except (ImportError, OSError, RuntimeError):  # which of them depends on the versions
+            pytest.skip(f"{name} does not fit this torch", allow_module_level=True)

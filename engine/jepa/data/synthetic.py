@@ -177,9 +177,9 @@ class SyntheticImages:
 
 
 def main() -> int:
-    from jepa.data.drawn import davis
+    from jepa.data.drawn import ade20k, coco, davis
 
-    layouts = {"davis": davis}
+    layouts = {"ade20k": ade20k, "coco": coco, "davis": davis}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
     parser.add_argument("--layout", choices=("scenes", *layouts), default="scenes", help="default: %(default)s")
