@@ -14,7 +14,9 @@ protocols:
 import argparse
 import importlib
 import sys
+from types import ModuleType
 
+import torch
 import torch.distributed as dist
 
 from jepa.config.schema import ConfigError
@@ -42,7 +44,7 @@ def parser_of(protocol: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     chosen = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL")
     for name, summary in PROTOCOLS.items():
-        module = importlib.import_module(f"jepa.probes.{name}") if name == protocol else None
+        module = module_of(name) if name == protocol else None
         kind = argparse.RawDescriptionHelpFormatter
         sub = chosen.add_parser(
             name, help=summary, description=module.__doc__ if module else summary, formatter_class=kind
@@ -55,8 +57,24 @@ def parser_of(protocol: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def module_of(protocol: str) -> ModuleType:
+    """Its module. Raises ValueError if it needs a package that is missing or does not fit."""
+    try:
+        return importlib.import_module(f"jepa.probes.{protocol}")
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a torchvision that was built for another torch
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"needs a package that cannot be imported ({reason}); pip install -e '.[eval]', with a torchvision that is "
+            f"built for torch {torch.__version__}"
+        ) from error
+
+
 def evaluate(args: argparse.Namespace) -> None:
-    protocol = importlib.import_module(f"jepa.probes.{args.protocol}")
+    protocol = module_of(args.protocol)
     if args.protocol == "report":
         print(protocol.run(args))
         return
@@ -79,11 +97,10 @@ def evaluate(args: argparse.Namespace) -> None:
 def main() -> int:
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
     named = next((word for word in words if word in PROTOCOLS), None)
-    args = parser_of(named).parse_args(words)
     try:
-        evaluate(args)
-    except (ValueError, ConfigError, CheckpointError, NotMet, OSError, ModuleNotFoundError) as error:
-        print(f"engine/evaluate.py {args.protocol}: {error}", file=sys.stderr)
+        evaluate(parser_of(named).parse_args(words))
+    except (ValueError, ConfigError, CheckpointError, NotMet, OSError) as error:
+        print(f"engine/evaluate.py {named}: {error}", file=sys.stderr)
         return 1
     return 0
 
