@@ -17,7 +17,7 @@ from jepa.config.schema import Config
 from jepa.data.masks import sample_masks
 from jepa.methods import build
 from jepa.methods.base import Method
-from jepa.methods.ijepa import IJepa
+from jepa.methods.ijepa import IJEPA
 from jepa.model.cost import Kept
 from jepa.model.vit import build_encoder
 from jepa.train.budget import flops_per_image, longest_tokens, mean_tokens, parameters
@@ -167,7 +167,7 @@ def test_saved_bytes_are_those_that_autograd_keeps(skip: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(*inputs).loss
     held = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
-    assert loss.requires_grad and issubclass(given.method, IJepa)
+    assert loss.requires_grad and issubclass(given.method, IJEPA)
     assert sum(given.method.saved(given, Kept(*kept), 4)) == pytest.approx(held, rel=0.1)
 
 

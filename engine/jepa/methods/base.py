@@ -59,6 +59,12 @@ class Method(nn.Module):
         super().__init__()
 
     @classmethod
+    def settings(cls, config: Config) -> Any:
+        """The config's section `loss`: an instance of this class's Settings."""
+        assert isinstance(config.loss, cls.Settings)
+        return config.loss
+
+    @classmethod
     def conflicts(cls, config: Config) -> Iterator[tuple[str, str]]:
         """Settings that exclude each other: the key to change, and what it must be."""
         yield from ()

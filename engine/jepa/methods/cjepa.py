@@ -19,10 +19,11 @@ from jepa.model import cost
 from jepa.model.cost import Kept
 from jepa.model.layout import Layout
 from jepa.model.packed import Ragged
-from jepa.model.projector import projector, world_group
+from jepa.model.projector import projector
+from jepa.ranks.distributed import world_group
 from jepa_kernels import vicreg
 
-from .ijepa import B16, L16, IJepa
+from .ijepa import B16, IJEPA, L16
 
 PUBLISHED = {  # 600 epochs of ImageNet-1K
     ("linear", "ImageNet", "class"): {B16: 73.7, L16: 78.1},
@@ -36,7 +37,7 @@ PUBLISHED = {  # 600 epochs of ImageNet-1K
 }
 
 
-class CJepa(IJepa):
+class CJEPA(IJEPA):
     class Settings(Loss):
         regularizer: Literal["vicreg", "cosine"] = "vicreg"
         vicreg_on: Literal["predictions", "context"] = "predictions"
@@ -51,14 +52,14 @@ class CJepa(IJepa):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.loss = settings(config)
+        self.loss = self.settings(config)
         self.projector: nn.Sequential | None = None
         if self.loss.regularizer == "vicreg":
             self.projector = projector(self.projector_widths(config)[1:], config.vit.embed_dim)
 
     @classmethod
     def conflicts(cls, config: Config) -> Iterator[tuple[str, str]]:
-        loss = settings(config)
+        loss = cls.settings(config)
         if (loss.regularizer, loss.vicreg_on) == ("cosine", "context"):
             yield "loss.vicreg_on", "must be predictions: the cosine regularizer compares those"
         elif loss.vicreg_on == "predictions" and config.mask.num_pred_masks < 2:
@@ -66,15 +67,15 @@ class CJepa(IJepa):
 
     @classmethod
     def couples_images(cls, config: Config) -> bool:
-        return settings(config).regularizer == "vicreg"
+        return cls.settings(config).regularizer == "vicreg"
 
     @classmethod
     def reads_all_targets(cls, config: Config) -> bool:
-        return cls.couples_images(config) and settings(config).vicreg_on == "context"
+        return cls.couples_images(config) and cls.settings(config).vicreg_on == "context"
 
     @classmethod
     def projector_widths(cls, config: Config) -> tuple[int, ...]:
-        width, given = config.vit.embed_dim, settings(config).projector
+        width, given = config.vit.embed_dim, cls.settings(config).projector
         return (width, *(given or (width,) * 3)) if cls.couples_images(config) else ()
 
     def losses(
@@ -113,11 +114,6 @@ class CJepa(IJepa):
         rows = config.data.batch_size * config.mask.num_enc_masks * projected
         more = cost.mlp_bytes(cls.projector_widths(config), rows, size) if cls.couples_images(config) else 0
         return encoder, predictor + more
-
-
-def settings(config: Config) -> CJepa.Settings:
-    assert isinstance(config.loss, CJepa.Settings)
-    return config.loss
 
 
 def mean_pairwise_cosine(z_BMD: Tensor) -> Tensor:

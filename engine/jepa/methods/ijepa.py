@@ -42,7 +42,7 @@ PUBLISHED = {  # 300 epochs of ImageNet-1K, B and L 600; ADE20K, COCO and DAVIS 
 }
 
 
-class IJepa(Method):
+class IJEPA(Method):
     class Settings(Loss):
         """I-JEPA's loss has no settings."""
 

@@ -20,8 +20,9 @@ from jepa.data.augment import View
 from jepa.model import cost
 from jepa.model.cost import Held, Kept
 from jepa.model.layout import Place
-from jepa.model.projector import projector, world_group
+from jepa.model.projector import projector
 from jepa.model.vit import build_encoder
+from jepa.ranks.distributed import world_group
 from jepa_kernels import sigreg, sigreg_slices
 
 from .base import Method, Output, augmented
@@ -43,7 +44,7 @@ class LeJEPA(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.loss = settings(config)
+        self.loss = self.settings(config)
         self.encoder = build_encoder(config)
         if self.loss.local_size != config.data.crop_size:
             self.encoder.allow(self.loss.local_size)
@@ -51,12 +52,12 @@ class LeJEPA(Method):
 
     @classmethod
     def conflicts(cls, config: Config) -> Iterator[tuple[str, str]]:
-        if settings(config).local_size % config.mask.patch_size:
+        if cls.settings(config).local_size % config.mask.patch_size:
             yield "loss.local_size", f"must be a multiple of mask.patch_size {config.mask.patch_size}"
 
     @classmethod
     def views(cls, config: Config) -> list[View]:
-        loss = settings(config)
+        loss = cls.settings(config)
         whole = augmented(config, blur=loss.blur, solarize=loss.solarize)
         part = augmented(config, blur=loss.blur, solarize=loss.solarize, size=loss.local_size, scale=loss.local_scale)
         return [whole] * loss.global_views + [part] * loss.local_views
@@ -68,7 +69,7 @@ class LeJEPA(Method):
     @classmethod
     def layout(cls, config: Config, place: Place, device: torch.device, whole: bool = False) -> Tensor:
         """Random directions [D, S], the same on all ranks."""
-        loss, accumulation = settings(config), config.batch(place.world_size).accumulation
+        loss, accumulation = cls.settings(config), config.batch(place.world_size).accumulation
         micro_batch = place.step * accumulation + place.micro
         return sigreg_slices(loss.projector[-1], loss.slices, seed=config.engine.seed, step=micro_batch, device=device)
 
@@ -85,7 +86,7 @@ class LeJEPA(Method):
 
     @classmethod
     def flops(cls, config: Config, kept: Kept) -> dict[str, float]:
-        loss, patches = settings(config), (settings(config).local_size // config.mask.patch_size) ** 2
+        loss, patches = cls.settings(config), (cls.settings(config).local_size // config.mask.patch_size) ** 2
         views, width = loss.global_views + loss.local_views, loss.projector[-1]
         return {
             "global": loss.global_views * cost.encoder_flops(config, config.grid**2),
@@ -97,12 +98,7 @@ class LeJEPA(Method):
     @classmethod
     def activations(cls, config: Config, kept: Kept, size: int, ranks: int) -> Held:
         """SIGReg keeps the directions, the projections on them, and two fp32 sums at each of 16 knots."""
-        loss, sizes = settings(config), [view.size for view in cls.views(config)]
+        loss, sizes = cls.settings(config), [view.size for view in cls.views(config)]
         rows, width = len(sizes) * config.data.batch_size, loss.projector[-1]
         of_sigreg = 4 * loss.slices * (width + rows + 2 * 16 * len(sizes))
         return cost.views_held(config, sizes, [loss.projector], size, of_sigreg)
-
-
-def settings(config: Config) -> LeJEPA.Settings:
-    assert isinstance(config.loss, LeJEPA.Settings)
-    return config.loss

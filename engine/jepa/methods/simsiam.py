@@ -35,14 +35,14 @@ class SimSiam(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        width, dim = settings(config).projector, config.vit.embed_dim
+        width, dim = self.settings(config).projector, config.vit.embed_dim
         self.encoder = build_encoder(config)
         self.projector = nn.Sequential(*projector((width, width, width), dim), GlobalBatchNorm(width, affine=False))
-        self.prediction = projector((settings(config).bottleneck, width), width)
+        self.prediction = projector((self.settings(config).bottleneck, width), width)
 
     @classmethod
     def views(cls, config: Config) -> list[View]:
-        return [augmented(config, blur=settings(config).blur, jitter=(0.4, 0.4, 0.4, 0.1))] * 2
+        return [augmented(config, blur=cls.settings(config).blur, jitter=(0.4, 0.4, 0.4, 0.1))] * 2
 
     @classmethod
     def couples_images(cls, config: Config) -> bool:
@@ -58,7 +58,7 @@ class SimSiam(Method):
 
     @classmethod
     def flops(cls, config: Config, kept: Kept) -> dict[str, float]:
-        width, bottleneck = settings(config).projector, settings(config).bottleneck
+        width, bottleneck = cls.settings(config).projector, cls.settings(config).bottleneck
         return {
             "encoder": 2 * cost.encoder_flops(config, config.grid**2),
             "projector": 2 * 3 * cost.mlp_flops((config.vit.embed_dim, width, width, width)),
@@ -67,7 +67,7 @@ class SimSiam(Method):
 
     @classmethod
     def activations(cls, config: Config, kept: Kept, size: int, ranks: int) -> Held:
-        width, bottleneck = settings(config).projector, settings(config).bottleneck
+        width, bottleneck = cls.settings(config).projector, cls.settings(config).bottleneck
         sizes = [view.size for view in cls.views(config)]
         return cost.views_held(config, sizes, [(width, width, width), (bottleneck, width)], size)
 
@@ -75,8 +75,3 @@ class SimSiam(Method):
 def mean_cosine(a_BD: Tensor, b_BD: Tensor) -> Tensor:
     """Mean cosine similarity of the rows, fp32."""
     return F.cosine_similarity(a_BD.float(), b_BD.float(), dim=-1).mean()
-
-
-def settings(config: Config) -> SimSiam.Settings:
-    assert isinstance(config.loss, SimSiam.Settings)
-    return config.loss

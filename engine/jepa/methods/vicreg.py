@@ -19,8 +19,9 @@ from jepa.config.schema import Config, Loss, NonNegative, SharePair, Widths
 from jepa.data.augment import View
 from jepa.model import cost
 from jepa.model.cost import Held, Kept
-from jepa.model.projector import projector, world_group
+from jepa.model.projector import projector
 from jepa.model.vit import build_encoder
+from jepa.ranks.distributed import world_group
 from jepa_kernels import vicreg
 
 from .base import Method, Output, augmented
@@ -39,13 +40,13 @@ class VICReg(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.loss = settings(config)
+        self.loss = self.settings(config)
         self.encoder = build_encoder(config)
         self.expander = projector(self.loss.expander, config.vit.embed_dim)
 
     @classmethod
     def views(cls, config: Config) -> list[View]:
-        loss = settings(config)
+        loss = cls.settings(config)
         pairs = zip(loss.blur, loss.solarize, strict=True)
         return [augmented(config, blur=blur, solarize=solarize) for blur, solarize in pairs]
 
@@ -64,7 +65,7 @@ class VICReg(Method):
 
     @classmethod
     def flops(cls, config: Config, kept: Kept) -> dict[str, float]:
-        widths = (config.vit.embed_dim, *settings(config).expander)
+        widths = (config.vit.embed_dim, *cls.settings(config).expander)
         return {
             "encoder": 2 * cost.encoder_flops(config, config.grid**2),
             "expander": 2 * 3 * cost.mlp_flops(widths),
@@ -73,9 +74,4 @@ class VICReg(Method):
 
     @classmethod
     def activations(cls, config: Config, kept: Kept, size: int, ranks: int) -> Held:
-        return cost.views_held(config, [view.size for view in cls.views(config)], [settings(config).expander], size)
-
-
-def settings(config: Config) -> VICReg.Settings:
-    assert isinstance(config.loss, VICReg.Settings)
-    return config.loss
+        return cost.views_held(config, [view.size for view in cls.views(config)], [cls.settings(config).expander], size)

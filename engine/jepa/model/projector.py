@@ -7,10 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-def world_group() -> dist.ProcessGroup | None:
-    """The group whose ranks share one batch, or None for a single process."""
-    return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+from jepa.ranks.distributed import world_group
 
 
 class _SumOverRanks(torch.autograd.Function):

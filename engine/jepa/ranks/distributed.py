@@ -78,6 +78,11 @@ def launch_environment(given: dict[str, str], gpus: int = 0) -> dict[str, str]:
     }
 
 
+def world_group() -> dist.ProcessGroup | None:
+    """The group whose ranks share one batch, or None for a single process."""
+    return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
 def require_alike(ranks: Ranks, value: str, hint: str) -> None:
     """Raises ValueError on every rank if the values differ, naming the ranks that deviate from the most common one."""
     everyone: list[Any] = [None] * ranks.world_size
