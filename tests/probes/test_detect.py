@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_the_drawn_set_holds_what_was_drawn(monkeypatch, root):
     real = drawn.put_shapes
     monkeypatch.setattr(drawn, "put_shapes", lambda *args: shapes.extend(real(*args)) or shapes)
     kinds = set()
-    for number in range(random.randrange(1000), 2000, 40):
+    for number in range(random.randrange(1000), 2500, 39):
         shapes.clear()
         picture, entries = drawn.draw(np.random.default_rng(number), number, 64)
         assert len(entries) == len(shapes)
@@ -231,19 +232,22 @@ def light(monkeypatch):
     monkeypatch.setattr(detect, "mask_rcnn", lighter)
 
 
-def losses(text: str) -> list[float]:
-    return [float(line.split("loss ")[1].split(",")[0]) for line in text.splitlines() if "loss" in line]
-
-
 @pytest.mark.slow
-def test_it_learns(light, root, tmp_path, capsys):
-    job, args = job_of(tmp_path, detect, root, *TINY, "--epochs", 7)
+def test_it_learns(light, tmp_path):
+    """The images that it is trained on. Without training nothing is found; the loss says little, because good proposals
+    bring boxes and masks that can be wrong.
+    """
+    root = tmp_path / "coco"
+    drawn.write(root, random.getrandbits(30), train=8, val=1)
+    shutil.rmtree(root / "val2017")
+    (root / "val2017").symlink_to("train2017")
+    shutil.copy(root / "annotations/instances_train2017.json", root / "annotations/instances_val2017.json")
+    words = "--channels", 32, "--lr", 3e-3, "--scale", 1, 1, "--epochs", 45, "--drop-path", 0
+    job, args = job_of(tmp_path, detect, root, *TINY, *words)
     before = copy.deepcopy(job.subjects[0].encoder.state_dict())
     (row,) = detect.run(job, args).rows
-    seen = losses(capsys.readouterr().err)
-    assert np.mean(seen[-3:]) < 0.85 * np.mean(seen[:3])
     assert set(row) == {"features", "box AP", "mask AP"}
-    assert 1 < row["box AP"] <= 100 and 1 < row["mask AP"] <= 100, row
+    assert 2 < row["box AP"] <= 100 and 2 < row["mask AP"] <= 100, row
     assert (tmp_path / "detect.png").stat().st_size > 1000
     (path,) = (tmp_path / "detect").iterdir()
     trained = torch.load(path, weights_only=True)["model"]
