@@ -184,7 +184,7 @@ def test_interrupted_training_ends_as_if_it_had_not_been(monkeypatch, root, tmp_
 
 def on_ranks(root: Path, out: Path) -> tuple[float, list, dict]:
     job, args = job_of(out, segment, root, *TINY, "--head", "linear", "--steps", 2)
-    _, val = segment.open_layout(args.root)
+    _, val = segment.open_layout(args.data)
     untrained = segment.build(job.subjects[0], args)
     alone = segment.evaluate(job, untrained, segment.Labelled(val, args.classes), args)
     rows = segment.run(job, args).rows
@@ -241,3 +241,17 @@ def test_labels_begin_at_0_and_what_is_unlabelled_is_ignored(root):
     image, labels = segment.Labelled(train, ade20k.CLASSES, augment)[number]
     assert image.shape == (3, 40, 40) and labels.shape == (40, 40) and type(labels) is torch.Tensor
     assert set(labels.unique().tolist()) <= {*(stored[stored > 0] - 1).tolist(), segment.IGNORED}
+
+
+def test_recomputed_blocks_drop_the_same_images() -> None:
+    encoder = VisionTransformer(32, 8, 24, 4, 2)
+    drop_path(encoder, 0.6)
+    images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
+    found = []
+    for encoder.checkpointing in (False, True):
+        torch.manual_seed(4)
+        encoder.zero_grad()
+        encoder.features(images, (1, 3))[1].square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in encoder.parameters() if parameter.grad is not None])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain)

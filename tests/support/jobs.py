@@ -27,7 +27,10 @@ def alone() -> Iterator[None]:
 
 
 def job_of(out: Path, protocol: ModuleType, *words: object) -> tuple[Job, argparse.Namespace]:
-    """A job of the process group that is up, with a small random encoder, the same on all ranks, and its options."""
+    """A job of the process group that is up, with a small random encoder, the same on all ranks, and its options.
+
+    `words`: the data set's folder, then further options.
+    """
     config, group = small_config(), dist.group.WORLD
     assert group is not None
     with torch.random.fork_rng():
@@ -36,7 +39,7 @@ def job_of(out: Path, protocol: ModuleType, *words: object) -> tuple[Job, argpar
     parser = argparse.ArgumentParser()
     jobs.arguments(parser)
     protocol.arguments(parser)
-    args = parser.parse_args(["weights", *map(str, words), "--workers", "0"])
+    args = parser.parse_args(["weights", "--data", *map(str, words), "--workers", "0"])
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.HashStore(), group)
     out.mkdir(parents=True, exist_ok=True)
     return Job("weights", [Subject("encoder", encoder, digest(encoder))], config, ranks, out), args

@@ -95,6 +95,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
+        self.draws = False  # random numbers, in hooks that others add
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
@@ -224,7 +225,7 @@ class VisionTransformer(nn.Module):
         wanted = [layer % len(self.blocks) for layer in layers]
         x, outputs = self.embed(images), {}
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = run(block, self.checkpointing, x)
             if i in wanted:
                 outputs[i] = self.norm(x)
         return [outputs[i] for i in wanted]
@@ -243,7 +244,7 @@ class VisionTransformer(nn.Module):
 def run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
     """The block's output; with `checkpointing`, only its inputs are saved for the backward."""
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=getattr(block, "draws", False))
     return block(*inputs)
 
 

@@ -34,7 +34,7 @@ SHOWN, SCORE = 4, 0.5  # validation images in the picture; the least score of wh
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", type=Path, metavar="ROOT", help="a data set in COCO's layout")
+    parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="a data set in COCO's layout")
     parser.add_argument("--size", type=int, default=1024, help="pixels, rounded up to 4 patches (default: 1024)")
     parser.add_argument("--channels", type=int, default=256, help="of pyramid and heads (default: %(default)s)")
     parser.add_argument(
@@ -46,11 +46,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(job: Job, args: argparse.Namespace) -> Result:
-    train, val = coco.open_layout(args.root)
+    train, val = coco.open_layout(args.data)
     unit = 4 * stride_of(job.subjects[0].encoder)
     args.size = -(-args.size // unit) * unit
     mean = job.config.data.mean
-    data = coco.Augmented(train, args.root / "train2017", coco.augmentation(args.size, args.scale, mean))
+    data = coco.Augmented(train, args.data / "train2017", coco.augmentation(args.size, args.scale, mean))
     args.steps = max(1, round(args.epochs * len(data) / args.batch))
     rows: list[Row] = []
     models: dict[str, nn.Module] = {}
@@ -60,7 +60,7 @@ def run(job: Job, args: argparse.Namespace) -> Result:
         fit.fit(job, path, f"detect, {subject.name}", model, data, loss_of, steps_down, args)
         rows.append({"features": subject.name, **evaluate(job, model, val, args)})
         models[subject.name] = model
-    draw(job, models, val, args.root / "val2017")
+    draw(job, models, val, args.data / "val2017")
     papers = (len(train.imgs), len(val.imgs), len(val.cats)) == (118_287, 5_000, 80)
     return Result(rows, "COCO" if papers else None)
 
@@ -68,6 +68,7 @@ def run(job: Job, args: argparse.Namespace) -> Result:
 def build(subject: Subject, classes: int, mean: tuple[float, ...] | list[float], args: argparse.Namespace) -> nn.Module:
     """A detector whose parts but the encoder are the same for all subjects."""
     encoder = copy.deepcopy(subject.encoder).float().requires_grad_(True)
+    encoder.checkpointing = args.checkpointing
     drop_path(encoder, args.drop_path)
     torch.manual_seed(args.seed)
     return mask_rcnn(encoder, classes, args.size, args.channels, mean, args.precision == "bf16")
@@ -91,7 +92,7 @@ def evaluate(job: Job, model: nn.Module, val: COCO, args: argparse.Namespace) ->
     model.to(job.ranks.device).eval()
     numbers = sorted(val.imgs)[job.ranks.rank :: job.ranks.world_size]
     found = []
-    images = coco.Images(val, args.root / "val2017")
+    images = coco.Images(val, args.data / "val2017")
     for i, (image,) in enumerate(fit.stream(images, [[number] for number in numbers], args.workers)):
         found += coco.annotations(model([image.to(job.ranks.device)])[0], numbers[i], val)
         if (i + 1) % 100 == 0:

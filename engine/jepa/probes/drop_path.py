@@ -15,6 +15,7 @@ def drop_path(encoder: VisionTransformer, rate: float) -> None:
     """
     for block, p in zip(encoder.blocks, torch.linspace(0, rate, len(encoder.blocks)).tolist(), strict=True):
         assert isinstance(block, Block)
+        block.draws = True
         for branch in (block.attn, block.mlp):
             branch.drop_path = StochasticDepth(p, "row")
             branch.register_forward_hook(_drop)

@@ -24,7 +24,19 @@ from jepa.ranks.distributed import require_alike
 from .job import Job
 
 # Options that do not change what is trained; the weights are named by the subject's key.
-ASIDE = {"protocol", "weights", "config", "part", "out", "only", "device", "root", "workers", "save_every"}
+ASIDE = {
+    "protocol",
+    "weights",
+    "config",
+    "part",
+    "out",
+    "only",
+    "device",
+    "data",
+    "workers",
+    "save_every",
+    "checkpointing",
+}
 
 
 def arguments(parser: argparse.ArgumentParser, weight_decay: float, warmup: int) -> None:
@@ -34,6 +46,9 @@ def arguments(parser: argparse.ArgumentParser, weight_decay: float, warmup: int)
     parser.add_argument("--warmup", type=int, default=warmup, help="steps (default: %(default)s)")
     parser.add_argument("--drop-path", type=float, default=0.1, help="of the last block (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="recompute blocks in the backward: less memory, one more forward"
+    )
     parser.add_argument("--workers", type=int, default=4, help="processes a rank that read images (default: 4)")
     parser.add_argument(
         "--save-every",

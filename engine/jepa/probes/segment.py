@@ -46,7 +46,7 @@ SHOWN = 4  # validation images in the picture
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", type=Path, metavar="ROOT", help="a data set in ADE20K's layout")
+    parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="a data set in ADE20K's layout")
     parser.add_argument("--head", choices=tuple(DEFAULTS), default="upernet")
     parser.add_argument("--layers", type=int, default=1, metavar="L", help="of --head linear: the last L blocks")
     parser.add_argument("--channels", type=int, default=512, help="of UPerNet (default: %(default)s)")
@@ -58,7 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(job: Job, args: argparse.Namespace) -> Result:
-    train, val = open_layout(args.root)
+    train, val = open_layout(args.data)
     patch = job.config.mask.patch_size
     steps, lr = DEFAULTS[args.head]
     args.steps, args.lr = args.steps or steps, args.lr or lr
@@ -174,6 +174,7 @@ def build(subject: Subject, args: argparse.Namespace) -> Segmenter:
         head: nn.Module = Linear(dim, args.layers, args.classes)
     else:
         encoder.float().requires_grad_(True)
+        encoder.checkpointing = args.checkpointing
         drop_path(encoder, args.drop_path)
         layers = [-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)]
         head = UPerNet(dim, args.channels, args.classes)
