@@ -61,7 +61,10 @@ def open_split(data: Path, split: str) -> tuple[ImageSource, dict[str, np.ndarra
         raise ValueError(f"{data} is not in CLEVR's layout: looked for {table} and {images}/")
     try:
         scenes = {
-            str(scene["image_filename"]): (len(scene["objects"]), min(o["pixel_coords"][2] for o in scene["objects"]))
+            str(scene["image_filename"]): (
+                len(scene["objects"]),
+                min(float(each["pixel_coords"][2]) for each in scene["objects"]),
+            )
             for scene in json.loads(table.read_text())["scenes"]
         }
     except (ValueError, LookupError, TypeError) as error:

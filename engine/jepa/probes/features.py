@@ -131,8 +131,10 @@ def features(
     folder = (args.store or job.out / "features") / f"{subject.key}-{name}"
     width = subject.encoder.embed_dim * (1 if pooled else _patches(subject, config.data.crop_size))
     store = Store(folder, layers, len(source), width)
-    job.first_only(lambda: store.create({"images": source.path, **about}))
-    pending = np.flatnonzero((store.state() == PENDING).any(0))
+    job.first_only(lambda: store.create({"path": source.path, **about}))
+    found = [store.pending() if job.ranks.is_first else None]
+    dist.broadcast_object_list(found, group=job.ranks.cpu_group)  # whoever looks later may miss what others are doing
+    pending = cast(np.ndarray, found[0])
     if len(pending):
         _fill(job, subject, source, args, store, np.array_split(pending, job.ranks.world_size)[job.ranks.rank], pooled)
     dist.barrier(group=job.ranks.cpu_group)
@@ -181,11 +183,9 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
             for layer in self.layers:
-                for path, size in (
-                    (self._rows(layer), 4 * self.images * self.width),
-                    (self._state(layer), self.images),
-                ):
-                    if not path.exists() or path.stat().st_size != size:
+                sizes = {self._state(layer): self.images, self._rows(layer): 4 * self.images * self.width}
+                if any(not path.exists() or path.stat().st_size != size for path, size in sizes.items()):
+                    for path, size in sizes.items():  # the state first: it never speaks of rows that are not there
                         with open(path, "wb") as file:
                             file.truncate(size)
         except OSError as error:
@@ -194,6 +194,10 @@ class Store:
     def state(self) -> np.ndarray:
         """uint8 [layers, images]."""
         return np.stack([np.fromfile(self._state(layer), np.uint8) for layer in self.layers])
+
+    def pending(self) -> np.ndarray:
+        """The images of which a block's row is not there yet."""
+        return np.flatnonzero((self.state() == PENDING).any(0))
 
     def write(self, numbers: Sequence[int], rows: Sequence[Tensor]) -> None:
         """Rows [b, D] of each layer. They are marked done after they are written: a crash between costs their work."""

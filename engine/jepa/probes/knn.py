@@ -38,11 +38,16 @@ def run(job: Job, args: argparse.Namespace) -> Result:
     rows = []
     for subject in [*job.subjects, pixels()]:
         train, val = (features(job, subject, source, args) for source in (sets.train, sets.val))
+        labelled = {
+            name: (torch.from_numpy(y[train.numbers]), torch.from_numpy(sets.val_y[name][val.numbers]))
+            for name, y in sets.train_y.items()
+        }
+        for known, wanted in labelled.values():
+            check(train, known, val, wanted)
         mine = np.array_split(np.arange(len(val)), job.ranks.world_size)[job.ranks.rank]
         found = nearest(train, val, mine, max(ks), job.ranks.device)
         row: dict[str, str | float] = {"features": subject.name}
-        for name, train_y in sets.train_y.items():
-            known, wanted = (torch.from_numpy(y) for y in (train_y[train.numbers], sets.val_y[name][val.numbers]))
+        for name, (known, wanted) in labelled.items():
             right = vote(*found, known, wanted[mine], ks, args.temperature)
             for k, total in zip(ks, np.sum(job.gather(right), axis=0), strict=True):
                 row[name if len(ks) == 1 else f"{name} k={k}"] = 100 * float(total) / len(val)
@@ -74,7 +79,8 @@ def vote(
     cosine: Tensor, index: Tensor, train_y: Tensor, test_y: Tensor, ks: Sequence[int], temperature: float
 ) -> list[int]:
     """How many of the n test samples the vote of their k nearest gets right, for each k."""
-    classes, weight = int(torch.cat([train_y, test_y]).max()) + 1, (cosine / temperature).exp()
+    classes = int(torch.cat([train_y, test_y]).max()) + 1
+    weight = ((cosine - cosine[:, :1]) / temperature).exp()  # by the nearest's, which cannot overflow
     right = [0] * len(ks)
     for rows in torch.arange(len(cosine)).split(QUERIES):
         for i, k in enumerate(ks):

@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Writes both files and returns the table as text. Raises ValueError if there is no result, or two of one thing."""
+    """Writes both files and returns the table as text. Raises ValueError like `read`."""
     results = read(args.folder)
     header, rows = arranged(results)
     text = markdown(header, rows)
@@ -31,17 +31,18 @@ def run(args: argparse.Namespace) -> str:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The results below `folder`, oldest first."""
+    """The results below `folder`, oldest first. Raises ValueError if there are none, or naming one that is broken."""
     found = []
     for path in sorted(folder.rglob("*.json")):
         if path.stem not in ORDER:
             continue
         try:
             content = json.loads(path.read_text())
-            rows, _ = content["rows"], (content["model"]["digest"], content["date"], content["weights"])
-            if content["protocol"] == path.stem and all("features" in row for row in rows):
+            arranged([content])  # so that it has all that the table needs
+            _ = content["date"], content["weights"]
+            if content["protocol"] == path.stem:
                 found.append(content)
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a result of evaluate.py ({type(error).__name__}: {error})") from error
     if not found:
         raise ValueError(f"{folder}: no results; looked for {', '.join(f'{name}.json' for name in ORDER)} at any depth")
