@@ -41,7 +41,7 @@ def stored(
 ) -> Features:
     """On the ranks that are up, in batches of 2."""
     job = job_of(encoder, out, config_of(f"data.crop_size={crop}"))
-    args = options(protocol, "--images", images, "--batch", 2, *words)
+    args = options(protocol, "--images", images, "--encoder-batch", 2, *words)
     return features(job, job.subjects[0], open_images(images), args, pooled=pooled)
 
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import mmap
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,9 @@ from jepa.data.loader import eval_batches
 from jepa.data.sources import ImageSource, open_images
 from jepa.model.vit import VisionTransformer
 
-from .job import Job, Result, Row, Subject
+from .job import Job, Progress, Result, Row, Subject
 
 PENDING, DONE, BAD = 0, 1, 2  # of an image
-REPORT = 10.0  # seconds between lines of progress
 
 
 class Pixels(nn.Module):
@@ -150,8 +148,9 @@ def _fill(
     mine: np.ndarray,
     pooled: bool,
 ) -> None:
-    config, begin = job.config, time.monotonic()
-    reported, left = begin, set(mine.tolist())
+    config, left = job.config, set(mine.tolist())
+    progress = Progress(job.say, subject.name, len(mine), "images")
+    progress.at(0)
     batches = eval_batches(
         source,
         crop_size=config.data.crop_size,
@@ -166,9 +165,7 @@ def _fill(
             outputs = subject.encoder.features(images, store.layers)
         store.write(numbers, [(x.float().mean(1) if pooled else x.flatten(1)).cpu() for x in outputs])
         left -= set(numbers)
-        if (now := time.monotonic()) - reported > REPORT:
-            reported, done = now, len(mine) - len(left)
-            job.say(f"{subject.name}: {done} of {len(mine)} images, {done / (now - begin):.1f}/s")
+        progress.at(len(mine) - len(left))
     store.mark(sorted(left), BAD)
 
 

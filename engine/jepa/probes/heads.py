@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 from jepa.data.augment import View
 from jepa.data.loader import Loader, eval_batches
 
-from .job import Job, Row, Subject
+from .job import Job, Progress, Row, Subject
 from .labels import Labelled
 
 RATES, DECAYS = (0.01, 0.05, 0.001), (0.0005, 0.0)
@@ -31,7 +30,6 @@ MOMENTUM, TRUST = 0.9, 0.001  # of LARS (arXiv 1708.03888)
 NORM_MOMENTUM, NORM_EPS = 0.1, 1e-5
 DROP = 15  # epochs after which the rate falls to a tenth, again and again
 INIT_STD = 0.01
-REPORT = 30.0  # seconds between lines of progress
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +144,7 @@ def train(job: Job, subject: Subject, sets: Labelled, args: argparse.Namespace) 
         ]
         for name, y in sets.train_y.items()
     }
-    step, total, begin = 0, args.epochs * loader.steps_per_epoch, time.monotonic()
+    step, total = 0, args.epochs * loader.steps_per_epoch
     settings = [subject.key, sets.train.fingerprint, args.epochs, loader.global_batch_size, grid, sorted(groups)]
     state = job.out / "linear" / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.pt"
     if state.exists():
@@ -156,7 +154,8 @@ def train(job: Job, subject: Subject, sets: Labelled, args: argparse.Namespace) 
             group.load(held)
         job.say(f"{subject.name}: going on from step {step} of {total}")
     parts: list[tuple[Tensor, Tensor]] = []
-    reported = begin
+    progress = Progress(job.say, f"{subject.name}, {loader.steps_per_epoch} steps an epoch", total, "steps")
+    progress.at(step)
     for at, micro_batch, batch in loader.batches(step, total):
         parts.append((_outputs(subject, batch.images, max(depths)), torch.tensor(batch.indices)))
         if micro_batch + 1 < loader.accumulation:
@@ -171,11 +170,7 @@ def train(job: Job, subject: Subject, sets: Labelled, args: argparse.Namespace) 
         if (at + 1) % loader.steps_per_epoch == 0:
             content = {"step": at + 1, "groups": [group.state() for group in _all(groups)]}
             job.first_only(lambda content=content: _save(state, content))  # type: ignore[misc]
-        if (now := time.monotonic()) - reported > REPORT:
-            reported = now
-            job.say(
-                f"{subject.name}: epoch {at // loader.steps_per_epoch + 1} of {args.epochs}, step {at + 1} of {total}"
-            )
+        progress.at(at + 1)
     scores = _evaluate(job, subject, sets, groups, max(depths), micro)
     job.first_only(lambda: _write(state.with_suffix(".json"), scores))
     row: Row = {"features": subject.name}

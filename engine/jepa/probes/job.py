@@ -12,6 +12,7 @@ Unfinished work lies in `job.out`, in a folder or file named after the protocol,
 import argparse
 import hashlib
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,26 @@ class Job:
         values: list[object] = [None] * self.ranks.world_size
         dist.all_gather_object(values, value, group=self.ranks.cpu_group)
         return values
+
+
+class Progress:
+    """Says how far a long work is, every ten seconds: "what: done of total unit, 12.3/s"."""
+
+    def __init__(self, say: Callable[[str], None], what: str, total: int, unit: str) -> None:
+        self.say, self.what, self.total, self.unit = say, what, total, unit
+        self.begin = self.said = time.monotonic()
+        self.first: int | None = None
+
+    def at(self, done: int) -> None:
+        now, self.first = time.monotonic(), done if self.first is None else self.first
+        if now - self.said > 10:
+            self.said = now
+            speed = (done - self.first) / (now - self.begin)
+            self.say(f"{self.what}: {done} of {self.total} {self.unit}, {speed:.1f}/s")
+
+
+def quiet(_: str) -> None:
+    """Says nothing."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

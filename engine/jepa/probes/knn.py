@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import labels
 from .features import Features, check, features, pixels, shared_arguments
-from .job import Job, Result
+from .job import Job, Progress, Result
 from .papers import classified
 
 BLOCK, QUERIES, KEYS = 16384, 1024, 65536  # queries for which all keys are read once; samples compared at once
@@ -45,7 +45,8 @@ def run(job: Job, args: argparse.Namespace) -> Result:
         for known, wanted in labelled.values():
             check(train, known, val, wanted)
         mine = np.array_split(np.arange(len(val)), job.ranks.world_size)[job.ranks.rank]
-        found = nearest(train, val, mine, max(ks), job.ranks.device)
+        progress = Progress(job.say, f"{subject.name}, neighbours", len(mine) * len(train), "cosines")
+        found = nearest(train, val, mine, max(ks), job.ranks.device, progress)
         row: dict[str, str | float] = {"features": subject.name}
         for name, (known, wanted) in labelled.items():
             right = vote(*found, known, wanted[mine], ks, args.temperature)
@@ -57,7 +58,12 @@ def run(job: Job, args: argparse.Namespace) -> Result:
 
 
 def nearest(
-    train: Tensor | Features, test: Tensor | Features, chosen: np.ndarray, k: int, device: torch.device
+    train: Tensor | Features,
+    test: Tensor | Features,
+    chosen: np.ndarray,
+    k: int,
+    device: torch.device,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest training samples of the test samples `chosen`: cosines and indices, both [n, k] on the CPU, nearest
     first; fewer if there are fewer. Memory holds 1024 x 65536 cosines and the samples compared."""
@@ -72,6 +78,8 @@ def nearest(
                 both = torch.cat([best[rows], cosine], 1)
                 best[rows], order = both.topk(k, dim=1)
                 where[rows] = torch.cat([where[rows], index + first], 1).gather(1, order)
+            if progress:
+                progress.at(int(block[0]) * len(train) + len(block) * (first + len(keys)))
     return best, where
 
 

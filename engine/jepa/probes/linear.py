@@ -11,7 +11,7 @@ rates and two weight decays. As in the paper, the best of them on --val is repor
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import heads, labels
 from .features import Features, check, features, pixels, shared_arguments
-from .job import Job, Result, Row
+from .job import Job, Progress, Result, Row, quiet
 from .papers import classified
 
 STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the L2 penalty, strongest first
@@ -73,7 +73,7 @@ def linear_probe(
     """
     check(train_x, train_y, test_x, test_y)
     device = job.ranks.device if job else torch.device("cpu") if isinstance(train_x, Features) else train_x.device
-    rank, world = (job.ranks.rank, job.ranks.world_size) if job else (0, 1)
+    rank, world, say = (job.ranks.rank, job.ranks.world_size, job.say) if job else (0, 1, quiet)
     axes = Axes(train_x, device)
     train_y, test_y = train_y.to(device), test_y.to(device)
     classes = int(torch.cat([train_y, test_y]).max()) + 1
@@ -82,11 +82,11 @@ def linear_probe(
     x, mine = axes.rotated(train_x), STRENGTHS[rank::world]
     scores = [0.0] * len(STRENGTHS)
     if mine:
-        scores[rank::world] = accuracy(fit(x, train_y, fitted, axes, mine, classes), x, train_y, held)
+        scores[rank::world] = accuracy(fit(x, train_y, fitted, axes, mine, classes, say=say), x, train_y, held)
     if job:
         scores = np.sum(job.gather(scores), axis=0).tolist()
     best = STRENGTHS[scores.index(max(scores))]
-    solved = fit(x, train_y, order, axes, [best], classes)
+    solved = fit(x, train_y, order, axes, [best], classes, say=say)
     return accuracy(solved, axes.rotated(test_x), test_y, torch.arange(len(test_x)))[0]
 
 
@@ -138,6 +138,7 @@ def fit(
     strengths: Sequence[float],
     classes: int,
     epochs: int | None = None,
+    say: Callable[[str], None] = quiet,
 ) -> tuple[Tensor, Tensor]:
     """Weights [D, H, C] and biases [H, C] for H strengths, by Nesterov's method with a cosine schedule.
 
@@ -153,6 +154,7 @@ def fit(
     batch = min(max(BATCH, len(chosen) // BATCH), len(chosen))
     epochs = epochs or max(EPOCHS, -(-STEPS * batch // len(chosen)))
     steps, step, generator = epochs * -(-len(chosen) // batch), 0, torch.Generator().manual_seed(0)
+    progress = Progress(say, f"{len(strengths)} linear classifiers", steps, "steps")
     for _ in range(epochs):
         for rows in chosen[torch.randperm(len(chosen), generator=generator)].split(batch):
             part = x[rows]
@@ -163,6 +165,7 @@ def fit(
             u_slope = scale * (part.T @ slope.flatten(1)).view_as(u) + penalty * u
             rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
             step += 1
+            progress.at(step)
             for value, speed, towards in ((u, u_speed, u_slope), (bias, bias_speed, slope.sum(0))):
                 speed.mul_(MOMENTUM).add_(towards)
                 value.sub_(towards + MOMENTUM * speed, alpha=rate)
