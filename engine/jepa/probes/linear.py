@@ -23,7 +23,7 @@ from .job import Job, Progress, Result, Row, quiet
 from .papers import classified
 
 STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the L2 penalty, strongest first
-EPOCHS, STEPS, BATCH = 10, 1000, 256  # at least so many epochs, steps, samples in a step and steps in a long epoch
+EPOCHS, STEPS, BATCH = 10, 3000, 256  # at least so many epochs, steps, samples in a step and steps in a long epoch
 RATE, MOMENTUM = 0.5, 0.9
 IN_MEMORY = 2**28  # features that are rotated once and kept; more are rotated whenever they are read
 CHUNK = 8192  # samples read at once
