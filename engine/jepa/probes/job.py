@@ -159,6 +159,8 @@ def _stem(path: Path) -> str:
 
 
 def _make(folder: Path) -> None:
+    if folder.suffix == ".json" or folder.is_file():
+        raise ValueError(f"--out: given {folder}; wanted a folder, which is made if it is missing")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

@@ -94,7 +94,12 @@ def _column(source: ImageSource, name: str) -> list[str]:
     images = [os.path.abspath(source.name(i)) for i in range(len(source))]
     if missing := [image for image in images if image not in values]:
         raise ValueError(f"--label {name}: {table} has no row for {len(missing)} images, for example {missing[0]}")
-    return [values[image] for image in images]
+    found = [values[image] for image in images]
+    if empty := [image for image, value in zip(images, found, strict=True) if not value.strip()]:
+        raise ValueError(
+            f"--label {name}: {table} has no value for {len(empty)} of {len(images)} images, for example {empty[0]}"
+        )
+    return found
 
 
 def _is_number(text: str) -> bool:
