@@ -147,7 +147,8 @@ def train(job: Job, subject: Subject, sets: Labelled, args: argparse.Namespace) 
         for name, y in sets.train_y.items()
     }
     step, total, begin = 0, args.epochs * loader.steps_per_epoch, time.monotonic()
-    settings = [subject.key, sets.train.fingerprint, args.epochs, loader.global_batch_size, grid, sorted(groups)]
+    settings = [subject.key, config.data.crop_size, sets.train.fingerprint, args.epochs, loader.global_batch_size, grid]
+    settings += [(name, hashlib.sha256(y.astype(np.int64).tobytes()).hexdigest()) for name, y in sets.train_y.items()]
     state = job.out / "linear" / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.pt"
     if state.exists():
         kept = torch.load(state, map_location=job.ranks.device, weights_only=True)
