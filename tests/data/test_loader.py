@@ -447,6 +447,24 @@ def test_the_fingerprint_of_a_source_is_its_names_in_order_wherever_it_lies(tmp_
     assert changed["images"] == 6 and changed != found
 
 
+def test_a_part_of_a_source_reads_its_images_and_has_a_fingerprint_of_its_own(tmp_path):
+    paths = fill(tmp_path / "a", 8)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, f"{path.stem[-1]}/{path.name}")
+    for source in (open_images(tmp_path / "a"), open_images(tmp_path / "x.tar")):
+        chosen = np.array(random.sample(range(8), 4))
+        part, found = source.take(chosen), {str(source.fingerprint)}
+        assert len(part) == 4 and part.classes == source.classes
+        for i, index in enumerate(chosen):
+            assert part.name(i) == source.name(index) and part.read(i).tobytes() == paths[index].read_bytes()
+            assert source.labels is None or part.labels[i] == source.labels[index]
+        parts = [chosen, chosen[[1, 0, 2, 3]], np.setdiff1d(range(8), chosen), chosen[:3], np.arange(8)[::-1]]
+        found |= {str(source.take(some).fingerprint) for some in parts}
+        assert len(found) == 6 and source.take(np.arange(8)).fingerprint == source.fingerprint
+        assert source.take(chosen).fingerprint == part.fingerprint
+
+
 def test_files_that_are_bad_for_some_crops_only_do_not_let_history_into_a_batch(tmp_path):
     """The upper part of a truncated file decodes. A batch is the same whichever batches were made before it."""
     for path in fill(tmp_path, 24, size=(160, 160))[::2]:

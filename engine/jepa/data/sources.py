@@ -59,8 +59,12 @@ class ImageSource:
         """The images with these indices alone, in this order; `classes` stay as they are."""
         members = None if self.members is None else self.members[indices]
         labels = None if self.labels is None else self.labels[indices]
-        rows = self.file[indices], self.offset[indices], self.size[indices]
-        return ImageSource(self.path, self.files, *rows, members, labels, self.classes)
+        file, files = self.file[indices], self.files
+        if members is None:  # only the files of these images, whose names are the fingerprint
+            file, files = np.arange(len(file)), [files[i] for i in file]
+        return ImageSource(
+            self.path, files, file, self.offset[indices], self.size[indices], members, labels, self.classes
+        )
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str]:
