@@ -28,11 +28,11 @@ from jepa.config.schema import Config
 from jepa.data.synthetic import draw, write
 from jepa.model.vit import VisionTransformer, build_encoder
 from jepa.probes import finetune
-from jepa.probes.augmented import Order, Split, TrainImages, transforms
 from jepa.probes.finetune import State, Tuning, build, fine_tune, layers
+from jepa.probes.finetune_images import Order, Split, TrainImages, transforms
+from jepa.probes.finetune_settings import Settings, settings_arguments, settings_of
 from jepa.probes.job import Job, Subject
 from jepa.probes.labels import Labelled, open_labelled
-from jepa.probes.recipe import Settings, settings_arguments, settings_of
 from jepa.ranks.distributed import Ranks
 from jepa.state.interop import Weights, save_safetensors
 from small import run_ranks, small_config

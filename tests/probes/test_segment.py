@@ -186,7 +186,7 @@ def on_ranks(root: Path, out: Path) -> tuple[float, list, dict]:
     job, args = job_of(out, segment, root, *TINY, "--head", "linear", "--steps", 2)
     _, val = segment.open_layout(args.data)
     untrained = segment.build(job.subjects[0], args)
-    alone = segment.evaluate(job, untrained, segment.Labelled(val, args.classes), args)
+    alone = segment.evaluate(job, untrained, segment.Annotated(val, args.classes), args)
     rows = segment.run(job, args).rows
     (path,) = (out / "segment").iterdir()
     return alone, rows, torch.load(path, weights_only=True)["model"]
@@ -234,11 +234,11 @@ def test_another_layout_is_one_line(fault, root, tmp_path):
 def test_labels_begin_at_0_and_what_is_unlabelled_is_ignored(root):
     train, _ = segment.open_layout(root)
     number = random.randrange(len(train))
-    image, labels = segment.Labelled(train, ade20k.CLASSES)[number]
+    image, labels = segment.Annotated(train, ade20k.CLASSES)[number]
     stored = np.array(Image.open(train[number].annotation)).astype(int)
     np.testing.assert_array_equal(labels.numpy(), np.where(stored == 0, segment.IGNORED, stored - 1))
     augment = segment.augmentation(40, (0.5, 0.5, 0.5))
-    image, labels = segment.Labelled(train, ade20k.CLASSES, augment)[number]
+    image, labels = segment.Annotated(train, ade20k.CLASSES, augment)[number]
     assert image.shape == (3, 40, 40) and labels.shape == (40, 40) and type(labels) is torch.Tensor
     assert set(labels.unique().tolist()) <= {*(stored[stored > 0] - 1).tolist(), segment.IGNORED}
 

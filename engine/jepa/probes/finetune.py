@@ -43,7 +43,7 @@ from jepa.ranks.stop import STOPPED, StopRequest
 from jepa.train.zero import BUCKET, wrap
 
 from . import labels
-from .augmented import (
+from .finetune_images import (
     BATCH,
     UNKNOWN,
     Order,
@@ -55,10 +55,10 @@ from .augmented import (
     transforms,
     val_loader,
 )
+from .finetune_settings import Settings, settings_arguments, settings_of
 from .job import Job, Result, Row, Subject
 from .labels import Labelled, open_labelled
 from .papers import classified
-from .recipe import Settings, settings_arguments, settings_of
 from .results import write
 
 SAY = 30.0  # seconds between two lines of progress within an epoch

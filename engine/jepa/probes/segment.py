@@ -68,11 +68,11 @@ def run(job: Job, args: argparse.Namespace) -> Result:
     for subject in job.subjects:
         model = build(subject, args)
         path = job.out / "segment" / f"{subject.key}.pt"
-        sample = Labelled(train, args.classes, augmentation(args.size, job.config.data.mean))
+        sample = Annotated(train, args.classes, augmentation(args.size, job.config.data.mean))
         fit.fit(job, path, f"segment, {subject.name}", model, sample, loss_of, lambda done: 1 - done, args)
-        rows.append({"features": subject.name, "mIoU": 100 * evaluate(job, model, Labelled(val, args.classes), args)})
+        rows.append({"features": subject.name, "mIoU": 100 * evaluate(job, model, Annotated(val, args.classes), args)})
         models[subject.name] = model
-    draw(job, models, Labelled(val[:SHOWN], args.classes), args.size)
+    draw(job, models, Annotated(val[:SHOWN], args.classes), args.size)
     papers = args.head == "upernet" and (len(train), len(val), args.classes) == (20_210, 2_000, 150)
     return Result(rows, "ADE20K" if papers else None)
 
@@ -104,7 +104,7 @@ def open_layout(root: Path) -> list[list[Pair]]:
 Sample = tuple[Tensor, Tensor]
 
 
-class Labelled(Dataset):
+class Annotated(Dataset):
     """Samples (image uint8 [3, H, W], labels uint8 [H, W] from 0, IGNORED where there is none).
 
     Raises ValueError if an annotation is of another size than its image, or names a class that there is not.
@@ -191,7 +191,7 @@ def loss_of(model: nn.Module, samples: list[Sample]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(job: Job, model: nn.Module, data: Labelled, args: argparse.Namespace) -> float:
+def evaluate(job: Job, model: nn.Module, data: Annotated, args: argparse.Namespace) -> float:
     """The mIoU of all ranks' shares together, 0 to 1."""
     model.to(job.ranks.device).eval()
     metric = MulticlassJaccardIndex(args.classes, ignore_index=IGNORED, validate_args=False).to(job.ranks.device)
@@ -229,7 +229,7 @@ def starts(length: int, size: int) -> list[int]:
     return [round((length - size) * i / max(1, steps)) for i in range(steps + 1)]
 
 
-def draw(job: Job, models: Mapping[str, nn.Module], data: Labelled, size: int) -> None:
+def draw(job: Job, models: Mapping[str, nn.Module], data: Annotated, size: int) -> None:
     """job.out/segment.png"""
 
     def on_first() -> None:
