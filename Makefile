@@ -24,11 +24,11 @@ demo: setup
 	$(BIN)/python engine/jepa/data/synthetic.py data/demo --seed 1
 	rm -rf runs/demo
 	$(BIN)/deepspeed --num_accelerators 1 engine/train.py --config engine/configs/demo.yaml engine.device=$(DEVICE)
-	$(EVALUATE) knn $(JUDGED) --train data/demo/images/train --val data/demo/images/val
-	$(EVALUATE) linear $(JUDGED) --train data/demo/images/train --val data/demo/images/val
+	$(EVALUATE) knn $(JUDGED) --train data/demo/train --val data/demo/val
+	$(EVALUATE) linear $(JUDGED) --train data/demo/train --val data/demo/val
 	$(EVALUATE) clevr $(JUDGED) --data data/demo
 	$(EVALUATE) report runs/demo/eval
-	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/images/val --log runs/demo/jepa.jsonl \
+	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl \
 		--out runs/demo
 
 # What a change needs before it is shown: lint, and the tests that need little time, no GPU and no other processes.

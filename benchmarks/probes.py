@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 CHUNK = 8192
 CLASSES = 100
 NEIGHBOURS = 20
+LIMIT_GIB = 4.0
 
 
 def labels(number: int) -> torch.Tensor:
@@ -137,6 +138,8 @@ def main() -> int:
     ours = {"knn": alone(find_neighbours, *places), "linear": alone(classify, *places)}
     if ours["linear"]["accuracy"] < theirs["accuracy"] - 0.5:
         raise RuntimeError(f"accuracy {ours['linear']['accuracy']:.1f} %, scikit-learn's {theirs['accuracy']:.1f} %")
+    if (most := max(part["peak_gib"] for part in ours.values())) > LIMIT_GIB:
+        raise RuntimeError(f"{most:.2f} GiB of memory; wanted at most {LIMIT_GIB}")
     for part in (theirs, *ours.values()):
         part.pop("index", None)
     result = provenance(CPU) | {"images": args.images, "width": args.width, "classes": CLASSES}

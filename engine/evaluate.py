@@ -6,7 +6,7 @@
 
 WEIGHTS: a checkpoint, an export, a .pth.tar of the published code with --config, or an IJepaModel's Hugging Face
 folder. Prints a table, with an untrained encoder of the same shape and the paper's figure where it has one, and writes
-PROTOCOL.json into --out. The same command goes on after an interruption.
+a JSON into --out. The same command goes on after an interruption.
 
 protocols:
 """
@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from jepa.config.schema import ConfigError
 from jepa.probes import job as jobs
-from jepa.probes.results import record, table, write
+from jepa.probes.results import file_name, record, table, write
 from jepa.ranks.distributed import NotMet, start
 from jepa.state.restore import CheckpointError
 
@@ -37,6 +37,7 @@ PROTOCOLS = {
     "detect": "Mask R-CNN in COCO's layout",
     "report": "one table of several models' results",
 }
+DEFAULT = "linear"  # where the first word is no protocol
 
 
 def parser_of(protocol: str | None) -> argparse.ArgumentParser:
@@ -78,13 +79,13 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.protocol == "report":
         print(protocol.run(args))
         return
-    ranks = start(args.device)
+    ranks = start(args.device, timeout_minutes=12 * 60)  # ranks whose work is longer than others' are not lost
     try:
         job = jobs.open_job(args, ranks)
         result = protocol.run(job, args)
         settings = {name: value for name, value in vars(args).items() if name not in ("protocol", "weights")}
         content = record(args.protocol, job, result, settings)
-        path = job.out / f"{args.protocol}.json"
+        path = job.out / file_name(content)
         job.first_only(lambda: write(path, content))
         if ranks.is_first:
             print(f"{args.weights}: {args.protocol}" + (f" on {result.task}" if result.task else ""))
@@ -96,6 +97,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def main() -> int:
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
+    if words and words[0] not in PROTOCOLS and not words[0].startswith("-"):
+        words.insert(0, DEFAULT)
     named = next((word for word in words if word in PROTOCOLS), None)
     try:
         evaluate(parser_of(named).parse_args(words))

@@ -1,6 +1,6 @@
 """Plots a run: attention maps, principal components of the features, masks, and training curves.
 
-    python engine/visualize.py runs/demo/jepa-latest --images data/demo/images/val --log runs/demo/jepa.jsonl
+    python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl
 
 writes attention.png, features.png and, of a method with masks, masks.png for a checkpoint, curves.png for a log. Give
 either or both.

@@ -59,7 +59,8 @@ def test_the_thousand_are_vtabs(one_rank: None, tmp_path: Path, monkeypatch: pyt
     root = write_set(tmp_path / "set", {"train": [[8.2]] * 2005, "val": [[8.2], [9.2, 7]]})
     given: list[Any] = []
 
-    def rows_of(job: Any, sets: Any, args: Any, chosen: np.ndarray | None = None) -> list:
+    def rows_of(job: Any, sets: Any, args: Any, chosen: np.ndarray | None, crops: tuple[float, float]) -> list:
+        assert crops == (1.0, 1.0), "whole images"
         given.append(chosen)
         return [{"features": "encoder", "count": 1.0}]
 

@@ -18,7 +18,8 @@ def result(
     protocol: str, digest: str, rows: list[dict], *, day: int = 1, task: str | None = None, **model: Any
 ) -> dict:
     about = {"objective": "cjepa", "name": "vit_base", "patch_size": 16, "crop_size": 224, "epochs": 100}
-    content = {"protocol": protocol, "task": task, "rows": rows, "weights": f"runs/{digest}"}
+    content = {"protocol": protocol, "task": task, "data": "photos", "form": "", "rows": rows}
+    content |= {"weights": f"runs/{digest}"}
     return content | {"model": {**about, "digest": digest, **model}, "date": f"2026-01-{day:02}T00:00:00+00:00"}
 
 
@@ -47,15 +48,16 @@ def test_two_models_are_one_table_and_the_newest_result_counts(tmp_path: Path) -
     text = (tmp_path / "report.md").read_text()
     assert text in said and str(tmp_path / "report.png") in said
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    header = ["method", "model", "epochs", "linear ImageNet: class", "linear: class", "clevr: count", "clevr: distance"]
+    header = ["method", "model", "epochs", "weights", "linear ImageNet: class", "linear photos: class"]
+    header += ["clevr photos: count", "clevr photos: distance"]
     assert table[0] == header
     shape, none = "base/16, 224 px", "-"
     rows = {tuple(row) for row in table[2:]}
     assert rows == {
-        ("cjepa", shape, "100", f"{a:.1f} (73.7)", none, f"{other:.1f}", "1.2"),
-        ("lejepa", shape, "7", none, f"{b:.1f}", none, none),
-        ("untrained encoder", shape, "", f"{untrained:.1f}", none, none, none),
-        ("pixels", "", "", f"{pixels:.1f}", none, none, none),
+        ("cjepa", shape, "100", "runs/a", f"{a:.1f} (73.7)", none, f"{other:.1f}", "1.2"),
+        ("lejepa", shape, "7", "runs/b", none, f"{b:.1f}", none, none),
+        ("untrained encoder", shape, "", "", f"{untrained:.1f}", none, none, none),
+        ("pixels", "", "", "", f"{pixels:.1f}", none, none, none),
     }
     picture = np.asarray(Image.open(tmp_path / "report.png").convert("L"))
     ink = picture < 128
@@ -68,7 +70,18 @@ def test_models_of_other_weights_have_rows_of_their_own(tmp_path: Path) -> None:
     for digest in ("a", "b"):
         write(tmp_path / digest, result("knn", digest, [{"features": "encoder", "class": 50.0}]))
     _, rows = arranged(read(tmp_path))
-    assert rows == [["cjepa", "base/16, 224 px", "100", "50.0"]] * 2
+    assert rows == [["cjepa", "base/16, 224 px", "100", f"runs/{digest}", "50.0"] for digest in ("a", "b")]
+
+
+def test_other_data_and_forms_have_columns_of_their_own(tmp_path: Path) -> None:
+    for number, changed in enumerate(
+        ({}, {"data": "flowers"}, {"form": "paper"}, {"data": "flowers", "form": "paper"})
+    ):
+        row = {"features": "encoder", "class": 50.0 + number}
+        write(tmp_path / str(number), result("linear", "a", [row], day=number + 1) | changed)
+    header, rows = arranged(read(tmp_path))
+    wanted = ["linear photos", "linear flowers", "linear paper photos", "linear paper flowers"]
+    assert header[4:] == [f"{name}: class" for name in wanted] and rows[0][4:] == ["50.0", "51.0", "52.0", "53.0"]
 
 
 GOOD = result("knn", "a", [{"features": "encoder", "class": 50.0}])
@@ -95,5 +108,5 @@ def test_a_broken_result_is_named(tmp_path: Path, content: str) -> None:
 
 def test_a_folder_without_results_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no results; looked for linear\.json, .*knn\.json.* at any depth"):
+    with pytest.raises(ValueError, match=r"no results; looked for linear\*\.json, .*knn\*\.json.* at any depth"):
         report.run(options(report, tmp_path))

@@ -9,8 +9,10 @@ A scene has one to four objects, each in its own quadrant, on a grainy backgroun
 its own colour and distance, and near ones look larger. So a part of the image says something about the rest, which is
 what joint-embedding prediction learns from, and an image has three labels: which shape, how many, how near.
 
-    OUT/images/{train,val}/<shape>/NNNNN.jpg
-    OUT/scenes/CLEVR_{train,val}_scenes.json      the objects and their distances, in CLEVR's layout
+    OUT/{train,val}/<shape>/NNNNN.jpg
+    OUT/{train,val}/labels.csv                    file, shape, count, distance (of the nearest object)
+    OUT/scenes/CLEVR_{train,val}_scenes.json      the objects and their distances, as in CLEVR, with links to both
+    OUT/images/{train,val}                        splits where CLEVR has them
 
 Scene i of a split is a function of (seed, split, i). `SyntheticImages` is the noise: it is made in memory, and replaces
 image files where data.synthetic says so.
@@ -30,7 +32,7 @@ from PIL import Image
 SHAPES = ("diamond", "disc", "plus", "ring", "square", "triangle")
 SIZE = 64  # pixels
 NEAR, FAR = 1.0, 1.8
-DEPTH = 7.0  # of an object at distance 1, where distances are written
+DEPTH = 7.0  # of an object at distance 1 in CLEVR's units, whose depths are about 7 to 14
 RADIUS = 12.5  # pixels, of an object at distance 1
 JITTER = 2.0  # pixels, of an object's position in its quadrant
 GROUND, GRAIN = 0.2, 0.04  # grey level of the background and its standard deviation, 0 to 1
@@ -121,7 +123,7 @@ def place(root: Path, stamp: str, draw_into: Callable[[Path], None]) -> bool:
 
 def _write(root: Path, splits: dict[str, int], seed: int) -> None:
     for number, (split, total) in enumerate(splits.items()):
-        table, images = [], root / "images" / split
+        table, rows, images = [], ["file,shape,count,distance"], root / split
         for name in SHAPES:
             (images / name).mkdir(parents=True)
         for first in range(0, total, CHUNK):
@@ -129,10 +131,13 @@ def _write(root: Path, splits: dict[str, int], seed: int) -> None:
             for i, (image, shape, objects) in enumerate(zip(scenes.images, scenes.shape, scenes.objects, strict=True)):
                 path, name = f"{SHAPES[shape]}/{first + i:05d}.jpg", SHAPES[shape]
                 Image.fromarray(image).save(images / path, quality=95, subsampling=0)
-                # CLEVR's depths are about 7 to 14.
+                rows.append(f"{path},{name},{len(objects)},{min(distance for *_, distance in objects):.4f}")
                 at = [[x, y, DEPTH * distance] for x, y, distance in objects]
                 table.append({"image_filename": path, "objects": [{"shape": name, "pixel_coords": xyz} for xyz in at]})
-        (root / "scenes").mkdir(exist_ok=True)
+        (images / "labels.csv").write_text("\n".join(rows) + "\n")
+        for folder in ("scenes", "images"):
+            (root / folder).mkdir(exist_ok=True)
+        (root / "images" / split).symlink_to(Path("..") / split)
         text = json.dumps({"info": {"split": split}, "scenes": table})
         (root / "scenes" / f"CLEVR_{split}_scenes.json").write_text(text)
 

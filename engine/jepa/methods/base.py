@@ -49,9 +49,9 @@ class Method(nn.Module):
     masked: ClassVar[bool] = False
     """Whether steps read masks, those of the section `mask`; then `layout` is a jepa.model.layout.Layout."""
 
-    published: ClassVar[dict[tuple[str, str, str], dict[tuple[str, int, int], float]]] = {}
+    published: ClassVar[dict[tuple[str, str, str], dict[tuple[str, int, int, int], float]]] = {}
     """What its paper reports, to be printed beside a figure of the same protocol, task and name (jepa.probes), in
-    percent: {(protocol, task, name): {(meta.model_name, mask.patch_size, data.crop_size): figure}}."""
+    percent: {(protocol, task, name): {(meta.model_name, mask.patch_size, data.crop_size, epochs): figure}}."""
 
     encoder: VisionTransformer
 

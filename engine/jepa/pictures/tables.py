@@ -13,8 +13,8 @@ HEIGHT, LETTER, SPACE = 0.28, 0.085, 0.3  # inches: of a line, a letter, and bet
 WRAP = 14  # letters of a line of the header
 
 
-def draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], out_path: str | Path) -> Figure:
-    """Writes header [C] and rows [R, C] as a PNG: three columns of words, then figures, the highest of a column bold.
+def draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int, out_path: str | Path) -> Figure:
+    """Writes header [C] and rows [R, C] as a PNG: columns of words, then of figures, the highest of each bold.
 
     A figure may be followed by another in brackets.
     """
@@ -30,7 +30,7 @@ def draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], out_path: s
         x, line = SPACE, HEIGHT * (tall + 0.4)
         axes.plot([SPACE / 2, width - SPACE / 2], [line, line], color=INK, linewidth=0.8)
         for c, head in enumerate(heads):
-            right = c >= 3
+            right = c >= words
             at = x + widths[c] - SPACE if right else x
             align: Any = {"ha": "right" if right else "left", "va": "center"}
             for i, text in enumerate(head, start=tall - len(head)):

@@ -25,7 +25,8 @@ from .labels import Labelled
 
 CUTS = (8.0, 8.5, 9.0, 9.5, 10.0)  # of the nearest object's depth; VTAB's others bound all there are
 TASK_IMAGES = 15_000  # of CLEVR's own validation set
-FIRST, LAST = 800, 200  # of VTAB's 1000 training images: from the first nine tenths, and from the last tenth
+FIRST, LAST = 800, 200  # as many as VTAB's 1000 training images, which it draws from a shuffled list: by name, from the
+# first nine tenths, and from the last tenth
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +48,9 @@ def run(job: Job, args: argparse.Namespace) -> Result:
         chosen = np.r_[:FIRST, tenth : tenth + LAST]
     # The distances of a set need not reach all the ranges, so a class may be missing from either.
     sets = Labelled(train, val, train_y, val_y)
-    task = "CLEVR" if len(val) == TASK_IMAGES and chosen is None else None
-    return Result(linear.rows_of(job, sets, args, chosen), task)
+    task = "CLEVR" if len(val) == TASK_IMAGES and chosen is None and args.form == "paper" else None
+    # Whole images, flipped: a crop would cut off what is to be counted.
+    return Result(linear.rows_of(job, sets, args, chosen, crops=(1.0, 1.0)), task)
 
 
 def open_split(data: Path, split: str) -> tuple[ImageSource, dict[str, np.ndarray]]:

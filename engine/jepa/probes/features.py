@@ -1,6 +1,6 @@
 """Frozen features of a set of images, stored in files that the probes read piece by piece.
 
-    python engine/evaluate.py features runs/demo/jepa-latest --images data/demo/images
+    python engine/evaluate.py features runs/demo/jepa-latest --images data/demo
 
 One pass of the encoder over the images, shared by all ranks. Features are float32 (an untrained encoder's differ by
 less than float16 resolves) and lie in --store, in a folder named after the weights, the images (names, sizes, times of
@@ -33,6 +33,7 @@ from jepa.model.vit import VisionTransformer
 
 from .job import Job, Progress, Result, Row, Subject
 
+BROKEN = "the features contain NaN or infinity: a broken encoder cannot be probed"
 PENDING, DONE, BAD = 0, 1, 2  # of an image
 
 
@@ -107,15 +108,23 @@ def run(job: Job, args: argparse.Namespace) -> Result:
 
 
 def features(
-    job: Job, subject: Subject, source: ImageSource, args: argparse.Namespace, *, pooled: bool = True
+    job: Job,
+    subject: Subject,
+    source: ImageSource,
+    args: argparse.Namespace,
+    *,
+    pooled: bool = True,
+    chosen: np.ndarray | None = None,
 ) -> Features:
-    """Reads a subject's features of all images, after storing those that are missing.
+    """Reads a subject's features of all images, or of those chosen by index, after storing those that are missing.
 
     `pooled`: the mean over an image's patches, as in I-JEPA; else all N patches in a row of N * D numbers.
     `args`: those of `shared_arguments`. Every rank calls it. Raises ValueError for more layers than there are blocks,
     for features that are not finite, and for a folder that cannot be written.
     """
     depth = len(subject.encoder.blocks)
+    if args.encoder_batch is not None and args.encoder_batch < 1:
+        raise ValueError(f"--encoder-batch {args.encoder_batch}: wanted at least 1")
     if isinstance(subject.encoder, Pixels):
         layers = [0]
     elif 1 <= args.layers <= depth:
@@ -124,19 +133,19 @@ def features(
         raise ValueError(f"--layers {args.layers}: must be from 1 to the encoder's {depth} blocks")
     config, dtype = job.config, next((str(p.dtype) for p in subject.encoder.parameters()), "none")
     about = {"weights": subject.key, "precision": dtype, "crop": config.data.crop_size, "pooled": pooled}
-    about |= source.fingerprint | {"contents": _contents(source)}
+    about |= source.fingerprint | {"contents": job.of_first(lambda: source.contents)}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     folder = (args.store or job.out / "features") / f"{subject.key}-{name}"
     width = subject.encoder.embed_dim * (1 if pooled else _patches(subject, config.data.crop_size))
     store = Store(folder, layers, len(source), width)
     job.first_only(lambda: store.create({"path": source.path, **about}))
-    found = [store.pending() if job.ranks.is_first else None]
-    dist.broadcast_object_list(found, group=job.ranks.cpu_group)  # whoever looks later may miss what others are doing
-    pending = cast(np.ndarray, found[0])
+    pending = job.of_first(store.pending)  # a rank that looks later may miss what the others are doing
+    if chosen is not None:
+        pending = np.intersect1d(pending, chosen)
     if len(pending):
         _fill(job, subject, source, args, store, np.array_split(pending, job.ranks.world_size)[job.ranks.rank], pooled)
     dist.barrier(group=job.ranks.cpu_group)
-    return store.read()
+    return store.read() if chosen is None else store.read().only(chosen)
 
 
 def _fill(
@@ -200,7 +209,7 @@ class Store:
         """Rows [b, D] of each layer. They are marked done after they are written: a crash between costs their work."""
         for layer, x in zip(self.layers, rows, strict=True):
             if not x.isfinite().all():
-                raise ValueError("the features contain NaN or infinity: a broken encoder cannot be probed")
+                raise ValueError(BROKEN)
             with open(self._rows(layer), "r+b", buffering=0) as file:
                 for number, row in zip(numbers, x.numpy(), strict=True):
                     os.pwrite(file.fileno(), row.tobytes(), 4 * number * self.width)
@@ -226,18 +235,6 @@ class Store:
 
     def _state(self, layer: int) -> Path:
         return self.folder / f"block-{layer}.state"
-
-
-def _contents(source: ImageSource) -> str:
-    """A digest of the sizes and times of change of the files: other images under the same names are other images."""
-    total = hashlib.sha256(source.file.tobytes())
-    for file in source.files:
-        try:
-            status = os.stat(file)
-            total.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-        except OSError:
-            total.update(b"missing\n")
-    return total.hexdigest()[:16]
 
 
 def _patches(subject: Subject, crop: int) -> int:

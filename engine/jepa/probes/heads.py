@@ -21,10 +21,13 @@ from torch import Tensor
 
 from jepa.data.augment import View
 from jepa.data.loader import Loader, eval_batches
+from jepa.ranks.distributed import require_alike
 
+from .features import BROKEN
 from .job import Job, Progress, Row, Subject
 from .labels import Labelled
 
+CROPS = (0.08, 1.0)  # areas of the random crops, as fractions of the image's
 RATES, DECAYS = (0.01, 0.05, 0.001), (0.0005, 0.0)
 MOMENTUM, TRUST = 0.9, 0.001  # of LARS (arXiv 1708.03888)
 NORM_MOMENTUM, NORM_EPS = 0.1, 1e-5
@@ -118,14 +121,21 @@ def lars(weight: Tensor, slope: Tensor, speed: Tensor, factor: float, grid: list
     weight.sub_(factor * rate * speed)
 
 
-def train(job: Job, subject: Subject, sets: Labelled, args: argparse.Namespace) -> Row:
-    """Trains the heads and returns the best accuracy of each label; all accuracies go to a file beside the state."""
+def train(
+    job: Job, subject: Subject, sets: Labelled, args: argparse.Namespace, crops: tuple[float, float] = CROPS
+) -> Row:
+    """Trains the heads and returns the best accuracy of each label; all accuracies go to a file beside the state.
+
+    Raises ValueError for settings that mean nothing and for features that are not finite.
+    """
+    if args.epochs < 1 or args.head_batch < 1 or min(args.lr) <= 0 or min(args.weight_decay) < 0:
+        raise ValueError("--epochs and --head-batch: wanted at least 1; --lr more than 0; --weight-decay 0 or more")
     config, world = job.config, job.ranks.world_size
     wanted = min(args.head_batch, max(world, len(sets.train) // 10))
     micro = max(1, min(args.encoder_batch or config.data.batch_size, wanted // world))
     loader = Loader(
         sets.train,
-        [View(size=config.data.crop_size, scale=(0.08, 1.0), flip=0.5)],
+        [View(size=config.data.crop_size, scale=crops, flip=0.5)],
         batch_size=micro,
         accumulation=max(1, wanted // (micro * world)),
         rank=job.ranks.rank,
@@ -145,9 +155,13 @@ def train(job: Job, subject: Subject, sets: Labelled, args: argparse.Namespace) 
         for name, y in sets.train_y.items()
     }
     step, total = 0, args.epochs * loader.steps_per_epoch
-    settings = [subject.key, sets.train.fingerprint, args.epochs, loader.global_batch_size, grid, sorted(groups)]
+    settings = [subject.key, args.epochs, loader.global_batch_size, grid, crops, sets.train.fingerprint]
+    settings += [job.of_first(lambda: sets.train.contents)]
+    settings += [[name, hashlib.sha256(y.tobytes()).hexdigest()] for name, y in sorted(sets.train_y.items())]
     state = job.out / "linear" / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.pt"
-    if state.exists():
+    begun = state.exists()
+    require_alike(job.ranks, f"{'an unfinished' if begun else 'no'} state {state.name}", "--out must be shared by all")
+    if begun:
         kept = torch.load(state, map_location=job.ranks.device, weights_only=True)
         step = kept["step"]
         for group, held in zip(_all(groups), kept["groups"], strict=True):
@@ -222,7 +236,10 @@ def _outputs(subject: Subject, images: Tensor, depth: int) -> Tensor:
     """The mean-pooled features of the last blocks: float32 [B, depth, D]."""
     with torch.no_grad():
         outputs = subject.encoder.features(images, range(-depth, 0))
-    return torch.stack([x.float().mean(1) for x in outputs], dim=1)
+    pooled = torch.stack([x.float().mean(1) for x in outputs], dim=1)
+    if not pooled.isfinite().all():
+        raise ValueError(BROKEN)
+    return pooled
 
 
 def _all(groups: dict[str, list[Group]]) -> Iterator[Group]:

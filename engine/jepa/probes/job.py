@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,13 +28,14 @@ from jepa.ranks.distributed import Ranks
 from jepa.state.encoder import load_encoder
 
 Row = dict[str, str | float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Result:
     """A row is {"features": name of an encoder, and figures in percent by name}; all rows have the same names.
 
-    `task`: the data set, if it is one of jepa.probes.papers.
+    `task`: the data set, if it is one that papers report on (jepa.probes.papers), and if this is their protocol.
     """
 
     rows: list[Row]
@@ -42,7 +44,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Subject:
-    """An encoder to be judged: frozen, in eval mode, on the rank's device. `key` tells its weights from any others."""
+    """An encoder to be judged: frozen, in eval mode, on the rank's device. `key` tells its weights, what they
+    take of images and --precision from any others: 16 digits, and "-bf16"."""
 
     name: str
     encoder: VisionTransformer
@@ -66,15 +69,20 @@ class Job:
 
     def first_only(self, work: Callable[[], None]) -> None:
         """Calls `work` on the first rank while the others wait. What it raises is raised on all of them."""
-        error: list[BaseException | None] = [None]
+        self.of_first(work)
+
+    def of_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank, on all of them; what it raises there is raised on all."""
+        found: list[Any] = [None, None]
         if self.ranks.is_first:
             try:
-                work()
-            except Exception as caught:
-                error = [caught]
-        dist.broadcast_object_list(error, group=self.ranks.cpu_group)
-        if error[0] is not None:
-            raise error[0]
+                found[0] = work()
+            except Exception as error:
+                found[1] = error
+        dist.broadcast_object_list(found, group=self.ranks.cpu_group)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
 
     def gather(self, value: object) -> list:
         """One object of every rank, in the order of ranks, on every rank."""
@@ -125,14 +133,10 @@ def open_job(args: argparse.Namespace, ranks: Ranks) -> Job:
         torch.manual_seed(config.engine.seed)
         encoders["untrained encoder"] = build_encoder(config).eval()
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    subjects = [
-        Subject(
-            name,
-            module.requires_grad_(False).to(ranks.device, dtype),
-            digest(module, f"{config.data.mean} {config.data.std}"),
-        )
-        for name, module in encoders.items()
-    ]
+    subjects = []
+    for name, module in encoders.items():
+        key = digest(module, f"{config.data.mean} {config.data.std}") + ("-bf16" if args.precision == "bf16" else "")
+        subjects.append(Subject(name, module.requires_grad_(False).to(ranks.device, dtype), key))
     job = Job(args.weights, subjects, config, ranks, args.out or Path("eval") / _stem(Path(args.weights)))
     job.first_only(lambda: _make(job.out))
     return job

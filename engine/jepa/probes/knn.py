@@ -1,6 +1,6 @@
 """The accuracy of the nearest neighbours' vote on frozen features.
 
-    python engine/evaluate.py knn runs/demo/jepa-latest --train data/demo/images/train --val data/demo/images/val --k 20
+    python engine/evaluate.py knn runs/demo/jepa-latest --train data/demo/train --val data/demo/val --k 20
 
 By cosine, weighted by exp(cosine / temperature): the protocol of Wu et al. (arXiv 1805.01978) and DINO.
 """

@@ -1,6 +1,6 @@
 """The accuracy of a linear classifier on frozen features, in two forms.
 
-    python engine/evaluate.py linear runs/demo/jepa-latest --train data/demo/images/train --val data/demo/images/val
+    python engine/evaluate.py linear runs/demo/jepa-latest --train data/demo/train --val data/demo/val
 
 --form quick (default): logistic regression on stored features. The strength of its penalty is chosen on a held-out
 fifth of the training images.
@@ -23,7 +23,7 @@ from .job import Job, Progress, Result, Row, quiet
 from .papers import classified
 
 STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the L2 penalty, strongest first
-EPOCHS, STEPS, BATCH = 10, 1000, 256  # at least so many epochs, steps, samples in a step and steps in a long epoch
+EPOCHS, STEPS, BATCH = 10, 3000, 256  # at least so many epochs, steps, samples in a step and steps in a long epoch
 RATE, MOMENTUM = 0.5, 0.9
 IN_MEMORY = 2**28  # features that are rotated once and kept; more are rotated whenever they are read
 CHUNK = 8192  # samples read at once
@@ -39,21 +39,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(job: Job, args: argparse.Namespace) -> Result:
     """Figures: accuracy by label. quick: the ranks share the strengths; paper: the images."""
     sets = labels.open_labelled(args.train, args.val, args.label)
-    return Result(rows_of(job, sets, args), classified(sets))
+    return Result(rows_of(job, sets, args), classified(sets) if args.form == "paper" else None)
 
 
-def rows_of(job: Job, sets: labels.Labelled, args: argparse.Namespace, chosen: np.ndarray | None = None) -> list[Row]:
-    """A row for each encoder, and one for pixels in the quick form. `chosen`: the training images that may be used."""
+def rows_of(
+    job: Job,
+    sets: labels.Labelled,
+    args: argparse.Namespace,
+    chosen: np.ndarray | None = None,
+    crops: tuple[float, float] = heads.CROPS,
+) -> list[Row]:
+    """A row for each encoder, and one for pixels in the quick form. `chosen`: the training images that may be used;
+    `crops`: areas of the paper form's random crops."""
     if args.form == "paper":
         if chosen is not None:
             labelled = {name: y[chosen] for name, y in sets.train_y.items()}
             sets = labels.Labelled(sets.train.take(chosen), sets.val, labelled, sets.val_y)
-        return [heads.train(job, subject, sets, args) for subject in job.subjects]
+        return [heads.train(job, subject, sets, args, crops) for subject in job.subjects]
     rows: list[Row] = []
     for subject in [*job.subjects, pixels()]:
-        train, val = (features(job, subject, source, args) for source in (sets.train, sets.val))
-        if chosen is not None:
-            train = train.only(chosen)
+        train = features(job, subject, sets.train, args, chosen=chosen)
+        val = features(job, subject, sets.val, args)
         row: Row = {"features": subject.name}
         for name, train_y in sets.train_y.items():
             known, wanted = (torch.from_numpy(y) for y in (train_y[train.numbers], sets.val_y[name][val.numbers]))

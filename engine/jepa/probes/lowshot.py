@@ -15,6 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa.data.sources import ImageSource
+from jepa.ranks.stop import StopRequest
+
 from . import labels, linear
 from .features import shared_arguments
 from .finetune_settings import settings_arguments, settings_of
@@ -45,12 +48,13 @@ def run(job: Job, args: argparse.Namespace) -> Result:
         from . import finetune  # needs timm
 
         settings = settings_of(args, job.config)
-        rows: list[Row] = [
-            {"features": subject.name, name: finetune.fine_tune(job, subject, sets, name, chosen, settings)}
-            for subject in job.subjects
-        ]
+        rows: list[Row] = []
+        with StopRequest(job.ranks, None) as stop:
+            for subject in job.subjects:
+                accuracy = finetune.fine_tune(job, subject, sets, name, chosen, settings, stop)
+                rows.append({"features": subject.name, name: accuracy})
     else:
-        rows = linear.rows_of(job, sets, args, chosen)
+        rows = linear.rows_of(job, sets, argparse.Namespace(**vars(args) | {"form": "quick"}), chosen)
     figure = f"{name} {args.labels or args.list.name}" if name != labels.CLASS else args.labels or args.list.name
     return Result([{"features": row["features"], figure: row[name]} for row in rows], classified(sets))
 
@@ -70,7 +74,7 @@ def drawn(y: np.ndarray, wanted: str, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(parts))
 
 
-def listed(source: "labels.ImageSource", path: Path) -> np.ndarray:
+def listed(source: ImageSource, path: Path) -> np.ndarray:
     """Indices of the images that a list names. Raises ValueError for one that is not there, or stands for several."""
     whole: dict[str, int] = {}
     short: dict[str, list[int]] = {}

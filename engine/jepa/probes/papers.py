@@ -1,6 +1,6 @@
 """Which data sets the papers report on, to print their figure beside one of the same model and task."""
 
-from jepa.config.schema import Config
+from jepa.config.schema import MODELS, Config
 
 from .labels import CLASS, Labelled
 
@@ -13,14 +13,16 @@ CLASSIFIED = {
 }
 
 
-def reported(protocol: str, task: str | None, config: Config) -> dict[str, float]:
-    """The paper's figures for this model and task, by name; empty if it has none."""
-    model = config.meta.model_name, config.mask.patch_size, config.data.crop_size
-    return {
-        name: figures[model]
-        for (which, on, name), figures in config.method.published.items()
-        if (which, on) == (protocol, task) and model in figures
-    }
+def reported(protocol: str, task: str | None, config: Config, epochs: int | None) -> dict[str, float]:
+    """The paper's figures for this model and task, by name; empty if it has none. `epochs`: None if nobody knows."""
+    if config.vit != MODELS[config.meta.model_name]:
+        return {}
+    model, found = (config.meta.model_name, config.mask.patch_size, config.data.crop_size), {}
+    for (which, on, name), figures in config.method.published.items():
+        fits = [value for (*of, trained), value in figures.items() if (*of,) == model and epochs in (None, trained)]
+        if (which, on) == (protocol, task) and len(fits) == 1:
+            found[name] = fits[0]
+    return found
 
 
 def classified(sets: Labelled) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -9,9 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from jepa.state.encoder import is_huggingface
+
 from .job import Job, Result
 from .papers import reported
 
+FORMS = ("form", "head", "labels", "thousand", "preset")  # options that make another figure of the same protocol
+PARTS = ("train", "val", "valid", "validation", "test", "images")
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "jepa-kernels", "torchmetrics", "pycocotools")
 
 
@@ -19,11 +24,14 @@ def record(protocol: str, job: Job, result: Result, settings: dict[str, Any]) ->
     """What is written: rows, the paper's figures, the model, the settings, versions, commit and date (UTC)."""
     config, size = job.config, job.config.vit
     rows = list(result.rows)
-    if paper := reported(protocol, result.task, config):
+    epochs = None if is_huggingface(Path(job.weights)) else config.optimization.epochs
+    if paper := reported(protocol, result.task, config, epochs):
         rows.append({"features": "paper", **paper})
     return {
         "protocol": protocol,
         "task": result.task,
+        "data": data_of(settings),
+        "form": "-".join(str(settings[name]) for name in FORMS if settings.get(name)),
         "rows": rows,
         "weights": job.weights,
         "model": {
@@ -33,8 +41,8 @@ def record(protocol: str, job: Job, result: Result, settings: dict[str, Any]) ->
             "depth": size.depth,
             "patch_size": config.mask.patch_size,
             "crop_size": config.data.crop_size,
-            "epochs": config.optimization.epochs,
-            "digest": job.subjects[0].key,
+            "epochs": epochs,
+            "digest": job.subjects[0].key.partition("-")[0],
         },
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
         "ranks": job.ranks.world_size,
@@ -42,6 +50,19 @@ def record(protocol: str, job: Job, result: Result, settings: dict[str, Any]) ->
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def file_name(content: dict[str, Any]) -> str:
+    """PROTOCOL-FORM-DATA.json: results of other data or in another form do not replace one another."""
+    parts = [content[key] for key in ("protocol", "form", "data") if content[key]]
+    return re.sub(r"[^\w.%]+", "-", "-".join(parts)) + ".json"
+
+
+def data_of(settings: dict[str, Any]) -> str:
+    """A data set's name: that of its folder, without what only names a part of it."""
+    path = Path(str(settings.get("val") or settings.get("data") or settings.get("images", [""])[0])).absolute()
+    names = [part for part in path.parts if part not in PARTS]
+    return Path(names[-1]).stem if path.suffix in (".txt", ".tar") else names[-1]
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

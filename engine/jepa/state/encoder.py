@@ -30,7 +30,7 @@ def load_encoder(
         raise ValueError(f"which: given {which!r}, wanted one of {list(ENCODERS)}")
     path = Path(path)
     tensors: Iterable[tuple[str, Tensor]]
-    if (path / "config.json").is_file() and not (path / "state.json").is_file():
+    if is_huggingface(path):
         config = _config_of(path)
         (stored,) = open_initial(path, config).parts.values()
         tensors = ((name, tensor.read()) for name, tensor in stored.items())
@@ -45,6 +45,11 @@ def load_encoder(
         for name, values in tensors:
             parameters[name].copy_(values)
     return encoder.eval(), config
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether it is a folder in Hugging Face's layout, which does not say how long its model was trained."""
+    return (path / "config.json").is_file() and not (path / "state.json").is_file()
 
 
 def _config_of(folder: Path) -> Config:
