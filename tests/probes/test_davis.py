@@ -29,7 +29,7 @@ from jepa.probes.propagation import Propagation, propagate, track
 from jepa.probes.regions import contour_accuracy, region_similarity, within
 from jepa.ranks.distributed import Ranks
 from jepa.state.interop import Weights, save_safetensors
-from small import small_config
+from small import run_ranks, small_config
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -370,6 +370,51 @@ def test_an_interrupted_run_goes_on(alone: Ranks, tmp_path: Path) -> None:
     other = settings(tmp_path / "set", "--size", "32", "--top", "1")
     anew = davis.run(job_of(encoder, alone, tmp_path / "anew"), other)
     assert davis.run(job, other) == anew != whole, "scores of other settings are not taken"
+
+
+def test_scores_of_other_frames_are_not_taken(alone: Ranks, tmp_path: Path) -> None:
+    """Of the same names; a set that was moved with its times is the same."""
+    root, out = tmp_path / "set", tmp_path / "out"
+    write_drawn(root, random.getrandbits(31), frames=4)
+    first = davis.run(job_of(Colours(), alone, out), settings(root, "--size", "64"))
+    root.rename(tmp_path / "moved")
+    assert davis.run(job_of(Noise(), alone, out), settings(tmp_path / "moved", "--size", "64")) == first
+    for path in (tmp_path / "moved/JPEGImages").rglob("*.jpg"):
+        Image.new("RGB", Image.open(path).size, "grey").save(path)
+    (grey,) = davis.run(job_of(Colours(), alone, out), settings(tmp_path / "moved", "--size", "64")).rows
+    assert grey["J&F"] < first.rows[0]["J&F"] - 20
+
+
+def test_results_do_not_depend_on_the_picture(
+    alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_drawn(tmp_path / "set", random.getrandbits(31), sequences=2, frames=4)
+    args, job = settings(tmp_path / "set", "--size", "32"), job_of(tiny(), alone, tmp_path / "out")
+    first = davis.run(job, args)
+    monkeypatch.undo()  # of `alone`: draw
+    for folder in (job.out / "davis" / job.subjects[0].key).glob("*/"):
+        shutil.rmtree(folder)
+    assert davis.run(job, args) == first
+    assert "davis-masks.png could not be drawn (FileNotFoundError" in capsys.readouterr().err
+
+
+def taken(folder: Path) -> list[str]:
+    """The sequences that come to this rank, the first of which takes as long as all others together."""
+    store = dist.distributed_c10d._get_default_store()
+    job = Job("w", [], small_config(), Ranks(dist.get_rank(), 2, CPU, store, dist.group.WORLD), folder)
+    names = []
+    for place, video in davis.handed_out(job, [davis.Video(str(i), [], []) for i in range(9)]):
+        names.append(video.name)
+        if place == 0:
+            store.wait([f"done/{i}" for i in range(1, 9)])
+        store.set(f"done/{place}", "")
+    return names
+
+
+@pytest.mark.ranks
+def test_a_long_sequence_keeps_no_other_waiting(tmp_path: Path) -> None:
+    shares = run_ranks(2, taken, tmp_path)
+    assert sorted(shares) == [["0"], [str(i) for i in range(1, 9)]]
 
 
 def test_frames_keep_their_shape_in_whole_patches(tmp_path: Path) -> None:

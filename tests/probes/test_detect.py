@@ -259,7 +259,7 @@ def test_it_learns(light, tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_training_ends_as_if_it_had_not_been(light, monkeypatch, root, tmp_path):
-    words = root, *TINY, "--epochs", 0.5, "--save-every", 2
+    words = root, *TINY, "--warmup", 2, "--epochs", 0.5, "--save-every", 2
     whole = detect.run(*job_of(tmp_path / "whole", detect, *words))
     real, calls = detect.loss_of, []
 
@@ -299,7 +299,7 @@ class Knowing(nn.Module):
 
 
 def on_ranks(root: Path, out: Path) -> tuple[dict[str, float], list]:
-    job, args = job_of(out, detect, root, *TINY, "--epochs", 0.1)
+    job, args = job_of(out, detect, root, *TINY, "--warmup", 0, "--epochs", 0.1)
     _, val = coco.open_layout(root)
     return detect.evaluate(job, Knowing(val, root / "val2017"), val, args), detect.run(job, args).rows
 
@@ -311,6 +311,31 @@ def test_ranks_share_the_images(root, tmp_path):
     first, second = run_ranks(2, on_ranks, root, tmp_path / "two")
     assert one[0] == first[0] == second[0] and 0 < one[0]["box AP"] < one[0]["mask AP"] < 100
     assert first[1] == second[1]
+
+
+@pytest.mark.slow
+def test_what_is_trained_is_known_again_by_its_settings_and_files(light, monkeypatch, tmp_path, capsys):
+    """The default scale may be spelled out; a picture that fails is a line; another set of the same size is refused."""
+
+    def broken(*_):
+        raise RuntimeError("no fonts")
+
+    words = "--size", 48, "--channels", 16, "--batch", 4, "--epochs", 0.5
+    for seed in (1, 2):
+        drawn.write(tmp_path / f"set{seed}", seed, train=8, val=2)
+    first = detect.run(*job_of(tmp_path / "out", detect, tmp_path / "set1", *words))
+    monkeypatch.setattr(detect, "detection", broken)
+    monkeypatch.setattr(detect, "loss_of", broken)  # nothing is left to train
+    assert detect.run(*job_of(tmp_path / "out", detect, tmp_path / "set1", *words, "--scale", "0.1", "2")) == first
+    assert "detect.png could not be drawn (RuntimeError: no fonts)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"is of other settings \(.*files \w+, now \w+\); delete it"):
+        detect.run(*job_of(tmp_path / "out", detect, tmp_path / "set2", *words))
+
+
+@pytest.mark.parametrize("words", ["--size 0", "--batch 0", "--epochs 0", "--channels 0", "--scale 2 1", "--warmup 9"])
+def test_options_that_mean_nothing_are_named(words, root, tmp_path):
+    with pytest.raises(ValueError, match=f"^{words}: wanted"):
+        detect.run(*job_of(tmp_path, detect, root, "--epochs", 0.1, *words.split()))
 
 
 @pytest.mark.parametrize("fault", ["folder", "table", "image", "json", "keys", "nothing", "categories", "size"])

@@ -28,11 +28,11 @@ from jepa.config.schema import Config
 from jepa.data.synthetic import draw, write
 from jepa.model.vit import VisionTransformer, build_encoder
 from jepa.probes import finetune
-from jepa.probes.augmented import Order, Split, TrainImages, transforms
 from jepa.probes.finetune import State, Tuning, build, fine_tune, layers
+from jepa.probes.finetune_images import Order, Split, TrainImages, ValImages, transforms
+from jepa.probes.finetune_settings import Settings, settings_arguments, settings_of
 from jepa.probes.job import Job, Subject
 from jepa.probes.labels import Labelled, open_labelled
-from jepa.probes.recipe import Settings, settings_arguments, settings_of
 from jepa.ranks.distributed import Ranks
 from jepa.state.interop import Weights, save_safetensors
 from small import run_ranks, small_config
@@ -246,6 +246,30 @@ def test_unfinished_work_of_other_settings_is_refused(tmp_path: Path) -> None:
     assert State.read(tmp_path, {"lr": 0.1, "seed": 3}).step == 5
     with pytest.raises(ValueError, match=r"began with lr 0\.1, now 0\.2; give the same"):
         State.read(tmp_path, {"lr": 0.2, "seed": 3})
+
+
+def test_other_images_under_the_same_names_are_other_conditions(one_rank: None, tmp_path: Path) -> None:
+    sets, (augment, crop) = drawn(tmp_path / "set", 12, 6), transforms(config_of(), FEW)
+    ranks = Ranks(0, 1, torch.device("cpu"), dist.HashStore(), dist.group.WORLD)
+    job = Job("w", [], config_of(), ranks, tmp_path)
+
+    def conditions() -> dict[str, Any]:
+        train = TrainImages(sets.train, sets.train_y["count"], np.array([1, 4, 6]), augment, 0)
+        return finetune._conditions(job, train, ValImages(sets.val, sets.val_y["count"], crop, SIZE), FEW)
+
+    first = conditions()
+    for source, i, changed in (
+        (sets.train, 4, {"training files"}),
+        (sets.train, 5, set()),  # which is not trained on
+        (sets.val, 2, {"validation files"}),
+    ):
+        path = Path(source.name(i))
+        before, content = path.stat(), path.read_bytes()
+        path.write_bytes(content + b" ")
+        assert {name for name, value in conditions().items() if first[name] != value} == changed
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert conditions() == first
 
 
 class StopAfter:

@@ -183,10 +183,10 @@ def test_interrupted_training_ends_as_if_it_had_not_been(monkeypatch, root, tmp_
 
 
 def on_ranks(root: Path, out: Path) -> tuple[float, list, dict]:
-    job, args = job_of(out, segment, root, *TINY, "--head", "linear", "--steps", 2)
+    job, args = job_of(out, segment, root, *TINY, "--head", "linear", "--steps", 2, "--warmup", 1, "--lr", 6e-4)
     _, val = segment.open_layout(args.data)
     untrained = segment.build(job.subjects[0], args)
-    alone = segment.evaluate(job, untrained, segment.Labelled(val, args.classes), args)
+    alone = segment.evaluate(job, untrained, segment.Annotated(val, args.classes), args)
     rows = segment.run(job, args).rows
     (path,) = (out / "segment").iterdir()
     return alone, rows, torch.load(path, weights_only=True)["model"]
@@ -201,6 +201,39 @@ def test_ranks_share_the_images(root, tmp_path):
     assert first[1] == second[1]
     weight = "head.classify.weight"  # batch norm sees half the batch on a CPU: alike, not equal
     torch.testing.assert_close(first[2][weight], one[2][weight], atol=3e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_another_set_under_the_same_names_is_not_taken_for_the_trained_one(root, tmp_path):
+    words = "--size", 48, "--classes", ade20k.CLASSES, "--batch", 4, "--steps", 3, "--head", "linear"
+    for seed in (1, 2):
+        ade20k.write(tmp_path / f"set{seed}", seed, train=6, val=2)
+    first = segment.run(*job_of(tmp_path / "out", segment, tmp_path / "set1", *words))
+    with pytest.raises(ValueError, match=r"is of other settings \(files \w+, now \w+\); delete it"):
+        segment.run(*job_of(tmp_path / "out", segment, tmp_path / "set2", *words))
+    (tmp_path / "set1").rename(tmp_path / "moved")
+    assert segment.run(*job_of(tmp_path / "out", segment, tmp_path / "moved", *words)) == first
+
+
+@pytest.mark.slow
+def test_the_result_does_not_depend_on_the_picture(monkeypatch, root, tmp_path, capsys):
+    def broken(*_):
+        raise RuntimeError("no fonts")
+
+    words = root, *TINY, "--head", "linear", "--steps", 2, "--warmup", 0
+    drawn = segment.run(*job_of(tmp_path / "out", segment, *words))
+    (tmp_path / "out/segment.png").unlink()
+    monkeypatch.setattr(segment, "segmentation", broken)
+    assert segment.run(*job_of(tmp_path / "out", segment, *words)) == drawn
+    assert "segment.png could not be drawn (RuntimeError: no fonts)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--size 0", "--steps 0", "--lr 0", "--classes 256", "--channels 0", "--warmup 40"])
+def test_options_that_mean_nothing_are_named(words, root, tmp_path):
+    given = root, "--steps", 40, *words.split()
+    with pytest.raises(ValueError, match=f"^{words}: wanted"):
+        segment.run(*job_of(tmp_path, segment, *given))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fault", ["folder", "annotation", "class", "size", "kind"])
@@ -234,11 +267,11 @@ def test_another_layout_is_one_line(fault, root, tmp_path):
 def test_labels_begin_at_0_and_what_is_unlabelled_is_ignored(root):
     train, _ = segment.open_layout(root)
     number = random.randrange(len(train))
-    image, labels = segment.Labelled(train, ade20k.CLASSES)[number]
+    image, labels = segment.Annotated(train, ade20k.CLASSES)[number]
     stored = np.array(Image.open(train[number].annotation)).astype(int)
     np.testing.assert_array_equal(labels.numpy(), np.where(stored == 0, segment.IGNORED, stored - 1))
     augment = segment.augmentation(40, (0.5, 0.5, 0.5))
-    image, labels = segment.Labelled(train, ade20k.CLASSES, augment)[number]
+    image, labels = segment.Annotated(train, ade20k.CLASSES, augment)[number]
     assert image.shape == (3, 40, 40) and labels.shape == (40, 40) and type(labels) is torch.Tensor
     assert set(labels.unique().tolist()) <= {*(stored[stored > 0] - 1).tolist(), segment.IGNORED}
 

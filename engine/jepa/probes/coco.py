@@ -27,7 +27,7 @@ def open_layout(root: Path) -> tuple[COCO, COCO]:
     """ROOT/annotations/instances_{train,val}2017.json. Raises ValueError if something is missing or does not fit."""
     sets = []
     for split in ("train2017", "val2017"):
-        folder, table = root / split, root / f"annotations/instances_{split}.json"
+        folder, table = root / split, table_of(root, split)
         for path, found in ((folder, folder.is_dir()), (table, table.is_file())):
             if not found:
                 raise ValueError(f"{root} is not in COCO's layout: there is no {path}")
@@ -49,6 +49,11 @@ def open_layout(root: Path) -> tuple[COCO, COCO]:
     if train.getCatIds() != val.getCatIds():
         raise ValueError(f"{root}: the categories of training and validation differ; wanted the same numbers in both")
     return train, val
+
+
+def table_of(root: Path, split: str) -> Path:
+    """The file of annotations of train2017 or val2017."""
+    return root / f"annotations/instances_{split}.json"
 
 
 def categories(coco: COCO) -> list[int]:
@@ -93,6 +98,7 @@ class Augmented(Dataset):
     def __init__(self, coco: COCO, folder: Path, augment: Callable[..., Any]) -> None:
         self.coco, self.images, self.augment = coco, Images(coco, folder), augment
         self.numbers = sorted({each["image_id"] for each in coco.anns.values() if not each["iscrowd"]})
+        self.files = [folder / about["file_name"] for about in coco.loadImgs(self.numbers)]
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -6,13 +6,15 @@ DAVIS holds ImageSets/2017/val.txt, JPEGImages/480p/SEQ/00000.jpg and Annotation
 masks are carried to the others (jepa.probes.propagation, with DINO's settings), and J and F (jepa.probes.regions)
 averaged over the frames between the first and the last, then over objects, as in the semi-supervised track.
 
-Ranks share the sequences. A finished one lies in davis/KEY/SEQ.json below --out, and its masks in davis/KEY/SEQ, one
-folder KEY for each encoder; these folders can be given to the official evaluation. davis-masks.png shows some of them.
+Each rank takes the next sequence when it is free, the longest first. A finished one lies in davis/KEY/SEQ.json below
+--out, and its masks in davis/KEY/SEQ, one folder KEY for each encoder; these folders can be given to the official
+evaluation. davis-masks.png shows some of them.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,8 @@ from torch import Tensor
 from jepa.model.vit import VisionTransformer
 from jepa.pictures.video import Clip, masks_on_frames
 
+from .drawing import draw
+from .fingerprint import fingerprint
 from .job import Job, Result, Row, Subject
 from .propagation import Propagation, track
 from .regions import contour_accuracy, region_similarity
@@ -73,20 +77,27 @@ def run(job: Job, args: argparse.Namespace) -> Result:
         raise ValueError(f"--size: given {args.size}, wanted at least a patch, {patch} pixels")
     videos = open_videos(args.data)
     by_length = sorted(videos, key=lambda video: len(video.frames), reverse=True)
-    mine = by_length[job.ranks.rank :: job.ranks.world_size]
+    files = {video.name: fingerprint(job, video.frames + video.truths) for video in videos}
     rows: list[Row] = []
     for subject in job.subjects:
         folder, scores = job.out / "davis" / subject.key, {}
-        for number, video in enumerate(mine, 1):
-            scores[video.name] = judge(video, subject, folder, how, args.size)
-            share = f"{number} of {len(mine)}" + (" on this rank" if job.ranks.world_size > 1 else "")
-            job.say(f"{subject.name}: {video.name}: {summary(scores[video.name])} ({share})")
+        for number, video in handed_out(job, by_length):
+            scores[video.name] = judge(video, files[video.name], subject, folder, how, args.size)
+            place = f"sequence {number + 1} of {len(videos)}"
+            job.say(f"{subject.name}: {video.name}: {summary(scores[video.name])} ({place})")
         everyone = {name: score for part in job.gather(scores) for name, score in part.items()}
         objects = [everyone[video.name] for video in videos]
         J, F_ = (100 * float(np.mean([value for score in objects for value in score[name]])) for name in ("J", "F"))
         rows.append({"features": subject.name, "J&F": (J + F_) / 2, "J": J, "F": F_})
-    job.first_only(lambda: picture(job, videos))
+    draw(job, job.out / "davis-masks.png", lambda: picture(job, videos))
     return Result(rows, "DAVIS 2017" if sorted(video.name for video in videos) == OFFICIAL.split() else None)
+
+
+def handed_out(job: Job, videos: Sequence[Video]) -> Iterator[tuple[int, Video]]:
+    """The videos with their places, each to one rank, the next to whichever is free: they finish at about one time."""
+    counter = f"davis/{job.gather(secrets.token_hex(8))[0]}"
+    while (place := job.ranks.store.add(counter, 1) - 1) < len(videos):
+        yield place, videos[place]
 
 
 def open_videos(root: Path) -> list[Video]:
@@ -115,9 +126,12 @@ def open_videos(root: Path) -> list[Video]:
     return videos
 
 
-def judge(video: Video, subject: Subject, folder: Path, how: Propagation, size: int) -> dict[str, list[float]]:
-    """J and F of each object, 0 to 1, means over frames; read from `folder` if it has them, or else written there."""
-    settings = asdict(how) | {"size": size, "frames of": str(video.frames[0].parent.absolute())}
+def judge(
+    video: Video, files: str, subject: Subject, folder: Path, how: Propagation, size: int
+) -> dict[str, list[float]]:
+    """J and F of each object, 0 to 1, means over frames; read from `folder` if it has them of the same files (their
+    fingerprint), or else written there."""
+    settings = asdict(how) | {"size": size, "files": files}
     path = folder / f"{video.name}.json"
     if path.is_file() and (known := json.loads(path.read_text()))["settings"] == settings:
         return known["scores"]

@@ -24,12 +24,16 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from jepa.pictures.detection import Objects, detection
+from jepa.ranks.stop import StopRequest
 
 from . import coco, fit
+from .drawing import draw
 from .drop_path import drop_path
+from .fingerprint import fingerprint
 from .job import Job, Result, Row, Subject
 from .mask_rcnn import mask_rcnn, stride_of
 
+WARMUP = 250
 SHOWN, SCORE = 4, 0.5  # validation images in the picture; the least score of what is shown in them
 
 
@@ -38,29 +42,36 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=1024, help="pixels, rounded up to 4 patches (default: 1024)")
     parser.add_argument("--channels", type=int, default=256, help="of pyramid and heads (default: %(default)s)")
     parser.add_argument(
-        "--scale", type=float, nargs=2, default=(0.1, 2.0), metavar=("LOW", "HIGH"), help="default: 0.1 2"
+        "--scale", type=float, nargs=2, default=[0.1, 2.0], metavar=("LOW", "HIGH"), help="default: 0.1 2"
     )
     parser.add_argument("--epochs", type=float, default=25)
     parser.add_argument("--lr", type=float, default=1e-4)
-    fit.arguments(parser, weight_decay=0.1, warmup=250)
+    fit.arguments(parser, weight_decay=0.1, warmup=WARMUP)
 
 
 def run(job: Job, args: argparse.Namespace) -> Result:
+    fit.check(args)
+    if args.scale[0] > args.scale[1]:
+        raise ValueError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: wanted the smaller one first")
     train, val = coco.open_layout(args.data)
     unit = 4 * stride_of(job.subjects[0].encoder)
     args.size = -(-args.size // unit) * unit
     mean = job.config.data.mean
     data = coco.Augmented(train, args.data / "train2017", coco.augmentation(args.size, args.scale, mean))
     args.steps = max(1, round(args.epochs * len(data) / args.batch))
+    args.warmup = fit.warmup(args.warmup, WARMUP, args.steps)
+    files = fingerprint(job, [coco.table_of(args.data, "train2017"), *data.files])
     rows: list[Row] = []
     models: dict[str, nn.Module] = {}
-    for subject in job.subjects:
-        model = build(subject, len(coco.categories(train)), mean, args)
-        path = job.out / "detect" / f"{subject.key}.pt"
-        fit.fit(job, path, f"detect, {subject.name}", model, data, loss_of, steps_down, args)
-        rows.append({"features": subject.name, **evaluate(job, model, val, args)})
-        models[subject.name] = model
-    draw(job, models, val, args.data / "val2017")
+    with StopRequest(job.ranks, args.max_minutes) as stop:
+        for subject in job.subjects:
+            model = build(subject, len(coco.categories(train)), mean, args)
+            path = job.out / "detect" / f"{subject.key}.pt"
+            fit.fit(job, path, f"detect, {subject.name}", model, data, loss_of, steps_down, args, files, stop)
+            rows.append({"features": subject.name, **evaluate(job, model, val, args, stop)})
+            models[subject.name] = model
+    path = job.out / "detect.png"
+    draw(job, path, lambda: picture(path, models, val, args.data / "val2017"))
     papers = (len(train.imgs), len(val.imgs), len(val.cats)) == (118_287, 5_000, 80)
     return Result(rows, "COCO" if papers else None)
 
@@ -87,36 +98,31 @@ def loss_of(model: nn.Module, samples: list[tuple[Tensor, coco.Target]]) -> Tens
 
 
 @torch.no_grad()
-def evaluate(job: Job, model: nn.Module, val: COCO, args: argparse.Namespace) -> dict[str, float]:
+def evaluate(
+    job: Job, model: nn.Module, val: COCO, args: argparse.Namespace, stop: StopRequest | None = None
+) -> dict[str, float]:
     """box AP and mask AP of all ranks' shares together, in percent."""
     model.to(job.ranks.device).eval()
-    numbers = sorted(val.imgs)[job.ranks.rank :: job.ranks.world_size]
-    found = []
-    images = coco.Images(val, args.data / "val2017")
-    for i, (image,) in enumerate(fit.stream(images, [[number] for number in numbers], args.workers)):
-        found += coco.annotations(model([image.to(job.ranks.device)])[0], numbers[i], val)
-        if (i + 1) % 100 == 0:
-            job.say(f"detect: {i + 1} of {len(numbers)} validation images")
+    found, images = [], coco.Images(val, args.data / "val2017")
+    for number, image in fit.shared_out(job, "detect", images, sorted(val.imgs), args.workers, stop):
+        found += coco.annotations(model([image.to(job.ranks.device)])[0], number, val)
     everything = sorted((each for part in job.gather(found) for each in part), key=lambda each: each["image_id"])
     scores: dict[str, float] = {}
     job.first_only(lambda: scores.update(coco.average_precision(val, everything)))
     return job.gather(scores)[0]
 
 
-def draw(job: Job, models: Mapping[str, nn.Module], val: COCO, folder: Path) -> None:
-    """job.out/detect.png: the first validation images with objects, and what is found in them."""
-
-    def on_first() -> None:
-        numbers = sorted({each["image_id"] for each in val.anns.values() if not each["iscrowd"]})[:SHOWN]
-        images = [coco.Images(val, folder)[number] for number in numbers]
-        truth = [coco.objects(val, number) for number in numbers]
-        columns = {"truth": [_objects(each | {"boxes": coco.around(each["masks"])}, val) for each in truth]}
-        for name, model in models.items():
-            columns[name] = [_objects(_surely(model([image.to(job.ranks.device)])[0]), val) for image in images]
-        detection([image.permute(1, 2, 0).numpy() for image in images], columns, job.out / "detect.png")
-
-    with torch.no_grad():
-        job.first_only(on_first)
+@torch.no_grad()
+def picture(path: Path, models: Mapping[str, nn.Module], val: COCO, folder: Path) -> None:
+    """The first validation images with objects, and what the models find in them, written to `path`."""
+    numbers = sorted({each["image_id"] for each in val.anns.values() if not each["iscrowd"]})[:SHOWN]
+    images = [coco.Images(val, folder)[number] for number in numbers]
+    truth = [coco.objects(val, number) for number in numbers]
+    columns = {"truth": [_objects(each | {"boxes": coco.around(each["masks"])}, val) for each in truth]}
+    for name, model in models.items():
+        device = next(model.parameters()).device
+        columns[name] = [_objects(_surely(model([image.to(device)])[0]), val) for image in images]
+    detection([image.permute(1, 2, 0).numpy() for image in images], columns, path)
 
 
 def _surely(found: coco.Target) -> coco.Target:

@@ -43,7 +43,7 @@ from jepa.ranks.stop import STOPPED, StopRequest
 from jepa.train.zero import BUCKET, wrap
 
 from . import labels
-from .augmented import (
+from .finetune_images import (
     BATCH,
     UNKNOWN,
     Order,
@@ -55,10 +55,11 @@ from .augmented import (
     transforms,
     val_loader,
 )
+from .finetune_settings import Settings, settings_arguments, settings_of
+from .fingerprint import fingerprint
 from .job import Job, Result, Row, Subject
 from .labels import Labelled, open_labelled
 from .papers import classified
-from .recipe import Settings, settings_arguments, settings_of
 from .results import write
 
 SAY = 30.0  # seconds between two lines of progress within an epoch
@@ -109,7 +110,7 @@ def fine_tune(
     val = ValImages(labelled.val, val_y, crop, job.config.data.crop_size)
     some = "" if train_indices is None else f"-{_digest(indices)}"
     folder = job.out / "finetune" / subject.key / (re.sub(r"\W+", "_", name) + some)
-    state = State.read(folder, _conditions(job.ranks.world_size, train, val, settings))
+    state = State.read(folder, _conditions(job, train, val, settings))
     require_alike(job.ranks, f"{state.step} steps in {folder}", "--out must be a folder that all machines share")
     if len(state.epochs) < settings.epochs:
         seeded(settings.seed)
@@ -350,12 +351,14 @@ class Tuning:
             self.job.say(f"{source.path}: {len(broken) - NAMED} more images cannot be decoded: {consequence}")
 
 
-def _conditions(ranks: int, train: TrainImages, val: ValImages, settings: Settings) -> dict[str, Any]:
+def _conditions(job: Job, train: TrainImages, val: ValImages, settings: Settings) -> dict[str, Any]:
     """What must not change when a fine-tuning goes on."""
     given = {key: value for key, value in asdict(settings).items() if key != "workers"}
-    for name, images in (("training images", train), ("validation images", val)):
-        given[name] = f"{len(images.labels)} {images.source.fingerprint['list of images']} {_digest(images.labels)}"
-    return given | {"ranks": ranks}
+    for name, images, chosen in (("training", train, train.indices), ("validation", val, slice(None))):
+        source = images.source
+        given[f"{name} images"] = f"{len(source)} {source.fingerprint['list of images']} {_digest(images.labels)}"
+        given[f"{name} files"] = fingerprint(job, [source.files[i] for i in np.unique(source.file[chosen])])
+    return given | {"ranks": job.ranks.world_size}
 
 
 def _digest(numbers: np.ndarray) -> str:

@@ -2,9 +2,13 @@
 
 What a step reads, how that is augmented, and what the step draws at random are functions of (seed, step): a run that is
 started again ends as if it had never stopped, on one CPU rank bit for bit.
+
+Batch norm is of all ranks' images on GPUs. On CPUs it is of each rank's own, because torch has none of several; the
+first rank's statistics are those that are saved and judged.
 """
 
 import argparse
+import math
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +19,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from jepa.ranks.distributed import require_alike
+from jepa.ranks.stop import STOPPED, StopRequest
 
 from .job import Job
 
@@ -35,15 +42,34 @@ ASIDE = {
     "data",
     "workers",
     "save_every",
+    "max_minutes",
     "checkpointing",
+}
+
+POSITIVE = ("lr", "epochs", "scale", "max_minutes")
+# Of the other numbers, by their options' names: the least, and the most.
+RANGES = {
+    "batch": (1, math.inf),
+    "steps": (1, math.inf),
+    "size": (1, math.inf),
+    "channels": (1, math.inf),
+    "classes": (1, 255),  # in annotations of 8 bits, where 0 is none
+    "warmup": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "drop_path": (0, 0.99),
+    "seed": (0, math.inf),
+    "workers": (0, math.inf),
+    "save_every": (1, math.inf),
 }
 
 
 def arguments(parser: argparse.ArgumentParser, weight_decay: float, warmup: int) -> None:
-    """Options of the loop; defaults are the protocol's."""
+    """Options of the loop; defaults are the protocol's, which calls `check` and `warmup` for what they mean."""
     parser.add_argument("--batch", type=int, default=16, help="images a step, of all ranks together (default: 16)")
     parser.add_argument("--weight-decay", type=float, default=weight_decay, help="of matrices (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=warmup, help="steps (default: %(default)s)")
+    parser.add_argument(
+        "--warmup", type=int, metavar="STEPS", help=f"default: {warmup}, or a tenth of all if these are fewer"
+    )
     parser.add_argument("--drop-path", type=float, default=0.1, help="of the last block (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -57,6 +83,30 @@ def arguments(parser: argparse.ArgumentParser, weight_decay: float, warmup: int)
         metavar="STEPS",
         help="between states of unfinished training (default: 1000)",
     )
+    parser.add_argument("--max-minutes", type=float, help="stop after this time with everything saved, exit code 75")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for a number that means nothing."""
+    for name, given in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        for value in given if isinstance(given, list) else [given]:
+            if value is None:
+                continue
+            if name in POSITIVE and not 0 < value < math.inf:
+                raise ValueError(f"{flag} {value:g}: wanted more than 0")
+            low, high = RANGES.get(name, (-math.inf, math.inf))
+            if name in RANGES and not (low <= value <= high and math.isfinite(value)):
+                raise ValueError(
+                    f"{flag} {value:g}: wanted {low:g}" + (f" to {high:g}" if high < math.inf else " or more")
+                )
+
+
+def warmup(given: int | None, usual: int, steps: int) -> int:
+    """The steps of warm-up of so many in all. Raises ValueError if `given` leaves none to train at the full rate."""
+    if given is not None and given >= steps:
+        raise ValueError(f"--warmup {given}: wanted fewer than the {steps} steps of the training")
+    return min(usual, steps // 10) if given is None else given
 
 
 class Samples(Protocol):
@@ -73,18 +123,22 @@ def fit(
     loss: Callable[[nn.Module, list[Any]], Tensor],
     curve: Callable[[float], float],
     args: argparse.Namespace,
+    files: str,
+    stop: StopRequest | None = None,
 ) -> None:
     """Trains the parameters of `model` that require gradients by AdamW, for args.steps steps of args.batch samples.
 
     `data[i]` is sample i, augmented with torch's random numbers. `loss(model, samples)` is the mean over a rank's
     samples. `curve`: the learning rate after the warm-up, as a factor of args.lr, by the fraction of the training that
     is done. `path` holds the state, also of finished training: another call does nothing. `name`: for the progress.
-    Raises ValueError if the batch cannot be shared, the loss is not finite, or `path` holds a run of other settings.
+    `files`: the fingerprint of those that `data` reads. Raises ValueError if the batch cannot be shared, the loss is
+    not finite, or `path` holds a run of other settings or files; SystemExit(75), after saving, if `stop` asks for it.
     """
     ranks = job.ranks
     if args.batch % ranks.world_size:
         raise ValueError(f"--batch: {args.batch} images cannot be shared equally by {ranks.world_size} ranks")
-    settings = {key: value for key, value in vars(args).items() if key not in ASIDE} | {"images": len(data)}
+    settings = {key: value for key, value in vars(args).items() if key not in ASIDE}
+    settings |= {"images": len(data), "files": files}
     model.to(ranks.device)
     optimizer = torch.optim.AdamW(_groups(model, args.weight_decay), lr=args.lr)
     job.first_only(lambda: path.parent.mkdir(parents=True, exist_ok=True))
@@ -94,11 +148,15 @@ def fit(
         return
     shared = _share(model, ranks.device) if ranks.world_size > 1 else model
     shared.train()
+    if shared is not model and ranks.device.type == "cpu" and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        job.say(f"{name}: batch norm is of each rank's images; the first rank's statistics are saved and judged")
     each = args.batch // ranks.world_size
     starts = [step * args.batch + ranks.rank * each for step in range(first, args.steps)]
     batches = stream(Shuffled(data, args.seed), [range(start, start + each) for start in starts], args.workers)
     report, begun = max(1, min(50, args.steps // 20)), time.monotonic()
     for step, samples in enumerate(batches, first):
+        if stop:
+            stop.ask()
         torch.manual_seed(_mixed(args.seed, step, ranks.rank))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * curve(step / args.steps)
@@ -117,8 +175,15 @@ def fit(
             left = timedelta(seconds=round(pace * (args.steps - done)))
             speed = f"{args.batch / pace:.1f} images/s, {left} left"
             job.say(f"{name}: step {done} of {args.steps}, loss {mean:.4f}, {speed}")
-        if done % args.save_every == 0 or done == args.steps:
+        stopped = stop is not None and stop.agreed() and done < args.steps
+        if done % args.save_every == 0 or done == args.steps or stopped:
             job.first_only(lambda: _save(path, settings, done, model, optimizer))  # noqa: B023 - called at once
+        if stopped:
+            job.say(f"{name}: stopped after step {done} of {args.steps}; the same command goes on")
+            raise SystemExit(STOPPED)
+    if ranks.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def stream(data: Any, batches: Sequence[Sequence[int]], workers: int) -> Iterator[list[Any]]:
@@ -128,6 +193,27 @@ def stream(data: Any, batches: Sequence[Sequence[int]], workers: int) -> Iterato
             if isinstance(sample, Exception):
                 raise sample
         yield samples
+
+
+def shared_out(
+    job: Job, name: str, data: Any, keys: Sequence[int], workers: int, stop: StopRequest | None = None
+) -> Iterator[tuple[int, Any]]:
+    """This rank's share of `keys`, each with its sample `data[key]`. Ranks go through their shares side by side.
+
+    Raises SystemExit(75) on all of them if `stop` asks for it.
+    """
+    mine = keys[job.ranks.rank :: job.ranks.world_size]
+    samples = stream(data, [[key] for key in mine], workers)
+    for place in range(-(-len(keys) // job.ranks.world_size)):
+        if stop:
+            stop.ask()
+        if place < len(mine):
+            yield mine[place], next(samples)[0]
+        if stop and stop.agreed():
+            job.say(f"{name}: stopped in validation; the same command goes on")
+            raise SystemExit(STOPPED)
+        if (place + 1) % 100 == 0:
+            job.say(f"{name}: {place + 1} of {len(mine)} validation images")
 
 
 class _Caught(Dataset):

@@ -20,9 +20,9 @@ from jepa.ranks.stop import StopRequest
 
 from . import labels, linear
 from .features import shared_arguments
+from .finetune_settings import settings_arguments, settings_of
 from .job import Job, Result, Row
 from .papers import classified
-from .recipe import settings_arguments, settings_of
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,12 +34,16 @@ from torchvision.transforms import v2
 
 from jepa.model.vit import VisionTransformer
 from jepa.pictures.segmentation import segmentation
+from jepa.ranks.stop import StopRequest
 
 from . import fit
+from .drawing import draw
 from .drop_path import drop_path
+from .fingerprint import fingerprint
 from .job import Job, Result, Row, Subject
 from .upernet import Linear, UPerNet
 
+WARMUP = 1500
 DEFAULTS = {"upernet": (160_000, 1e-4), "linear": (40_000, 1e-3)}  # steps and learning rate
 IGNORED = 255
 SHOWN = 4  # validation images in the picture
@@ -54,25 +58,32 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=512, help="pixels, rounded up to whole patches (default: 512)")
     parser.add_argument("--steps", type=int, help="default: 160000, or 40000 with --head linear")
     parser.add_argument("--lr", type=float, help="default: 1e-4, or 1e-3 with --head linear")
-    fit.arguments(parser, weight_decay=0.05, warmup=1500)
+    fit.arguments(parser, weight_decay=0.05, warmup=WARMUP)
 
 
 def run(job: Job, args: argparse.Namespace) -> Result:
+    fit.check(args)
     train, val = open_layout(args.data)
     patch = job.config.mask.patch_size
     steps, lr = DEFAULTS[args.head]
-    args.steps, args.lr = args.steps or steps, args.lr or lr
+    args.steps = steps if args.steps is None else args.steps
+    args.lr = lr if args.lr is None else args.lr
+    args.warmup = fit.warmup(args.warmup, WARMUP, args.steps)
     args.size = -(-args.size // patch) * patch
+    files = fingerprint(job, [path for pair in train for path in (pair.image, pair.annotation)])
+    sample = Annotated(train, args.classes, augmentation(args.size, job.config.data.mean))
+    judged = Annotated(val, args.classes)
     rows: list[Row] = []
     models: dict[str, nn.Module] = {}
-    for subject in job.subjects:
-        model = build(subject, args)
-        path = job.out / "segment" / f"{subject.key}.pt"
-        sample = Labelled(train, args.classes, augmentation(args.size, job.config.data.mean))
-        fit.fit(job, path, f"segment, {subject.name}", model, sample, loss_of, lambda done: 1 - done, args)
-        rows.append({"features": subject.name, "mIoU": 100 * evaluate(job, model, Labelled(val, args.classes), args)})
-        models[subject.name] = model
-    draw(job, models, Labelled(val[:SHOWN], args.classes), args.size)
+    with StopRequest(job.ranks, args.max_minutes) as stop:
+        for subject in job.subjects:
+            model, name = build(subject, args), f"segment, {subject.name}"
+            path = job.out / "segment" / f"{subject.key}.pt"
+            fit.fit(job, path, name, model, sample, loss_of, lambda done: 1 - done, args, files, stop)
+            rows.append({"features": subject.name, "mIoU": 100 * evaluate(job, model, judged, args, stop)})
+            models[subject.name] = model
+    path = job.out / "segment.png"
+    draw(job, path, lambda: picture(path, models, Annotated(val[:SHOWN], args.classes), args.size))
     papers = args.head == "upernet" and (len(train), len(val), args.classes) == (20_210, 2_000, 150)
     return Result(rows, "ADE20K" if papers else None)
 
@@ -104,7 +115,7 @@ def open_layout(root: Path) -> list[list[Pair]]:
 Sample = tuple[Tensor, Tensor]
 
 
-class Labelled(Dataset):
+class Annotated(Dataset):
     """Samples (image uint8 [3, H, W], labels uint8 [H, W] from 0, IGNORED where there is none).
 
     Raises ValueError if an annotation is of another size than its image, or names a class that there is not.
@@ -191,15 +202,14 @@ def loss_of(model: nn.Module, samples: list[Sample]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(job: Job, model: nn.Module, data: Labelled, args: argparse.Namespace) -> float:
+def evaluate(
+    job: Job, model: nn.Module, data: Annotated, args: argparse.Namespace, stop: StopRequest | None = None
+) -> float:
     """The mIoU of all ranks' shares together, 0 to 1."""
     model.to(job.ranks.device).eval()
     metric = MulticlassJaccardIndex(args.classes, ignore_index=IGNORED, validate_args=False).to(job.ranks.device)
-    mine = [[i] for i in range(job.ranks.rank, len(data), job.ranks.world_size)]
-    for done, ((image, labels),) in enumerate(fit.stream(data, mine, args.workers), 1):
+    for _, (image, labels) in fit.shared_out(job, "segment", data, range(len(data)), args.workers, stop):
         metric.update(predict(model, image, args.size)[None], labels[None].to(job.ranks.device))
-        if done % 100 == 0:
-            job.say(f"segment: {done} of {len(mine)} validation images")
     return float(metric.compute())
 
 
@@ -229,15 +239,11 @@ def starts(length: int, size: int) -> list[int]:
     return [round((length - size) * i / max(1, steps)) for i in range(steps + 1)]
 
 
-def draw(job: Job, models: Mapping[str, nn.Module], data: Labelled, size: int) -> None:
-    """job.out/segment.png"""
-
-    def on_first() -> None:
-        samples = [data[i] for i in range(len(data))]
-        found = {
-            name: [predict(model, image, size).cpu().numpy() for image, _ in samples] for name, model in models.items()
-        }
-        images = [image.permute(1, 2, 0).numpy() for image, _ in samples]
-        segmentation(images, [labels.numpy() for _, labels in samples], found, job.out / "segment.png")
-
-    job.first_only(on_first)
+def picture(path: Path, models: Mapping[str, nn.Module], data: Annotated, size: int) -> None:
+    """The images of `data`, their classes, and what the models say, written to `path`."""
+    samples = [data[i] for i in range(len(data))]
+    found = {
+        name: [predict(model, image, size).cpu().numpy() for image, _ in samples] for name, model in models.items()
+    }
+    images = [image.permute(1, 2, 0).numpy() for image, _ in samples]
+    segmentation(images, [labels.numpy() for _, labels in samples], found, path)

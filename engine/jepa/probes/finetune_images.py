@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from jepa.config.schema import Config
 from jepa.data.sources import ImageSource
 
-from .recipe import Settings
+from .finetune_settings import Settings
 
 CROP = 224 / 256  # validation shows the middle of an image, this part of its shorter side
 UNKNOWN = -1  # the label of what is not to be counted
