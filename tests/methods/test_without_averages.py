@@ -15,7 +15,6 @@ from jepa.data.loader import eval_batches
 from jepa.data.sources import open_images
 from jepa.methods import build
 from jepa.model.layout import Place
-from jepa.probes.features import extract
 from jepa.probes.knn import knn
 from jepa.state.encoder import load_encoder
 from jepa.state.partitions import flats
@@ -104,8 +103,12 @@ def accuracy(checkpoint: Path, images: Path) -> float:
     """Of the encoder in a checkpoint, as the online probe measures it."""
     encoder, config = load_encoder(checkpoint)
     source = open_images(images)
-    x, numbers = extract(encoder, eval_batches(source, crop_size=config.data.crop_size, batch_size=41))
-    y = torch.from_numpy(source.labels[numbers])
+    features, numbers = [], []
+    for batch, some in eval_batches(source, crop_size=config.data.crop_size, batch_size=41):
+        with torch.no_grad():
+            features.append(encoder(batch).mean(1))
+        numbers += some
+    x, y = torch.cat(features), torch.from_numpy(source.labels[numbers])
     return knn(x, y, x, y, k=3)
 
 

@@ -3,12 +3,13 @@
 The health metrics need cuSOLVER and visualize.py runs on a CPU: neither is here.
 """
 
+import argparse
 import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ import torch
 from PIL import Image
 from steps import load
 
-import evaluate
 from jepa.data.sources import ImageSource
-from jepa.model.vit import build_encoder
-from jepa.probes import online
-from jepa.probes.features import extract
+from jepa.model import vit
+from jepa.model.vit import VisionTransformer, build_encoder
+from jepa.probes import features, job, knn, linear, online
 from jepa.ranks import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,10 +66,14 @@ def noise(source: ImageSource, **given: Any) -> Iterator[tuple[torch.Tensor, lis
         yield torch.randint(0, 256, (1, S, S, 3), dtype=torch.uint8).to(given["device"]), [int(index)]
 
 
-def drawn(encoder: Any, batches: Any, *given: Any) -> Any:
-    """The encoder runs; its features, which no kernel wrote, are replaced by random ones."""
-    features, *rest = extract(encoder, batches, *given)
-    return torch.randn(features.shape).to(features), *rest
+class Drawn(VisionTransformer):
+    """The encoder runs; its outputs, which no kernel wrote, are replaced by random ones."""
+
+    def features(self, images: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.randn_like(x) for x in super().features(images, layers)]
+
+    def forward(self, *given: Any) -> torch.Tensor:
+        return torch.randn_like(super().forward(*given))
 
 
 def test_probe_and_evaluate(tmp_path: Path, ranks: distributed.Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,17 +84,21 @@ def test_probe_and_evaluate(tmp_path: Path, ranks: distributed.Ranks, monkeypatc
     here = [f"data.root_path={tmp_path}/train", f"eval.train_path={tmp_path}/train", f"eval.val_path={tmp_path}/val"]
     config = load("cifar10_vits4_cjepa.yaml", *TINY, *here, "eval.every=1", f"logging.folder={tmp_path}/run")
     monkeypatch.setattr(online, "dali", lambda: None)
-    monkeypatch.setattr(online, "eval_batches", noise)
-    monkeypatch.setattr(evaluate, "eval_batches", noise)
-    monkeypatch.setattr(online, "extract", drawn)
-    monkeypatch.setattr(evaluate, "extract", drawn)
-    for fit in ("knn", "linear_probe"):  # they need numbers to end
-        monkeypatch.setattr(evaluate, fit, lambda *sets, **given: 0.5)
+    for module in (online, features):
+        monkeypatch.setattr(module, "eval_batches", noise)
+    for module in (online, linear):  # it needs numbers to end
+        monkeypatch.setattr(module, "linear_probe", lambda *sets, **given: 0.5)
+    monkeypatch.setattr(vit, "VisionTransformer", Drawn)
     during = online.OnlineProbe(config, 0, 1, ranks.device)
     assert 0 <= during(build_encoder(config).to(ranks.device, config.dtype))["knn"] <= 1
 
     run(*TRAIN, *TINY, "data.synthetic=64", "engine.max_steps=2", f"logging.folder={tmp_path}/run")
-    sets = f"{tmp_path}/train", f"{tmp_path}/val"
-    rows = evaluate.evaluate(f"{tmp_path}/run/jepa-latest", *sets, [None], on="cuda")
-    assert [row["features"] for row in rows] == ["target encoder", "untrained encoder", "pixels"]
-    assert all(0 <= float(str(row["class linear"])) <= 100 for row in rows)
+    words = ["--train", f"{tmp_path}/train", "--val", f"{tmp_path}/val", "--out", f"{tmp_path}/out"]
+    for protocol in (knn, linear):
+        parser = argparse.ArgumentParser()
+        job.arguments(parser)
+        protocol.arguments(parser)
+        args = parser.parse_args([f"{tmp_path}/run/jepa-latest", *words])
+        rows = protocol.run(job.open_job(args, ranks), args).rows
+        assert [row["features"] for row in rows] == ["target encoder", "untrained encoder", "pixels"]
+        assert all(0 <= float(row["class"]) <= 100 for row in rows)

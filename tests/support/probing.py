@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import numpy as np
 import torch
@@ -72,8 +73,11 @@ def config_of(*overrides: str) -> Config:
 def job_of(encoder: nn.Module, out: Path, config: Config | None = None) -> Job:
     """With one subject, on the ranks of the process group that is up."""
     out.mkdir(parents=True, exist_ok=True)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.HashStore(), dist.group.WORLD)
-    return Job("weights", [Subject("encoder", encoder, digest(encoder))], config or config_of(), ranks, out)
+    group = dist.group.WORLD
+    assert group is not None
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.HashStore(), group)
+    judged = Subject("encoder", cast(VisionTransformer, encoder), digest(encoder))
+    return Job("weights", [judged], config or config_of(), ranks, out)
 
 
 def options(protocol: ModuleType, *words: object) -> argparse.Namespace:

@@ -155,7 +155,15 @@ def train(
         for name, y in sets.train_y.items()
     }
     step, total = 0, args.epochs * loader.steps_per_epoch
-    settings = [subject.key, config.data.crop_size, args.epochs, loader.global_batch_size, grid, crops, sets.train.fingerprint]
+    settings = [
+        subject.key,
+        config.data.crop_size,
+        args.epochs,
+        loader.global_batch_size,
+        grid,
+        crops,
+        sets.train.fingerprint,
+    ]
     settings += [job.of_first(lambda: sets.train.contents)]
     settings += [[name, hashlib.sha256(y.tobytes()).hexdigest()] for name, y in sorted(sets.train_y.items())]
     state = job.out / "linear" / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.pt"
