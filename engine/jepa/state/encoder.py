@@ -24,13 +24,15 @@ def load_encoder(
     `path`: a checkpoint, an exported safetensors file, a `.pth.tar` of the published code with its `config`, or the
     Hugging Face folder of an IJepaModel, whose only encoder stands for either. `which`: "target_encoder" (the EMA: what
     I-JEPA evaluates) or "encoder".
-    Raises ValueError for another `which`, and like jepa.state.interop.open_weights.
+    Raises ValueError for another `which`, for a `config` that is not needed, and like jepa.state.interop.open_weights.
     """
     if which not in ENCODERS:
         raise ValueError(f"which: given {which!r}, wanted one of {list(ENCODERS)}")
     path = Path(path)
     tensors: Iterable[tuple[str, Tensor]]
     if is_huggingface(path):
+        if config is not None:
+            raise ValueError(f"{path}: a config is given, but the folder has its own")
         config = _config_of(path)
         (stored,) = open_initial(path, config).parts.values()
         tensors = ((name, tensor.read()) for name, tensor in stored.items())
@@ -72,10 +74,10 @@ def _config_of(folder: Path) -> Config:
                 "num_heads": heads,
                 "mlp_ratio": model["intermediate_size"] / width,
             },
-            "data": {"batch_size": 64, "crop_size": model["image_size"]}
+            "data": {"root_path": str(folder), "batch_size": 64, "crop_size": model["image_size"]}
             | ({"mean": seen["image_mean"], "std": seen["image_std"]} if "image_mean" in seen else {}),
             "mask": {"patch_size": model["patch_size"]},
-            "optimization": {"epochs": 1},
+            "optimization": {"epochs": 1, "warmup": 0},
             "logging": {"folder": str(folder)},
         }
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
