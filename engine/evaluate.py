@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from jepa.config.schema import ConfigError
+from jepa.config.words import command_line
 from jepa.probes import job as jobs
 from jepa.probes.results import record, table, write
 from jepa.ranks.distributed import NotMet, start
@@ -95,10 +96,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
-    named = next((word for word in words if word in PROTOCOLS), None)
+    named = next((word for word in sys.argv[1:] if word in PROTOCOLS), None)
     try:
-        evaluate(parser_of(named).parse_args(words))
+        evaluate(parser_of(named).parse_args(command_line(sys.argv[1:])))
     except (ValueError, ConfigError, CheckpointError, NotMet, OSError) as error:
         print(f"engine/evaluate.py {named}: {error}", file=sys.stderr)
         return 1
