@@ -60,6 +60,7 @@ from tqdm import tqdm
 
 from jepa.config.file import load_config, parse_config
 from jepa.config.schema import Config, ConfigError
+from jepa.config.words import command_line
 from jepa.data.masks import sample_masks
 from jepa.ranks import distributed
 from jepa.train.budget import flops_per_image
@@ -403,9 +404,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="PREFIX", help="default: benchmarks/results/throughput-DEVICE-CONFIG"
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(command_line(sys.argv[1:]))
     args.mode = args.mode or ["model"]
     args.references = {}
     if args.against:
@@ -472,10 +472,10 @@ def write(result: dict[str, Any], out: Path, title: str) -> None:
 
 
 def main() -> int:
-    args = arguments()
     try:
+        args = arguments()
         result = run(args)
-    except (ConfigError, BenchmarkError, ValueError) as error:
+    except (distributed.NotMet, BenchmarkError, ValueError) as error:
         print(f"benchmarks/throughput.py, rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return 1
     finally:

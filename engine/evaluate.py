@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from jepa.config.schema import ConfigError
+from jepa.config.words import command_line
 from jepa.probes import job as jobs
 from jepa.probes.results import file_name, record, table, write
 from jepa.ranks.distributed import NotMet, start
@@ -96,7 +97,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
+    words = command_line(sys.argv[1:])
     if words and words[0] not in PROTOCOLS and not words[0].startswith("-"):
         words.insert(0, DEFAULT)
     named = next((word for word in words if word in PROTOCOLS), None)

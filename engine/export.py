@@ -24,6 +24,7 @@ from pathlib import Path
 
 from jepa.config.file import load_config
 from jepa.config.schema import ConfigError
+from jepa.config.words import command_line
 from jepa.state import interop
 from jepa.state.restore import CheckpointError
 
@@ -65,8 +66,8 @@ def main() -> int:
     parser.add_argument("--dtype", choices=list(interop.DTYPES), default="fp32")
     parser.add_argument("--config", metavar="YAML", help="config of the model in a .pth.tar")
     parser.add_argument("changes", nargs="*", metavar="section.key=value", help="overrides of --config")
-    args = parser.parse_intermixed_args()
     try:
+        args = parser.parse_intermixed_args(command_line(sys.argv[1:]))
         print(export(args.source, args.to, args.out, args.part, args.dtype, args.config, args.changes))
     except (CheckpointError, ConfigError, ValueError, OSError) as error:
         print(f"engine/export.py: {type(error).__name__}: {error}", file=sys.stderr)

@@ -8,9 +8,11 @@ Any config key can be overridden on the command line as section.key=value. torch
 import argparse
 import os
 import sys
+from itertools import pairwise
 
 from jepa.config.file import load_config
 from jepa.config.schema import Config
+from jepa.config.words import command_line, is_override
 from jepa.data.loader import Loader
 from jepa.data.sources import open_images
 from jepa.data.synthetic import SyntheticImages
@@ -167,7 +169,8 @@ def arguments() -> argparse.Namespace:
         nargs="?",
         const="latest",
         metavar="CHECKPOINT",
-        help="resume from this checkpoint, by default the newest; auto: from the newest, or start if there is none",
+        help="resume from this checkpoint, a path or a name in logging.folder, by default the newest; auto: from the "
+        "newest, or start if there is none",
     )
     parser.add_argument(
         "--accept-changes", action="store_true", help="resume even if a step would compute something different"
@@ -181,24 +184,28 @@ def arguments() -> argparse.Namespace:
         metavar="N",
         help="examine step N alone, starting from the checkpoint given to --resume, by default the newest up to N",
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args()
-    if args.resume and "=" in args.resume and not os.path.exists(args.resume):  # --resume section.key=value
-        args.overrides.append(args.resume)
-        args.resume = "latest"
+    words = command_line(sys.argv[1:])
+    for at, (word, following) in enumerate(pairwise(words)):
+        if word == "--resume" and is_override(following) and not os.path.exists(following):
+            words[at] = "--resume=latest"  # argparse would take the override for a checkpoint
+    args = parser.parse_intermixed_args(words)
+    if args.resume == "":
+        parser.error("--resume: given no checkpoint's name, such as an unset variable; wanted one, latest or auto")
     return args
 
 
 def main() -> int:
-    args = arguments()
     try:
+        args = arguments()
         config = load_config(args.config, args.overrides)
         if args.dry_run:
             print(report(config, args.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
         if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
             args.resume = config.resumed
+        elif args.resume:
+            args.resume = config.checkpoint(args.resume)
         return run(config, args)
     except (CheckpointError, Diverged, distributed.NotMet, ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")

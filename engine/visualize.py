@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from jepa.config.words import command_line
 from jepa.data.loader import eval_batches
 from jepa.data.masks import sample_masks
 from jepa.data.sources import open_images
@@ -68,7 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--log", metavar="FILE.jsonl", help="the log of a run")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the plots")
     parser.add_argument("--count", type=int, default=6, metavar="N", help="number of images to show (default: 6)")
-    return parser.parse_args()
+    return parser.parse_args(command_line(sys.argv[1:]))
 
 
 def main() -> int:

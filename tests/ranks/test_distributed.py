@@ -39,7 +39,7 @@ def test_torchrun_and_deepspeed_are_taken_as_they_are() -> None:
 
 
 def test_srun_s_names_are_translated_alike_on_all_ranks() -> None:
-    job = {"SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "n[08-09]", "SLURM_JOB_ID": "4711007"}
+    job = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n[08-09]", "SLURM_JOB_ID": "4711007"}
     ranks = [launch_environment(job | {"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r % 2)}) for r in range(4)]
     assert [(r["RANK"], r["LOCAL_RANK"], r["WORLD_SIZE"]) for r in ranks] == [
         ("0", "0", "4"), ("1", "1", "4"), ("2", "0", "4"), ("3", "1", "4"),

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from jepa.data.masks import MAX_SIDE
 
+from .words import unknown_in
+
 if TYPE_CHECKING:
     from .schema import Config
 
@@ -34,10 +36,9 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
         yield "meta.copy_data", "must be false: copy the images yourself and give data.root_path=<the copy>"
     if c.data.root_path is None and not c.data.synthetic:
         yield "data.root_path", "must be the path of the images; data.synthetic=10000 trains on synthetic ones instead"
-    images = None if c.data.synthetic else c.data.root_path
-    for key, path in (("data.root_path", images), ("logging.folder", c.logging.folder)):
-        if path and path.startswith("$"):
-            yield key, f"is a placeholder: give {key}=<path> on the command line"
+    for key in _paths_used(c):
+        if unknown := unknown_in(c[key] or ""):
+            yield key, f"{unknown}: give {key}=<path> on the command line"
 
     length = c.optimization.epochs * c.optimization.ipe_scale
     if c.optimization.warmup > length:
@@ -75,6 +76,13 @@ def conflicts(c: "Config") -> Iterator[tuple[str, str]]:
         yield "data.decoder", "contradicts engine.deterministic: there pixels may depend on the batch; give cpu or auto"
     if c.eval.every and not (c.eval.train_path and c.eval.val_path):
         yield "eval.every", "needs eval.train_path and eval.val_path, folders of labelled images"
+
+
+def _paths_used(c: "Config") -> Iterator[str]:
+    """The keys of the paths that this run reads or writes: the others may hold the placeholders of a published file."""
+    yield from () if c.data.synthetic else ("data.root_path", "data.image_folder")
+    yield from ("logging.folder", "meta.init_from", "meta.read_checkpoint")
+    yield from ("eval.train_path", "eval.val_path") if c.eval.every else ()
 
 
 def _mask_conflicts(c: "Config") -> Iterator[tuple[str, str]]:

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, cast
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,7 +20,7 @@ SECTIONS = cast(dict[str, type[BaseModel]], {name: field.annotation for name, fi
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and its bases (jepa.config.read), and applies `section.key=value` overrides, whose values are
-    YAML. Raises ConfigError."""
+    text for keys that take text, and YAML for others. Raises ConfigError."""
     mapping, origin = read(path)
     return parse_config(mapping, overrides, str(path), origin)
 
@@ -71,13 +72,48 @@ def _override(given: dict, overrides: Sequence[str]) -> Iterator[str]:
             yield f"{show(override)}: an override must have the form section.key=value"
             continue
         try:
-            value = parse_yaml(text) if text.strip() else ""
+            value = _value(section, key, text.strip() if name.endswith(" ") else text)
         except ValueError as error:
             yield f"{show(override)}: the value is not YAML: {error}"
             continue
         body = given.get(section, {})
         if isinstance(body, Mapping):
             given[section] = {**body, key: value}
+
+
+def _value(section: str, key: str, text: str) -> object:
+    """What an override's text means: the text itself, as it is typed, if the key takes text, and else YAML.
+
+    A path may have a `#`, or be `*.tar` or `{a,b}.tar`, which YAML reads as something else. A text in quotes is YAML's,
+    and `null` unsets a key that can be unset.
+    """
+    kinds = _kinds(section, key)
+    if not kinds or kinds - {str, type(None)}:
+        return parse_yaml(text) if text.strip() else ""
+    if text.lower() == "null" and type(None) in kinds:
+        return None
+    return parse_yaml(text) if re.fullmatch(r"""'.*'|".*\"""", text) else text
+
+
+def _kinds(section: str, key: str) -> set[object]:
+    """The types that a key takes; empty if there is no such key."""
+    models = [settings_of(name) for name in objectives()] if section == "loss" else [SECTIONS.get(section, BaseModel)]
+    return {
+        kind for model in models if key in model.model_fields for kind in _leaves(model.model_fields[key].annotation)
+    }
+
+
+def _leaves(annotation: Any) -> Iterator[object]:
+    """The types in an annotation; of a literal, those of its values."""
+    if get_origin(annotation) is Literal:
+        yield from map(type, get_args(annotation))
+    elif get_origin(annotation) is Annotated:
+        yield from _leaves(annotation.__origin__)
+    elif get_origin(annotation) in (Union, UnionType):
+        for each in get_args(annotation):
+            yield from _leaves(each)
+    else:
+        yield annotation
 
 
 def _drop_others(given: dict, overrides: Sequence[str]) -> Iterator[str]:

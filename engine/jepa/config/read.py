@@ -14,6 +14,7 @@ import yaml
 
 from .conflicts import show
 from .schema import ConfigError
+from .words import expanded
 
 MAX_FILES = 8  # a config and its bases
 MAX_CHARACTERS = 2**18  # of a file; a complete one has about 5000
@@ -86,7 +87,7 @@ def _base(base: object, files: list[Path]) -> Path:
     given = f"base = {show(base)}"
     if not (isinstance(base, str) and base.endswith((".yaml", ".yml")) and base.isprintable() and len(base) < MAX_PATH):
         raise ValueError(f"{given}: must be the path of a .yaml file, from the folder of the file that names it")
-    file = files[-1].parent / os.path.expanduser(base)
+    file = files[-1].parent / expanded(base)
     if os.path.realpath(file) in map(os.path.realpath, files):
         raise ValueError(f"{given}: leads back to a file that is based on it")
     if len(files) == MAX_FILES:

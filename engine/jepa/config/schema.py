@@ -27,6 +27,7 @@ from jepa.data.augment import View
 from jepa.data.masks import MaskSpec
 
 from .conflicts import conflicts, show
+from .words import expanded
 
 if TYPE_CHECKING:
     from jepa.methods.base import Method
@@ -77,6 +78,7 @@ Pixels = Annotated[Natural, Field(le=2**14)]
 Width = Annotated[Natural, Field(le=2**16)]
 Depth = Annotated[Natural, Field(le=2**10)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
 SharePair = Annotated[tuple[Share, Share], Strict(False)]
 Range = Annotated[tuple[Positive, Positive], Strict(False), AfterValidator(_ordered)]
 ScaleRange = Annotated[tuple[Scale, Scale], Strict(False), AfterValidator(_ordered)]
@@ -133,8 +135,10 @@ class Meta(_Section):
     pred_num_heads: Natural | None = None  # null: as many as the encoder
     use_bfloat16: bool = True  # the published key; engine.precision, if given, wins
     load_checkpoint: bool = False  # resume, like --resume
-    read_checkpoint: Text | None = None  # what to resume: a path, or a name in logging.folder; null: the newest
-    init_from: Text | None = None  # weights to start a new run from: our checkpoint or export, a published .pth.tar, a
+    read_checkpoint: PathText | None = None  # what to resume: a path, or a name in logging.folder; null: the newest
+    init_from: PathText | None = (
+        None  # weights to start a new run from: our checkpoint or export, a published .pth.tar, a
+    )
     # Hugging Face folder or a timm state dict (jepa.state.foreign)
     copy_data: bool = False
 
@@ -142,8 +146,8 @@ class Meta(_Section):
 class Data(_Section):
     """The images and how they are batched."""
 
-    root_path: Text | None = None  # a folder, a .txt list or .tar shards
-    image_folder: str = ""
+    root_path: PathText | None = None  # a folder, a .txt list or .tar shards
+    image_folder: Annotated[str, AfterValidator(expanded)] = ""
     synthetic: Natural | None = None  # train on so many images of noise instead, to time or test a run
     batch_size: Annotated[Natural, Field(le=2**16)]  # per rank and micro-batch
     crop_size: Pixels
@@ -183,7 +187,7 @@ class Data(_Section):
 
         Only for a run on image files, whose root_path is given.
         """
-        folder = Path(self.root_path or "").expanduser() / self.image_folder
+        folder = Path(self.root_path or "") / self.image_folder
         splits = [(folder / split).is_dir() for split in ("train", "val", "test")]
         return folder / "train" if splits[0] and any(splits[1:]) else folder
 
@@ -255,7 +259,7 @@ class Engine(_Section):
 class Logging(_Section):
     """What is logged and saved, where and how often."""
 
-    folder: Text
+    folder: PathText
     write_tag: Text = "jepa"
     log_freq: Natural = 10  # steps
     health_freq: Natural = 100  # steps
@@ -270,8 +274,8 @@ class Eval(_Section):
     """Probing of the encoder, or of its average where there is one, during training."""
 
     every: Count = 0  # steps between probes; 0: never
-    train_path: Text | None = None  # images labelled by folder name, like val_path
-    val_path: Text | None = None
+    train_path: PathText | None = None  # images labelled by folder name, like val_path
+    val_path: PathText | None = None
     max_images: Natural | None = 5000  # of each set; null: all
     knn_k: Natural = 20
 
@@ -346,11 +350,17 @@ class Config(_Section):
 
     @property
     def resumed(self) -> str:
-        """The checkpoint that meta.load_checkpoint resumes from. As in the published code, a bare name is one in
-        logging.folder."""
-        name = self.meta.read_checkpoint or "latest"
-        bare = Path(name).name == name and name not in ("latest", "auto")
-        return str(Path(self.logging.folder, name) if bare else Path(name).expanduser())
+        """The checkpoint that meta.load_checkpoint resumes from."""
+        return self.checkpoint(self.meta.read_checkpoint or "latest")
+
+    def checkpoint(self, name: str) -> str:
+        """What `name`, given to --resume or meta.read_checkpoint, means: "latest" and "auto" themselves, or a path. As
+        in the published code it may be within logging.folder, where a bare name is looked for first."""
+        if name in ("latest", "auto"):
+            return name
+        here, within = Path(name), Path(self.logging.folder, name)
+        first, second = (here, within) if "/" in name.rstrip("/") else (within, here)
+        return str(second if second.exists() and not first.exists() else first)
 
     @property
     def grid(self) -> int:

@@ -1,7 +1,7 @@
 """A process's rank, device and process group, whichever launcher started it.
 
-`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; `srun` has its own names;
-plain `python` sets none of them and runs a single rank.
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; `srun` and `mpirun` have their
+own names; plain `python` sets none of them and runs a single rank.
 """
 
 import os
@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,27 @@ from .device import choose
 
 MEETING = 10.0  # minutes within which all ranks must join; machines that start slowly need some
 LAUNCHER = rb"deepspeed.launcher.launch|torchrun|torch.distributed.run"
+
+
+SLURM_OWN_STEPS = 0xFFFFFFF0  # numbers of steps from here on are Slurm's: the batch script, an interactive shell
+
+
+class Launcher(NamedTuple):
+    """The variables by which an MPI launcher tells a process its place."""
+
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+
+
+MPI_LAUNCHERS = (
+    Launcher(
+        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+    ),
+    Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # Hydra: MPICH and Intel MPI
+    Launcher("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+)
 
 
 class NotMet(RuntimeError):
@@ -54,11 +75,19 @@ def launch_environment(given: dict[str, str], gpus: int = 0) -> dict[str, str]:
     """The five variables that torch.distributed and DeepSpeed read, from whatever the launcher set.
 
     `gpus`: how many this process sees. Slurm may show each task only its own (--gpus-per-task), as number 0.
+    Raises ValueError for one process of a Slurm or MPI job that cannot find the others.
     """
     if "RANK" in given:
         names = {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         return {"RANK": given["RANK"]} | {name: given.get(name, value) for name, value in names.items()}
-    if int(given.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in given:
+    if (mpi := _mpi_environment(given, gpus)) is not None:
+        return mpi
+    if (tasks := int(given.get("SLURM_NTASKS", "1"))) > 1:
+        if int(given.get("SLURM_STEP_ID", SLURM_OWN_STEPS)) >= SLURM_OWN_STEPS:
+            raise ValueError(
+                f"this Slurm job has {tasks} tasks (SLURM_NTASKS), but srun has not started this process: put srun "
+                "before the command, or SLURM_NTASKS=1 to run a single rank"
+            )
         return {
             "RANK": given["SLURM_PROCID"],
             "WORLD_SIZE": given["SLURM_NTASKS"],
@@ -76,6 +105,30 @@ def launch_environment(given: dict[str, str], gpus: int = 0) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def _mpi_environment(given: dict[str, str], gpus: int) -> dict[str, str] | None:
+    """The same from the variables of an MPI launcher, or None if there are none, or only one process.
+
+    They go before Slurm's, which in a Slurm job describe what started mpirun's own daemons.
+    """
+    for launcher in MPI_LAUNCHERS:
+        rank, size, local = (given.get(name) for name in launcher[:3])
+        if rank is None or size is None or local is None or int(size) < 2:
+            continue
+        one_machine = given.get(launcher.local_size, size if rank == local else "") == size
+        nodes = given.get("SLURM_JOB_NODELIST")
+        address = given.get("MASTER_ADDR") or ("127.0.0.1" if one_machine else nodes and first_host(nodes))
+        if not address:
+            raise ValueError(
+                f"mpirun started {size} ranks on several machines, and none says where rank 0 is: pass MASTER_ADDR, "
+                "that machine's name, to all (mpirun -x MASTER_ADDR=... or -genv MASTER_ADDR ...), or use torchrun"
+            )
+        own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in given  # as a wrapper sets it for each rank
+        port = given.get("MASTER_PORT", "29500")
+        rows = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": "0" if own else local}
+        return rows | {"MASTER_ADDR": address, "MASTER_PORT": port}
+    return None
 
 
 def world_group() -> dist.ProcessGroup | None:
@@ -104,6 +157,8 @@ def start(device: str = "auto", timeout_minutes: float = 30, deterministic: bool
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     environment = launch_environment(dict(os.environ), torch.cuda.device_count())
     os.environ.update(environment)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # torchrun under mpirun: DeepSpeed wants the two to agree
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = environment["LOCAL_RANK"]
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialized
         torch.use_deterministic_algorithms(True)
@@ -145,6 +200,8 @@ def _meet(environment: dict[str, str], rank: int, world_size: int, minutes: floa
     try:
         # With the real world size the rendezvous would wait for all ranks and not say which are missing.
         store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=1, timeout=limit))
+        # torchrun's store outlives the ranks that it restarts, with all that they wrote.
+        store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         store.set(f"here/{rank}", socket.gethostname())
     except RuntimeError as error:
         what = "rank 0 cannot listen" if rank == 0 else "rank 0, or the launcher, cannot be reached"

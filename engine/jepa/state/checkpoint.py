@@ -121,7 +121,9 @@ class Saver:
         if which == "auto" and not paths:
             return Progress()
         if not paths:
-            raise CheckpointError(f"--resume: no checkpoint of {self.tag!r} in {self.folder}; start without --resume")
+            raise CheckpointError(
+                f"--resume or meta.load_checkpoint: no checkpoint of {self.tag!r} in {self.folder}; start without"
+            )
         path, state = find_whole(paths)
         refuse_change(path, state, self.config, shapes_of(self.engine.module), self.images, accept_changes)
         progress = load(path, state, self.engine)

@@ -27,7 +27,7 @@ def start_from(config: Config, engine: Any) -> None:
     """Gives a new run's DeepSpeed engine the weights in `meta.init_from`, and its optimizer the average and moments of
     zero. Every rank calls it, and then refreshes the teacher. Raises CheckpointError on all ranks, like `open_initial`.
     """
-    path, first, model = Path(config.meta.init_from or "").expanduser(), dist.get_rank() == 0, shapes_of(engine.module)
+    path, first, model = Path(config.meta.init_from or ""), dist.get_rank() == 0, shapes_of(engine.module)
     parts = PARTS if "predictor.predictor_embed.weight" in model else ENCODERS
     opened: list[Initial] = []  # on the first rank
 

@@ -51,7 +51,7 @@ def find_whole(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
         if damage and dist.get_rank() == 0:
             print("skipped: " + "; ".join(damage), flush=True)
         return path, state
-    raise CheckpointError("--resume: no intact checkpoint: " + "; ".join(damage))
+    raise CheckpointError("--resume or meta.read_checkpoint: no intact checkpoint: " + "; ".join(damage))
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -227,6 +227,9 @@ def kinds_in(state: dict[str, Any]) -> tuple[str, ...]:
 def read_state(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint. Raises CheckpointError for anything that `manifest.State` rejects."""
     file = path / "state.json"
+    if not path.is_dir():
+        found = "is a file; meta.init_from starts from other programs' weights" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {found}; wanted a checkpoint's folder")
     try:
         # Opening a named pipe would otherwise wait for a writer.
         with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:

@@ -64,7 +64,7 @@ def replay(
 
 def _paths(config: Config, loader: Loader, step: int, which: str | None) -> list[Path]:
     """The checkpoints to try, in this order."""
-    if which:
+    if which not in (None, "latest", "auto"):
         return [Path(which)]
     folder, tag = Path(config.logging.folder), config.logging.write_tag
     found = on_first(folder, lambda: candidates(folder, tag, loader.steps_per_epoch))
