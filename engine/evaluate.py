@@ -97,14 +97,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    words = command_line(sys.argv[1:])
-    if words and words[0] not in PROTOCOLS and not words[0].startswith("-"):
-        words.insert(0, DEFAULT)
-    named = next((word for word in words if word in PROTOCOLS), None)
+    named = ""
     try:
+        words = command_line(sys.argv[1:])
+        if words and words[0] not in PROTOCOLS and not words[0].startswith("-"):
+            words.insert(0, DEFAULT)
+        named = next((word for word in words if word in PROTOCOLS), "")
         evaluate(parser_of(named).parse_args(words))
     except (ValueError, ConfigError, CheckpointError, NotMet, OSError) as error:
-        print(f"engine/evaluate.py {named}: {error}", file=sys.stderr)
+        print(f"engine/evaluate.py {named}".rstrip() + f": {error}", file=sys.stderr)
         return 1
     return 0
 

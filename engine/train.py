@@ -14,7 +14,7 @@ from jepa.config.file import load_config
 from jepa.config.schema import Config
 from jepa.config.words import command_line, is_override
 from jepa.data.loader import Loader
-from jepa.data.sources import open_images
+from jepa.data.sources import Nowhere, open_images
 from jepa.data.synthetic import SyntheticImages
 from jepa.probes.online import OnlineProbe
 from jepa.ranks import distributed
@@ -58,7 +58,7 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
     loader = Loader(
         SyntheticImages(data.synthetic, data.crop_size, config.engine.seed)
         if data.synthetic
-        else open_images(data.folder),
+        else open_images(data.folder, data.suffixes),
         config.method.views(config),
         batch_size=micro_batch,
         accumulation=accumulation,
@@ -74,6 +74,17 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
     found = ", ".join(f"{key} {value}" for key, value in loader.source.fingerprint.items())
     distributed.require_alike(ranks, found, f"{loader.source.path} is not the same on all machines")
     return loader
+
+
+def images_of(config: Config) -> str:
+    """What --dry-run says of the images. The data need not be on the machine that asks."""
+    if config.data.synthetic:
+        return f"{config.data.synthetic} images of noise"
+    try:
+        source = open_images(config.data.folder, config.data.suffixes)
+    except Nowhere as error:
+        return str(error)
+    return f"{len(source)} images of {source.path}: {source.found}"
 
 
 def train(
@@ -107,6 +118,7 @@ def train(
         f"{global_batch} per step on {ranks.world_size} x {ranks.device.type}; steps {progress.step} to {last_step} "
         f"of {all_steps}; kill {os.getpid()} saves and stops"
     )
+    log.say(f"images: {loader.source.found}")
     table = ScheduleTable(schedules, progress.applied, last_step - progress.step, zero.schedule_device(engine))
     skips, owed = SkippedSteps(progress, global_batch), False
     batches = loader.batches(progress.step, last_step)
@@ -201,6 +213,7 @@ def main() -> int:
         config = load_config(args.config, args.overrides)
         if args.dry_run:
             print(report(config, args.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
+            print(f"\n{images_of(config)}")
             return 0
         if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
             args.resume = config.resumed

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jepa.data import sources
+from jepa.data import sources, tars
 from jepa.data.augment import CROP_WORDS, View, random_boxes, random_colour, recolour
 from jepa.data.decode import Crops, Decoder
 from jepa.data.loader import COLOUR, CROP, ORDER, Batch, Loader, _random_words, eval_batches
@@ -639,8 +639,8 @@ def test_webdataset_tars_give_the_bytes_and_classes_that_went_in(tmp_path):
 def test_the_index_of_a_tar_is_kept_and_made_again_when_the_tar_changes(tmp_path, monkeypatch):
     shard = tmp_path / "a.tar"
     scans = []
-    scan = sources._scan
-    monkeypatch.setattr(sources, "_scan", lambda path: scans.append(path) or scan(path))
+    scan = tars.scan
+    monkeypatch.setattr(tars, "scan", lambda path: scans.append(path) or scan(path))
     pack(shard, {"x/1.jpg": b"one", "y/2.png": b"second"})
     for _ in range(2):
         source = open_images(shard)

@@ -59,6 +59,15 @@ def _integer(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _suffixes(value: object) -> object:
+    """One or several, `jpg` or `.JPG`: as jepa.data.sources wants them."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
+        return tuple("." + one.lower().removeprefix(".") for one in value)
+    return value
+
+
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise ValueError("must be [low, high] with low <= high")
@@ -84,6 +93,9 @@ Range = Annotated[tuple[Positive, Positive], Strict(False), AfterValidator(_orde
 ScaleRange = Annotated[tuple[Scale, Scale], Strict(False), AfterValidator(_ordered)]
 Means = Annotated[tuple[Share, Share, Share], Strict(False)]
 Deviations = Annotated[tuple[Scale, Scale, Scale], Strict(False)]
+Suffixes = Annotated[
+    tuple[Annotated[str, Field(min_length=2)], ...], BeforeValidator(_suffixes), Strict(False), Field(min_length=1)
+]
 Widths = Annotated[tuple[Width, ...], Strict(False), Field(min_length=1)]
 
 
@@ -148,6 +160,10 @@ class Data(_Section):
 
     root_path: PathText | None = None  # a folder, a .txt list or .tar shards
     image_folder: Annotated[str, AfterValidator(expanded)] = ""
+    suffixes: Suffixes | None = (
+        None  # how the names of images end; null: .jpg .jpeg .png .webp .bmp .tif .tiff .ppm .pgm
+    )
+    # Of several images in a tar's sample the first of these that it has is taken (jepa.data.tars)
     synthetic: Natural | None = None  # train on so many images of noise instead, to time or test a run
     batch_size: Annotated[Natural, Field(le=2**16)]  # per rank and micro-batch
     crop_size: Pixels

@@ -171,7 +171,7 @@ class Loader:
             raise ValueError(
                 f"data: {source.path} has {len(source)} images, fewer than the {self.global_batch_size} of a "
                 f"step ({batch_size} per rank x {accumulation} micro-batches x {world_size} ranks); wanted at "
-                "least as many: lower data.batch_size, or give more images"
+                f"least as many: lower data.batch_size, or give more images (found: {source.found})"
             )
         self.wait_seconds = 0.0  # total time that the consumer of `batches` has waited
         self.bad: dict[int, str] = {}  # images that failed at least once, and why

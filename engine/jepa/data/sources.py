@@ -10,10 +10,8 @@ import hashlib
 import logging
 import os
 import re
-import secrets
-import tarfile
+import stat
 import time
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +19,18 @@ from typing import NoReturn
 
 import numpy as np
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-INDEX_FORMAT = 1
+from .folders import find_files
+from .found import IMAGE_SUFFIXES, Found
+from .lists import read_list
+from .tars import choose, index_of
+
+LARGEST = 2**29  # bytes of an encoded image
 PAUSES = (0.2, 1.0, 5.0)  # seconds before each retry after a storage error
 # errno of errors that are due to the image itself and recur on every read; None: it is empty or truncated.
-ITS_OWN_FAULT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
+ITS_OWN_FAULT = (
+    *(None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENXIO, errno.ENODEV),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +39,7 @@ logger = logging.getLogger(__name__)
 class ImageSource:
     """N images. Image i is `size[i]` bytes (-1: to the end) at `offset[i]` of `files[file[i]]`.
 
-    `members`: the images' names within their tars, or None. `labels`: int64 [N], indices into `classes`, or
-    None.
+    `members`: the images' names within their tars, or X
     """
 
     path: str
@@ -46,6 +50,7 @@ class ImageSource:
     members: np.ndarray | None
     labels: np.ndarray | None
     classes: list[str]
+    found: Found
 
     def __len__(self) -> int:
         return len(self.file)
@@ -62,9 +67,8 @@ class ImageSource:
         file, files = self.file[indices], self.files
         if members is None:  # only the files of these images, whose names are the fingerprint
             file, files = np.arange(len(file)), [files[i] for i in file]
-        return ImageSource(
-            self.path, files, file, self.offset[indices], self.size[indices], members, labels, self.classes
-        )
+        place = self.offset[indices], self.size[indices]
+        return ImageSource(self.path, files, file, *place, members, labels, self.classes, self.found)
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str]:
@@ -115,7 +119,13 @@ class ImageSource:
 
     def _read(self, i: int) -> np.ndarray:
         size, offset = int(self.size[i]), int(self.offset[i])
-        with open(self.files[self.file[i]], "rb") as file:  # np.fromfile mistakes a failed read for a short one
+        # np.fromfile mistakes a failed read for a short one.
+        with open(self.files[self.file[i]], "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("not a regular file")
+            if (encoded := status.st_size if size < 0 else size) > LARGEST:
+                raise OSError(f"{encoded} bytes; no image of more than {LARGEST} is read")
             file.seek(offset)
             data = np.frombuffer(bytearray(file.read(size)), np.uint8)
         if len(data) == 0:
@@ -125,7 +135,11 @@ class ImageSource:
         return data
 
 
-def open_images(path: str | os.PathLike[str]) -> ImageSource:
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # for the writer of a named pipe
+
+
+def open_images(path: str | os.PathLike[str], suffixes: Sequence[str] | None = None) -> ImageSource:
     """The images at `path`, which is one of
 
     - a folder: every image below it that is not hidden. The first-level sub-folders are the classes;
@@ -134,63 +148,60 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
       names. A shard's index is stored next to it (.index.npz) and rebuilt when its size or mtime changes;
     - a .txt file: one path per line, absolute or relative to the list's folder, optionally a tab and a class.
 
+    `suffixes`: how the names of images end, in lower case; None: IMAGE_SUFFIXES, or in a list any. Of several images of
+    a tar's sample, see `tars.choose`. The source's `found` says what was left out.
     Labels are indices into the sorted classes; if all are integers, they are sorted by value.
-    Raises ValueError if `path` does not exist or has no images, or if a shard or list cannot be read.
+    Raises Nowhere if nothing is at `path`, and ValueError if there is no image, or if a shard or list cannot be read.
     """
-    path = os.path.expanduser(os.fspath(path))
+    path, chosen = os.path.expanduser(os.fspath(path)), tuple(suffixes) if suffixes else None
     if os.path.isdir(path):
-        names, shards = _walk(path)
-        if names:
-            tops = [name.partition(os.sep)[0] if os.sep in name else None for name in names]
-            return _from_files(path, [os.path.join(path, name) for name in names], tops)
-        if shards:
-            return _from_tars(path, [os.path.join(path, name) for name in shards])
-        _refuse(path, f"contains no image (looked for {' '.join(IMAGE_SUFFIXES)}) and no .tar, at any depth")
+        return _from_folder(path, chosen)
     if os.path.isfile(path):
         if path.endswith(".txt"):
-            return _from_list(path)
-        if path.endswith(".tar"):
-            return _from_tars(path, [path])
+            files, classes, found = read_list(path, chosen)
+            if not files:
+                _refuse(path, f"lists no image ({found})")
+            return _from_files(path, files, classes, found)
+        if path.lower().endswith(".tar"):
+            return _from_tars(path, [path], chosen, Found())
         _refuse(path, "is neither a .txt list nor an uncompressed .tar")
+    if os.path.exists(path):
+        _refuse(path, "is neither a file nor a folder")
     shards = [found for name in _expand_braces(path) for found in _expand_stars(name)]
     if not shards or shards == [path]:
-        _refuse(path, "does not exist" if shards else "matches no file")
+        _refuse(path, "does not exist" if shards else "matches no file", Nowhere)
     missing = [shard for shard in shards if not os.path.isfile(shard)]
     if missing:
-        _refuse(path, f"names {len(missing)} shards that do not exist, for example {missing[0]}")
-    return _from_tars(path, shards)
+        _refuse(path, f"names {len(missing)} shards that are no files, for example {missing[0]}")
+    return _from_tars(path, shards, chosen, Found())
 
 
-def _refuse(path: str, reason: str) -> NoReturn:
-    raise ValueError(
+class Nowhere(ValueError):
+    """There is nothing at the path of the images."""
+
+
+def _refuse(path: str, reason: str, kind: type[ValueError] = ValueError) -> NoReturn:
+    raise kind(
         f"images: given {path!r}, which {reason}; "
         "wanted a folder of images, a .txt list of them, or WebDataset tars (one, a folder, a pattern)"
     )
 
 
-def _walk(root: str) -> tuple[list[str], list[str]]:
-    """The images and the tars below `root`, relative to it, folder by folder, each folder sorted."""
-
-    def fail(error: OSError) -> NoReturn:
-        raise ValueError(f"images: {error.filename} cannot be listed ({error.strerror})") from error
-
-    images, shards = [], []
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
-        subfolders[:] = sorted(s for s in subfolders if s[0] != "." and not _leads_up(folder, s))
-        prefix = os.path.relpath(folder, root) + os.sep if folder != root else ""
-        for name in sorted(names):
-            suffix = os.path.splitext(name)[1].lower()
-            if name[0] != "." and suffix in IMAGE_SUFFIXES:
-                images.append(prefix + name)
-            elif name[0] != "." and suffix == ".tar":
-                shards.append(prefix + name)
-    return images, shards
+def _looked_for(suffixes: tuple[str, ...] | None) -> str:
+    return f"looked for {' '.join(suffixes or IMAGE_SUFFIXES)}"
 
 
-def _leads_up(folder: str, name: str) -> bool:
-    """Whether `name` is a link to a folder that contains it, which a walk would follow forever."""
-    path = os.path.join(folder, name)
-    return os.path.islink(path) and (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(path) + os.sep)
+def _from_folder(path: str, suffixes: tuple[str, ...] | None) -> ImageSource:
+    names, shards, found = find_files(path, suffixes or IMAGE_SUFFIXES)
+    if names:
+        if shards:
+            pattern = os.path.join(path, os.path.dirname(shards[0]), "*.tar")
+            found.leave(f".tar beside images (if you want their images, give {pattern})", shards[0], len(shards))
+        tops = [name.partition(os.sep)[0] if os.sep in name else None for name in names]
+        return _from_files(path, [os.path.join(path, name) for name in names], tops, found)
+    if shards:
+        return _from_tars(path, [os.path.join(path, name) for name in shards], suffixes, found)
+    _refuse(path, f"contains no image ({_looked_for(suffixes)}) and no .tar, at any depth ({found})")
 
 
 def _number(classes: Sequence[str | None]) -> tuple[np.ndarray | None, list[str]]:
@@ -203,23 +214,10 @@ def _number(classes: Sequence[str | None]) -> tuple[np.ndarray | None, list[str]
     return np.array([number[str(c)] for c in classes]), names
 
 
-def _from_files(path: str, files: list[str], classes: Sequence[str | None]) -> ImageSource:
+def _from_files(path: str, files: list[str], classes: Sequence[str | None], found: Found) -> ImageSource:
     labels, names = _number(classes)
     zero, whole = np.broadcast_to(np.int64(0), len(files)), np.broadcast_to(np.int64(-1), len(files))
-    return ImageSource(path, files, np.arange(len(files)), zero, whole, None, labels, names)
-
-
-def _from_list(path: str) -> ImageSource:
-    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-        entries = [line.rstrip("\r\n").partition("\t") for line in lines if line.strip()]
-    if not entries:
-        _refuse(path, "is an empty list")
-    folder = os.path.dirname(os.path.abspath(path))
-    classes = [label.strip() or None for _, _, label in entries]
-    if None in classes and any(classes):
-        line = classes.index(None)
-        raise ValueError(f"images: {path} gives some images a class, but not {entries[line][0]!r}; wanted all or none")
-    return _from_files(path, [os.path.join(folder, name) for name, _, _ in entries], classes)
+    return ImageSource(path, files, np.arange(len(files)), zero, whole, None, labels, names, found)
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -239,75 +237,25 @@ def _expand_stars(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
 
 
-def _from_tars(path: str, shards: list[str]) -> ImageSource:
-    indices = [_index(shard) for shard in shards]
-    unsaved = [shard for shard, (_, saved) in zip(shards, indices, strict=True) if not saved]
+def _from_tars(path: str, shards: list[str], suffixes: tuple[str, ...] | None, found: Found) -> ImageSource:
+    once: dict[str, str] = {}  # by where they really are
+    for shard in shards:
+        if once.setdefault(real := os.path.realpath(shard), shard) is not shard:
+            found.leave("tar given again", f"{shard}, which is {once[real]}")
+    unsaved, parts = [], []
+    for shard in once.values():
+        index, saved = index_of(shard)
+        parts.append(choose(index, suffixes, found, shard))
+        unsaved += [] if saved else [shard]
     if unsaved:
         logger.warning("the index of %d tars is kept in memory only: cannot write next to %s", len(unsaved), unsaved[0])
-    columns = [columns for columns, _ in indices]
-    members, offset, size, text = (np.concatenate([c[key] for c in columns]) for key in columns[0])
+    members, offset, size, text = (np.concatenate(column) for column in zip(*parts, strict=True))
     if len(members) == 0:
-        _refuse(path, f"contains no image (looked for {' '.join(IMAGE_SUFFIXES)})")
-    file = np.repeat(np.arange(len(shards)), [len(c["members"]) for c in columns])
+        _refuse(path, f"contains no image ({_looked_for(suffixes)}; {found})")
+    file = np.repeat(np.arange(len(parts)), [len(part.names) for part in parts])
     if any(text):
         classes = [os.fsdecode(t) if t else None for t in text]
     else:
         classes = [os.fsdecode(m.partition(b"/")[0]) if b"/" in m else None for m in members]
     labels, names = _number(classes)
-    return ImageSource(path, shards, file, offset, size, members, labels, names)
-
-
-def _index(shard: str) -> tuple[dict[str, np.ndarray], bool]:
-    """The index of one tar's images, and whether it is stored next to the tar."""
-    status, path = os.stat(shard), shard + ".index.npz"
-    key = np.array([INDEX_FORMAT, status.st_size, status.st_mtime_ns])
-    try:
-        with np.load(path) as stored:
-            if np.array_equal(stored["key"], key):
-                return {name: stored[name] for name in ("members", "offset", "size", "text")}, True
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # absent, incomplete, or not one of ours: rebuilt below
-    columns = _scan(shard)
-    part = f"{path}.{secrets.token_hex(4)}"
-    try:
-        with open(part, "xb") as file:
-            np.savez(file, allow_pickle=False, key=key, **columns)
-        os.replace(part, path)
-    except OSError:
-        if os.path.exists(part):
-            os.remove(part)
-        return columns, False
-    return columns, True
-
-
-def _scan(shard: str) -> dict[str, np.ndarray]:
-    """Reads the headers and the .cls members of a tar; `text` is each image's class, or empty."""
-    names: list[bytes] = []
-    places: list[tuple[int, int]] = []
-    classes: dict[bytes, bytes] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar, open(shard, "rb") as data:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-                name = os.path.normpath(member.name)
-                hidden = os.path.basename(name).startswith(".")
-                if member.isfile() and name.endswith(".cls"):
-                    content = os.pread(data.fileno(), member.size, member.offset_data)
-                    classes[_key(os.fsencode(name))] = content.strip()
-                elif member.isfile() and not hidden and name.lower().endswith(IMAGE_SUFFIXES):
-                    names.append(os.fsencode(name))
-                    places.append((member.offset_data, member.size))
-            rest = os.pread(data.fileno(), tarfile.BLOCKSIZE, tar.offset)
-    except tarfile.TarError as error:
-        raise ValueError(f"images: {shard} is not a complete, uncompressed tar ({error})") from error
-    if rest.strip(b"\0"):
-        raise ValueError(f"images: {shard} is damaged: there is no tar header at byte {tar.offset}")
-    offset, size = np.array(places, np.int64).reshape(-1, 2).T
-    text = [classes.get(_key(name), b"") for name in names]
-    return {"members": np.array(names, "S"), "offset": offset, "size": size, "text": np.array(text, "S")}
-
-
-def _key(name: bytes) -> bytes:
-    """The key shared by the members of a WebDataset sample: the path up to the first dot of the file name."""
-    folder, slash, base = name.rpartition(b"/")
-    return folder + slash + base.partition(b".")[0]
+    return ImageSource(path, list(once.values()), file, offset, size, members, labels, names, found)

@@ -161,6 +161,7 @@ class SyntheticImages:
     """
 
     path = "data.synthetic"
+    found = "noise"
 
     def __init__(self, number: int, size: int, seed: int) -> None:
         self.number, self.pixels = number, noise(min(number, DISTINCT), size, seed)
