@@ -117,7 +117,9 @@ def report(result: dict[str, Any], picture: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="engine/configs/demo.yaml")
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="a folder with train/ and val/, labelled")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data/demo/images"), help="a folder with train/ and val/, labelled"
+    )
     parser.add_argument("--steps", type=int, default=300, help="at least 200")
     parser.add_argument("--runs", type=Path, default=Path("runs/fp8"), help="where to train")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/fp8-demo", help="without a suffix")

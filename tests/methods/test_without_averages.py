@@ -15,7 +15,6 @@ from jepa.data.loader import eval_batches
 from jepa.data.sources import open_images
 from jepa.methods import build
 from jepa.model.layout import Place
-from jepa.probes.features import extract
 from jepa.probes.knn import knn
 from jepa.state.encoder import load_encoder
 from jepa.state.partitions import flats
@@ -104,8 +103,9 @@ def accuracy(checkpoint: Path, images: Path) -> float:
     """Of the encoder in a checkpoint, as the online probe measures it."""
     encoder, config = load_encoder(checkpoint)
     source = open_images(images)
-    x, numbers = extract(encoder, eval_batches(source, crop_size=config.data.crop_size, batch_size=41))
-    y = torch.from_numpy(source.labels[numbers])
+    ((pixels, numbers),) = eval_batches(source, crop_size=config.data.crop_size, batch_size=len(source))
+    with torch.no_grad():
+        x, y = encoder(pixels).mean(1), torch.from_numpy(source.labels[numbers])
     return knn(x, y, x, y, k=3)
 
 
@@ -153,7 +153,7 @@ def test_it_resumes_bit_for_bit_and_is_replayed(
 @each
 def test_it_learns_from_the_demos_scenes(name: str, tmp_path: Path) -> None:
     synthetic.write(tmp_path / "scenes", {"train": 256, "val": 6}, 0)
-    config = write_config(tmp_path / "config.yaml", tmp_path / "scenes/train")
+    config = write_config(tmp_path / "config.yaml", tmp_path / "scenes/images/train")
     size = ("data.crop_size=64", "mask.patch_size=8", "data.batch_size=32", "data.num_workers=2")
     rate = ("optimization.lr=2e-3", "optimization.warmup=1", "optimization.epochs=20", "logging.health_freq=20")
     run = start(1, tmp_path / "run", "--config", config, *of(name), *size, *rate)
