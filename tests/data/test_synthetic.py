@@ -1,6 +1,6 @@
 """The drawn scenes hold what their labels say; noise depends on its seed and number alone."""
 
-import csv
+import json
 import random
 from fractions import Fraction
 from pathlib import Path
@@ -62,24 +62,33 @@ def test_a_scene_depends_on_its_number_alone() -> None:
     assert not np.array_equal(whole.images, draw(0, 30, seed=1).images)
 
 
-def test_files_and_table_agree_and_a_second_run_writes_nothing(tmp_path: Path) -> None:
-    root = tmp_path / "set"
-    assert write(root, {"train": 30, "val": 12})
-    with (root / "val/labels.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    scenes = draw(0, 12, split=1)
-    for i, row in enumerate(rows):
-        drawn, stored = scenes.images[i].astype(float), np.asarray(Image.open(root / "val" / row["file"]), float)
-        assert np.abs(drawn - stored).mean() < 4, "JPEG of quality 95"
-        assert row["file"].startswith(row["shape"]) and row["shape"] == SHAPES[scenes.shape[i]]
-        assert int(row["count"]) == scenes.count[i] and float(row["distance"]) == pytest.approx(
-            scenes.distance[i], abs=1e-4
-        )
+def test_files_and_tables_agree_and_a_second_run_writes_nothing(tmp_path: Path) -> None:
+    root, seed = tmp_path / "set", random.getrandbits(31)
+    assert write(root, {"train": 30, "val": 12}, seed)
+    for number, (split, total) in enumerate({"train": 30, "val": 12}.items()):
+        table = json.loads((root / f"scenes/CLEVR_{split}_scenes.json").read_text())
+        scenes = draw(0, total, split=number, seed=seed)
+        assert table["info"]["split"] == split and len(table["scenes"]) == total
+        for i, row in enumerate(table["scenes"]):
+            path = root / "images" / split / row["image_filename"]
+            drawn, stored = scenes.images[i].astype(float), np.asarray(Image.open(path), float)
+            assert np.abs(drawn - stored).mean() < 4, "JPEG of quality 95"
+            assert path.parent.name == SHAPES[scenes.shape[i]] and len(row["objects"]) == scenes.count[i]
+            assert {each["shape"] for each in row["objects"]} == {path.parent.name}
+            depths = [each["pixel_coords"][2] for each in row["objects"]]
+            assert min(depths) == pytest.approx(7 * scenes.distance[i]) and max(depths) <= 7 * FAR
+            for each in row["objects"]:  # an object's part nearest to its place is not the ground
+                x, y, depth = each["pixel_coords"]
+                radius = RADIUS * 7 / depth
+                near = scenes.images[i][int(y - radius) : int(y + radius) + 1, int(x - radius) : int(x + radius) + 1]
+                assert (near.min(-1) > 0.42 * 255).mean() > 0.2
+        assert len(list((root / "images" / split).rglob("*.jpg"))) == total
+    assert [path.name for path in sorted(root.iterdir())] == ["README", "images", "scenes"]
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
-    assert not write(root, {"train": 30, "val": 12})
+    assert not write(root, {"train": 30, "val": 12}, seed)
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
     with pytest.raises(ValueError, match="is not this data set"):
-        write(root, {"train": 31, "val": 12})
+        write(root, {"train": 31, "val": 12}, seed)
 
 
 @pytest.mark.parametrize("size", [7, 32, 70])

@@ -124,7 +124,7 @@ def test_it_trains_and_is_logged_and_probed(engine: Copy) -> None:
         assert row["loss"] == pytest.approx(row["turn"] + 0.05 * row["entropy"] + row["distance"], rel=1e-6)
         assert row["turn"] > 0 and 0 < row["entropy"] < 1.4 and (row["distance"] > 0) == engine.averages
         examined = row["step"] % 2 == 1
-        assert ("turned_rank" in row) == ("turned_std" in row) == ("knn" in row) == examined
+        assert ("turned_rank" in row) == ("turned_std" in row) == ("knn" in row) == ("linear" in row) == examined
         assert ("teacher_distance" in row) == (examined and engine.averages)
         assert ("momentum" in row) == engine.averages and "context_tokens" not in row
     assert (engine.root / "run/jepa-latest/state.json").exists()
@@ -150,7 +150,7 @@ def test_two_ranks_are_one_with_the_whole_batch(engine: Copy) -> None:
     engine.train("two", f"engine.max_steps={STEPS}", "data.batch_size=2", ranks=2)
     for two, one in zip(log(engine, "two"), log(engine), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4) and two.keys() == one.keys()
-        assert two.get("knn") == one.get("knn")
+        assert two.get("knn") == one.get("knn") and two.get("linear") == one.get("linear")
 
 
 def test_it_is_evaluated_exported_and_drawn(engine: Copy, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_it_is_evaluated_exported_and_drawn(engine: Copy, tmp_path: Path) -> Non
     assert "has no predictor; it has" in said and "Traceback" not in said
     name = "target encoder" if engine.averages else "encoder"
     for path in (checkpoint, tmp_path / "encoder"):
-        said = engine.run("engine/evaluate.py", path, "--train", images, "--val", images)
+        said = engine.run("engine/evaluate.py", "knn", path, "--train", images, "--val", images, "--out", out / "eval")
         assert re.search(rf"^{name}  ", said, re.M)
     words = ("--images", images, "--log", engine.root / "run/jepa.jsonl", "--out", out, "--count", 2)
     drawn = engine.run("engine/visualize.py", checkpoint, *words).split()

@@ -103,12 +103,9 @@ def accuracy(checkpoint: Path, images: Path) -> float:
     """Of the encoder in a checkpoint, as the online probe measures it."""
     encoder, config = load_encoder(checkpoint)
     source = open_images(images)
-    features, numbers = [], []
-    for batch, some in eval_batches(source, crop_size=config.data.crop_size, batch_size=41):
-        with torch.no_grad():
-            features.append(encoder(batch).mean(1))
-        numbers += some
-    x, y = torch.cat(features), torch.from_numpy(source.labels[numbers])
+    ((pixels, numbers),) = eval_batches(source, crop_size=config.data.crop_size, batch_size=len(source))
+    with torch.no_grad():
+        x, y = encoder(pixels).mean(1), torch.from_numpy(source.labels[numbers])
     return knn(x, y, x, y, k=3)
 
 

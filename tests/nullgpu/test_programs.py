@@ -20,7 +20,7 @@ from steps import load
 
 from jepa.data.sources import ImageSource
 from jepa.model.vit import build_encoder
-from jepa.probes import features, job, knn, linear, online
+from jepa.probes import features, heads, job, knn, linear, online
 from jepa.ranks import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,9 +60,26 @@ def test_train_resume_replay_export_without_dali(tmp_path: Path) -> None:
 
 def noise(source: ImageSource, **given: Any) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """In place of decoded images: DALI does not load beside the null GPU."""
-    indices, S = given.get("indices"), given["crop_size"]
-    for index in range(len(source)) if indices is None else indices:
+    S = given["crop_size"]
+    for index in given["indices"]:
         yield torch.randint(0, 256, (1, S, S, 3), dtype=torch.uint8).to(given["device"]), [int(index)]
+
+
+NEAREST, LINEAR, WRITE = knn.nearest, linear.linear_probe, features.Store.write  # they need numbers to end
+
+
+def store(where: Any, numbers: list[int], rows: list[torch.Tensor]) -> None:
+    WRITE(where, numbers, [torch.randn(x.shape) for x in rows])
+
+
+def neighbours(train: Any, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    cosine, index = NEAREST(train, *given)
+    return torch.rand(cosine.shape), torch.randint(len(train), index.shape)
+
+
+def half(*given: Any) -> float:
+    LINEAR(*given)
+    return 0.5
 
 
 def test_probe_and_evaluate(tmp_path: Path, ranks: distributed.Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,26 +90,36 @@ def test_probe_and_evaluate(tmp_path: Path, ranks: distributed.Ranks, monkeypatc
     here = [f"data.root_path={tmp_path}/train", f"eval.train_path={tmp_path}/train", f"eval.val_path={tmp_path}/val"]
     config = load("cifar10_vits4_cjepa.yaml", *TINY, *here, "eval.every=1", f"logging.folder={tmp_path}/run")
     monkeypatch.setattr(online, "dali", lambda: None)
-    for module in (online, features):
+    for module in (online, features, heads):
         monkeypatch.setattr(module, "eval_batches", noise)
-    # What a kernel would have written is not there, so numbers are drawn where they are needed to go on.
-    for module, probe in ((online, "knn"), (online, "linear_probe"), (linear, "linear_probe")):
-        monkeypatch.setattr(module, probe, lambda *sets, **given: 0.5)
-    search, write = knn.nearest, features.Store.write
-    monkeypatch.setattr(knn, "nearest", lambda *given: [torch.zeros_like(found) for found in search(*given)])
-    monkeypatch.setattr(
-        features.Store, "write", lambda self, numbers, rows: write(self, numbers, [torch.randn(x.shape) for x in rows])
-    )
+    monkeypatch.setattr(features.Store, "write", store)
+    for module in (knn, linear):
+        monkeypatch.setattr(module, "check", lambda *sets: None)
+    monkeypatch.setattr(knn, "nearest", neighbours)
+    monkeypatch.setattr(linear, "linear_probe", half)
+    monkeypatch.setattr(linear, "STEPS", 3)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: (torch.ones(len(x)).to(x), torch.eye(len(x)).to(x)))  # cuSOLVER
+    monkeypatch.setattr(online, "linear_probe", lambda *sets: float(all(x.is_cuda for x in sets)))  # labels are numbers
     during = online.OnlineProbe(config, 0, 1, ranks.device)
-    assert 0 <= during(build_encoder(config).to(ranks.device, config.dtype))["knn"] <= 1
+    found = during(build_encoder(config).to(ranks.device, config.dtype))
+    assert 0 <= found["knn"] <= 1 and found["linear"] == 1
 
     run(*TRAIN, *TINY, "data.synthetic=64", "engine.max_steps=2", f"logging.folder={tmp_path}/run")
-    words = ["--train", f"{tmp_path}/train", "--val", f"{tmp_path}/val", "--out", f"{tmp_path}/out"]
-    for protocol in (knn, linear):
+    for protocol, *words in ((knn, "--k", "3"), (linear,)):
         parser = argparse.ArgumentParser()
         job.arguments(parser)
         protocol.arguments(parser)
-        args = parser.parse_args([f"{tmp_path}/run/jepa-latest", *words])
+        given = [f"{tmp_path}/run/jepa-latest", "--train", f"{tmp_path}/train", "--val", f"{tmp_path}/val", *words]
+        args = parser.parse_args([*given, "--out", f"{tmp_path}/out", "--precision", "bf16"])
         rows = protocol.run(job.open_job(args, ranks), args).rows
         assert [row["features"] for row in rows] == ["target encoder", "untrained encoder", "pixels"]
-        assert all(0 <= float(row["class"]) <= 100 for row in rows)
+        assert all(0 <= float(str(row["class"])) <= 100 for row in rows)
+
+
+def test_the_papers_heads_learn_on_the_device(ranks: distributed.Ranks) -> None:
+    for norm in (False, True):
+        group = heads.Group(1, norm, 24, 5, [(0.1, 0.0), (0.2, 0.1)]).to(ranks.device)
+        x, y = torch.randn(8, 24).to(ranks.device), torch.randint(5, (8,)).to(ranks.device)
+        group.learn(x, y, 1.0)
+        assert group.logits(group.normalised(x)).shape == (8, 2, 5)
+        assert all(value.is_cuda for value in group.state().values())

@@ -153,17 +153,20 @@ def test_a_log_has_a_panel_for_what_it_holds_and_the_lines_go_through_its_values
                         for i, (a, b) in enumerate(values.tolist())]  # fmt: skip
     rows[3] |= {"knn": 0.25, "target_rank": 7.0}
     rows[6] |= {"loss": float("nan"), "jepa": float("nan")}
-    rows[8] |= {"knn": 0.5, "target_rank": 9.0}
+    rows[8] |= {"knn": 0.5, "target_rank": 9.0, "linear": 0.75}
+    rows[9] |= {"linear": 0.625}
     del rows[4]["lr"]
     figure = training_curves(log_file(tmp_path / "run.jsonl", rows, '{"step": 6'), tmp_path / "curves.png")
 
     found = {axes.get_title("left"): [line.get_xydata() for line in axes.lines] for axes in figure.axes}
+    probes = found.pop("Accuracy of probes (%)")
+    for line, wanted in zip(probes, ([[15, 25], [40, 50]], [[40, 75], [45, 62.5]]), strict=True):
+        np.testing.assert_allclose(line, wanted)
     assert all(len(lines) == 1 for lines in found.values())  # the loss of I-JEPA is its prediction loss
     lines = {title: lines[0] for title, lines in found.items()}
-    assert set(lines) == {"Loss", "Learning rate", "Accuracy of probes (%)", "Effective rank of features"}
+    assert set(lines) == {"Loss", "Learning rate", "Effective rank of features"}
     np.testing.assert_allclose(lines["Learning rate"][:, 0], [5 * i for i in range(12) if i != 4])
     np.testing.assert_allclose(lines["Learning rate"][:, 1], np.delete(values[:, 1], 4))
-    np.testing.assert_allclose(lines["Accuracy of probes (%)"], [[15, 25], [40, 50]])
     assert np.isnan(lines["Loss"][6, 1]) and np.isfinite(lines["Loss"]).sum() == 23
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["curves.png", "run.jsonl"]
     assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).min() < 128

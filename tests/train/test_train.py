@@ -70,7 +70,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(config: Path, images: Path, tmp_
         f"eval.train_path={images}",
         f"eval.val_path={images}",
     )
-    health = ("target_", "pred_", "teacher_", "knn")
+    health = ("target_", "pred_", "teacher_", "knn", "linear")
     assert [{k: v for k, v in row.items() if not k.startswith(health)} for row in parts] == whole
     assert any("target_rank" in row for row in parts) and any("knn" in row for row in parts)
     columns, *rows = (tmp_path / "parts/jepa_r0.csv").read_text().splitlines()

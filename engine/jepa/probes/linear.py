@@ -80,9 +80,8 @@ def linear_probe(
     check(train_x, train_y, test_x, test_y)
     device = job.ranks.device if job else torch.device("cpu") if isinstance(train_x, Features) else train_x.device
     rank, world, say = (job.ranks.rank, job.ranks.world_size, job.say) if job else (0, 1, quiet)
-    axes = Axes(train_x, device)
-    train_y, test_y = train_y.to(device), test_y.to(device)
     classes = int(torch.cat([train_y, test_y]).max()) + 1
+    axes, train_y, test_y = Axes(train_x, device), train_y.to(device), test_y.to(device)
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))
     held, fitted = order[: len(train_x) // 5], order[len(train_x) // 5 :]
     x, mine = axes.rotated(train_x), STRENGTHS[rank::world]
