@@ -3,10 +3,10 @@
     python engine/doctor.py                                   a minute at most
     python engine/doctor.py --data PATH [--list FILE.txt]     looks at every image of a data set instead
 
-Every line is ok, note (worth knowing) or wrong, with the cure. A scan reads and decodes all images on all cores, goes on
-after an interruption, and then knows which cannot be read and which are the same; --list writes the others to a list
+Every line is ok, note (worth knowing) or wrong, with the cure. A scan reads and decodes all images on all cores, goes
+on after an interruption, and then knows which cannot be read and which are the same; --list writes the others to a list
 that data.root_path takes. --json prints the same for programs. Exit codes: 0 nothing is wrong, 1 something is, 2 the
-command is, 130 interrupted.
+command cannot be understood, 130 interrupted.
 """
 
 import argparse
@@ -16,17 +16,19 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jepa.ranks import machine
 from jepa.ranks.machine import Finding, contained
 
 ENGINE = Path(__file__).resolve().parent
-SECONDS = 60  # for all parts together
+SECONDS = 60  # for all parts together, on a machine that does nothing else
+WIDTH = 120
 PARTS = {
     "packages": "what is installed",
     "kernels": "the kernels against their references",
@@ -48,7 +50,8 @@ def examine(device: str, debug: bool) -> Iterator[Finding]:
             ("open files", machine.open_files),
         ):
             yield from contained(name, check)
-        end = time.monotonic() + SECONDS
+        busy = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+        end = time.monotonic() + SECONDS * min(10.0, max(1.0, busy))
         for part, child in children.items():
             yield from results(part, child, end)
     finally:
@@ -74,7 +77,7 @@ def results(part: str, child: subprocess.Popen[str], end: float) -> Iterator[Fin
     except subprocess.TimeoutExpired:
         child.kill()
         found, said = child.communicate()
-        how = f"did not end within {SECONDS} s"
+        how = "did not end in time"
     last = part
     for line in found.splitlines():
         try:
@@ -87,14 +90,16 @@ def results(part: str, child: subprocess.Popen[str], end: float) -> Iterator[Fin
         reason = (said or "").strip().rpartition("\n")[2][:160]
         after = "" if last == part else f" (after: {last})"
         cure = "what is checked next after that line is broken, or the machine is overloaded; --debug shows all of it"
-        yield Finding("wrong", part, f"{PARTS[part]}: its process {how}{after}" + (f": {reason}" if reason else ""), cure)
+        yield Finding(
+            "wrong", part, f"{PARTS[part]}: its process {how}{after}" + (f": {reason}" if reason else ""), cure
+        )
 
 
 def ending(code: int) -> str:
     return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def be_part(part: str, device: str, debug: bool) -> int:
+def be_part(part: str, device: str, debug: bool) -> NoReturn:
     """In a part's own process: prints its findings, a JSON list a line. What else is printed goes to stderr."""
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -110,7 +115,7 @@ def be_part(part: str, device: str, debug: bool) -> int:
 
     for finding in contained(part, check):
         print(json.dumps(finding), file=lines, flush=True)
-    return 0
+    os._exit(0)  # what is imported may take long to end, or crash
 
 
 def shown(findings: Iterable[Finding]) -> Iterator[Finding]:
@@ -122,16 +127,23 @@ def shown(findings: Iterable[Finding]) -> Iterator[Finding]:
         raise
 
 
-def look_at_data(args: argparse.Namespace) -> tuple[list[Finding], dict[str, Any]]:
-    """The scan of a data set: what is said, and everything that was counted."""
-    from tqdm import tqdm
-
+def open_data(args: argparse.Namespace) -> Any:
+    """The images of --data. Raises ValueError if there are none, or none that --list can name."""
     from jepa.data import scan
     from jepa.data.sources import open_images
 
     source = open_images(args.data)
     if args.list:
         scan.refuse_tars(source)
+    return source
+
+
+def look_at_data(args: argparse.Namespace, source: Any) -> tuple[list[Finding], dict[str, Any]]:
+    """The scan of a data set: what is said, and everything that was counted."""
+    from tqdm import tqdm
+
+    from jepa.data import scan
+
     kept = kept_file(args.data)
     if args.fresh:
         kept.unlink(missing_ok=True)
@@ -161,10 +173,10 @@ def summary(counts: dict[str, Any]) -> Iterator[Finding]:
     def of(kind: str) -> str:
         return ", ".join(f"{number} {name}" for name, number in counts[kind].items())
 
-    def some(names: Iterable[str]) -> str:
+    def some(names: Iterable[str]) -> tuple[str, ...]:
         first = list(names)
-        more = f"\n{'':21}and {len(first) - SHOWN} more: --json has all" if len(first) > SHOWN else ""
-        return "".join(f"\n{'':21}{name}" for name in first[:SHOWN]) + more
+        more = [f"and {len(first) - SHOWN} more: --json has all"] if len(first) > SHOWN else []
+        return (*first[:SHOWN], *more)
 
     size = f"{counts['bytes'] / 2**30:.2f} GiB" if counts["bytes"] > 2**28 else f"{counts['bytes'] / 2**20:.1f} MiB"
     classes = f", {counts['classes']} classes" if counts["classes"] else ", no classes"
@@ -176,13 +188,14 @@ def summary(counts: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("ok", "formats", f"{of('formats')}; {of('modes')}")
         yield Finding("ok", "shorter side", f"{low} to {high} pixels, median {middle}")
     if unreadable := counts["unreadable"]:
-        said = f"{len(unreadable)} cannot be used:" + some(f"{name}: {why}" for name, why in unreadable.items())
-        yield Finding("wrong", "unreadable", said, "remove or replace them, or train on --list FILE.txt without them")
+        cure = "remove or replace them, or train on --list FILE.txt without them"
+        names = some(f"{name}: {why}" for name, why in unreadable.items())
+        yield Finding("wrong", "unreadable", f"{len(unreadable)} cannot be used", cure, names)
     if copies := counts["copies"]:
-        said = f"{len(copies)} have the bytes of another:" + some(f"{name} = {first}" for name, first in copies.items())
-        if apart := counts["copies in another class"]:
-            said += f"\n{'':21}{len(apart)} of them in another class than it"
-        yield Finding("note", "copies", said, "--list FILE.txt keeps the first of each")
+        apart = len(counts["copies in another class"])
+        said = f"{len(copies)} have the bytes of another" + (f", {apart} of them in another class" if apart else "")
+        names = some(f"{name} = {first}" for name, first in copies.items())
+        yield Finding("note", "copies", said, "--list FILE.txt keeps the first of each", names)
     if not unreadable and not copies:
         yield Finding("ok", "all of them", "can be decoded, and no two have the same bytes")
 
@@ -192,16 +205,22 @@ def show(findings: Iterable[Finding]) -> list[Finding]:
     kept = []
     for finding in findings:
         kept.append(finding)
-        print(f"{finding.level:<6} {finding.name:<13} {finding.says}", flush=True)
-        if finding.cure:
-            print(f"{'':20} -> {finding.cure}", flush=True)
+        head = f"{finding.level:<6} {finding.name:<13} "
+        lines = textwrap.wrap(head + finding.says, WIDTH, subsequent_indent=" " * len(head), break_on_hyphens=False)
+        lines += [" " * len(head) + detail for detail in finding.details]
+        lines += [" " * len(head) + "-> " + finding.cure] if finding.cure else []
+        print("\n".join(lines), flush=True)
     return kept
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to test (default: %(default)s)")
-    parser.add_argument("--data", metavar="PATH", help="scan what data.root_path would be given: a folder, list or tars")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="to test (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--data", metavar="PATH", help="scan what data.root_path would be given: a folder, list or tars"
+    )
     parser.add_argument("--list", type=Path, metavar="FILE.txt", help="write the usable images of --data to this list")
     parser.add_argument("--workers", type=int, metavar="N", help="processes of a scan (default: cores, at most 16)")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier scan of the same --data has seen")
@@ -223,22 +242,27 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     if args.part:
-        return be_part(args.part, args.device, args.debug)
+        be_part(args.part, args.device, args.debug)
     print_now: Callable[[Iterable[Finding]], list[Finding]] = list if args.json else show
-    counts = {}
+    counts: dict[str, Any] = {}
     try:
         if args.data:
-            found, counts = look_at_data(args)
+            try:
+                source = open_data(args)
+            except ValueError as error:
+                print(f"engine/doctor.py: {error}", file=sys.stderr)
+                return 2
+            found, counts = look_at_data(args, source)
             found = print_now(found)
         else:
             found = print_now(examine(args.device, args.debug))
     except KeyboardInterrupt:
         print("engine/doctor.py: interrupted" + ("; the same command goes on" if args.data else ""), file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as error:  # a package that the scan needs is broken, the storage fails, the disk is full
         if args.debug:
             raise
-        print(f"engine/doctor.py: {error}", file=sys.stderr)
+        print(f"engine/doctor.py: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     wrong = [finding.name for finding in found if finding.level == "wrong"]
     if args.json:

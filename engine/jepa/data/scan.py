@@ -12,17 +12,17 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .decode import Crops, Decoder, dali
 from .sources import ImageSource, open_images
@@ -31,6 +31,7 @@ CHUNK = 16  # images that a process is given at once
 MOST_PIXELS = 2**28  # of a header that is believed; decoded, they take 0.8 GB
 SHOWN = 32  # pixels a side of the resized image, which is thrown away
 SAID = 120  # characters of a reason
+CRASHES = "decoding it ends the process that tries"
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +85,11 @@ def scan(source: ImageSource, kept: Path | None, workers: int, progress: Any = N
     todo = [i for i, one in enumerate(seen) if one is None]
     if progress is not None:
         progress.update(len(names) - len(todo))
-    with ExitStack() as stack:
-        lines = stack.enter_context(_open_kept(kept, decoder)) if kept and todo else None
-        looked = stack.enter_context(_closing(_look_at(source, todo, workers, decoder == "DALI")))
+    keep = _Keeper(kept if todo else None, decoder)
+    with keep, closing(_look_at(source, todo, workers, decoder == "DALI")) as looked:  # its processes end with it
         for i, found in looked:
             seen[i] = found
-            if lines:
-                lines.write(json.dumps([names[i], *found]) + "\n")
+            keep.add(names[i], found)
             if progress is not None:
                 progress.update(1)
     whole = [one for one in seen if one is not None]
@@ -121,6 +120,9 @@ def count(source: ImageSource, findings: Findings) -> dict[str, Any]:
     }
 
 
+_UNFIT = {*"\t\r\n"}  # in a name: they end it in a list
+
+
 def write_list(path: Path, source: ImageSource, findings: Findings) -> list[str]:
     """Writes the usable images as a list that `open_images` reads, with their classes if they have any. Returns the
     names that a list cannot hold, which are left out.
@@ -129,12 +131,16 @@ def write_list(path: Path, source: ImageSource, findings: Findings) -> list[str]
     written; OSError.
     """
     refuse_tars(source)
-    wanted = [(i, os.path.abspath(source.name(i))) for i in findings.usable()]
-    held = [(i, name) for i, name in wanted if not {*"\t\r\n\0"} & {*name}]
+    wanted = [(i, os.path.join(os.getcwd(), source.name(i))) for i in findings.usable()]
+    held = [(i, name) for i, name in wanted if not _UNFIT & {*name}]
     if not held:
         raise ValueError(f"--list: no image of {source.path} can be used; nothing was written")
     classes = None if source.labels is None else [source.classes[source.labels[i]] for i, _ in held]
-    lines = [name for _, name in held] if classes is None else [f"{n}\t{c}" for (_, n), c in zip(held, classes, strict=True)]
+    lines = (
+        [name for _, name in held]
+        if classes is None
+        else [f"{n}\t{c}" for (_, n), c in zip(held, classes, strict=True)]
+    )
     part = path.with_name(f"{path.name}.part.txt")
     part.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
     again = open_images(part)
@@ -142,7 +148,7 @@ def write_list(path: Path, source: ImageSource, findings: Findings) -> list[str]
     if [again.name(i) for i in range(len(again))] != [name for _, name in held] or labels != classes:
         raise ValueError(f"--list: {part} does not open as the images that it lists; it is left for you to look at")
     part.replace(path)
-    return [name for _, name in wanted if {*"\t\r\n\0"} & {*name}]
+    return [name for _, name in wanted if _UNFIT & {*name}]
 
 
 def refuse_tars(source: ImageSource) -> None:
@@ -170,13 +176,41 @@ def _copies(seen: Sequence[Seen]) -> dict[int, int]:
 # --- what was kept
 
 
-def _open_kept(kept: Path, decoder: str) -> Any:
-    """The file to add lines to; one that another decoder filled is begun anew."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    is_new = _first_line(kept) != _head(decoder)
-    lines = open(kept, "w" if is_new else "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (the caller closes it)
-    lines.write(_head(decoder) if is_new else "\n")  # the last line may be half of one
-    return lines
+class _Keeper:
+    """Adds lines to the file of what was seen; begins it anew if another decoder filled it. A disk that takes no more
+    is no reason to stop."""
+
+    def __init__(self, kept: Path | None, decoder: str) -> None:
+        self._kept, self._decoder = kept, decoder
+        self._lines: TextIO | None = None
+
+    def __enter__(self) -> None:
+        if self._kept:
+            is_new = _first_line(self._kept) != _head(self._decoder)
+            try:
+                self._kept.parent.mkdir(parents=True, exist_ok=True)
+                self._lines = open(self._kept, "w" if is_new else "a", encoding="utf-8", buffering=1)
+            except OSError as error:
+                self._give_up(error)
+            self._write(_head(self._decoder) if is_new else "\n")  # the last line may be half of one
+
+    def add(self, name: str, seen: Seen) -> None:
+        self._write(json.dumps([name, *seen]) + "\n")
+
+    def _write(self, line: str) -> None:
+        if self._lines:
+            try:
+                self._lines.write(line)
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._lines = None
+        logger.warning("%s: %s; after an interruption the scan will begin anew from there", self._kept, error.strerror)
+
+    def __exit__(self, *_: object) -> None:
+        if self._lines:
+            self._lines.close()
 
 
 def _head(decoder: str) -> str:
@@ -227,33 +261,32 @@ def _stamp(source: ImageSource, i: int) -> str:
 # --- the processes
 
 
-class _closing:
-    """Closes a generator: its processes end with it."""
-
-    def __init__(self, looked: Iterator[tuple[int, Seen]]) -> None:
-        self.looked = looked
-
-    def __enter__(self) -> Iterator[tuple[int, Seen]]:
-        return self.looked
-
-    def __exit__(self, *_: object) -> None:
-        self.looked.close()  # type: ignore[attr-defined]
-
-
 def _pool(workers: int, by_dali: bool) -> ProcessPoolExecutor:
+    """Processes that are ready to look. Raises Broken."""
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, spawn, initializer=_prepare, initargs=(by_dali,))
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_prepare, initargs=(by_dali,))
+    try:
+        pool.submit(os.getpid).result()
+    except BrokenProcessPool as error:
+        raise Broken(
+            "the processes that look at images end before they have begun; engine/doctor.py says why"
+        ) from error
+    return pool
 
 
-def _look_at(source: ImageSource, todo: Sequence[int], workers: int, by_dali: bool) -> Iterator[tuple[int, Seen]]:
+def _look_at(
+    source: ImageSource, todo: Sequence[int], workers: int, by_dali: bool
+) -> Generator[tuple[int, Seen], None, None]:
     """Yields what each image is, as it is known. Images that were in work when a process died are looked at alone."""
-    chunks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
+    chunks = deque(todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK))
     while chunks:
-        pool, begun, died = _pool(min(workers, len(chunks)), by_dali), {}, []
+        pool = _pool(min(workers, len(chunks)), by_dali)
+        begun: dict[Future[list[Seen]], Sequence[int]] = {}
+        died: list[Sequence[int]] = []
         try:
             while chunks or begun:
                 while chunks and len(begun) < 2 * workers and not died:
-                    chunk = chunks.pop(0)
+                    chunk = chunks.popleft()
                     begun[pool.submit(_look, _part(source, chunk))] = chunk
                 for future in wait(begun, return_when=FIRST_COMPLETED).done:
                     chunk = begun.pop(future)
@@ -269,7 +302,7 @@ def _look_at(source: ImageSource, todo: Sequence[int], workers: int, by_dali: bo
 
 
 def _one_by_one(source: ImageSource, images: Sequence[int], by_dali: bool) -> Iterator[tuple[int, Seen]]:
-    pool, looked = None, 0
+    pool = None
     try:
         for i in images:
             pool = pool or _pool(1, by_dali)
@@ -279,8 +312,7 @@ def _one_by_one(source: ImageSource, images: Sequence[int], by_dali: bool) -> It
             except BrokenProcessPool:
                 pool.shutdown()
                 pool = None
-                yield i, Seen(_stamp(source, i), 0, "", "", "", 0, 0, "decoding it ends the process that tries")
-            looked += 1
+                yield i, Seen(_stamp(source, i), 0, "", "", "", 0, 0, CRASHES)
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
@@ -299,7 +331,7 @@ _decoder: Decoder | None = None  # of a process that looks at images
 def _prepare(by_dali: bool) -> None:
     global _decoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process ends the others
-    logging.getLogger("jepa").setLevel(logging.ERROR)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native decoders complain there of what is reported anyway
     Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS instead
     _decoder = Decoder("cpu", "cpu", 1) if by_dali else None
 
@@ -311,28 +343,42 @@ def _look(part: ImageSource) -> list[Seen]:
 def _look_at_one(part: ImageSource, i: int) -> Seen:
     stamp = _stamp(part, i)
     try:
-        data = part.read(i)
+        data = part.read(i).tobytes()
     except OSError as error:
         return Seen(stamp, 0, "", "", "", 0, 0, _short(error.strerror or error))
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-    kind = mode = ""
-    width = height = 0
-    fault = ""
     try:
         with Image.open(io.BytesIO(data)) as image:
             kind, mode, (width, height) = image.format or "", image.mode, image.size
-            if width * height > MOST_PIXELS:
-                fault = f"its header claims {width} x {height} pixels"
-            elif _decoder is None:
-                image.convert("RGB")
+        fault = f"its header claims {width} x {height} pixels" if width * height > MOST_PIXELS else ""
     except Exception as error:  # Pillow's plugins raise of every kind for damaged files
+        kind, mode, width, height = "", "", 0, 0
         fault = "" if _decoder else _short(error)
-    if _decoder and not fault:
+    if not fault:
         try:
-            _decoder([data], [Crops(SHOWN, _whole)])
-        except RuntimeError as error:
-            fault = _short(error)
+            if _decoder:
+                _decoder([np.frombuffer(data, np.uint8)], [Crops(SHOWN, _whole)])
+            else:
+                _decode_by_pillow(data)
+        except Exception as error:  # as above; DALI raises RuntimeError
+            fault = _why(data, error)
     return Seen(stamp, len(data), digest, kind, mode, width, height, fault)
+
+
+def _decode_by_pillow(data: bytes) -> None:
+    with Image.open(io.BytesIO(data)) as image:
+        image.convert("RGB")
+
+
+def _why(data: bytes, error: Exception) -> str:
+    """Pillow's reason, which is in words, if it has one; else the decoder's own."""
+    try:
+        _decode_by_pillow(data)
+    except UnidentifiedImageError:
+        return "not an image"
+    except Exception as in_words:
+        return _short(in_words)
+    return f"DALI: {_short(error)}"
 
 
 def _whole(sizes_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

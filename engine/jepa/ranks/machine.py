@@ -22,6 +22,7 @@ class Finding(NamedTuple):
     name: str
     says: str
     cure: str = ""
+    details: tuple[str, ...] = ()
 
 
 def contained(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
@@ -30,7 +31,9 @@ def contained(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Fin
         yield from check()
     except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())
-        yield Finding("wrong", name, f"the check itself failed: {type(error).__name__}: {said[:200]}", "--debug shows where")
+        yield Finding(
+            "wrong", name, f"the check itself failed: {type(error).__name__}: {said[:200]}", "--debug shows where"
+        )
 
 
 def system() -> Iterator[Finding]:
@@ -57,7 +60,9 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str = platform.mac
         yield Finding("ok", "processor", name)
     elif "avx2" not in flags:
         cure = "use a newer processor, or let the virtual machine pass the host's (QEMU: -cpu host)"
-        yield Finding("note", "processor", f"{name} without AVX2: the C++ kernels and torch are several times slower", cure)
+        yield Finding(
+            "note", "processor", f"{name} without AVX2: the C++ kernels and torch are several times slower", cure
+        )
     else:
         best = "AVX-512" if "avx512f" in flags else "AVX2"
         yield Finding("ok", "processor", f"{name}, {best}" + (", bf16" if "avx512_bf16" in flags else ""))
@@ -92,7 +97,9 @@ def shared_memory(gpus: int = 0, folder: str = "/dev/shm") -> Iterator[Finding]:
 
 def compiler(needed: bool) -> Iterator[Finding]:
     """`needed`: there is a GPU, for which Triton and torch.compile call a C compiler."""
-    found = next((path for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (path := shutil.which(name))), None)
+    found = next(
+        (path for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (path := shutil.which(name))), None
+    )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     why = "Triton and torch.compile call one on a GPU" if needed else "only a build of the C++ kernels needs one here"
     level: Literal["note", "wrong"] = "wrong" if needed else "note"

@@ -132,16 +132,18 @@ def facts() -> Facts:
     from jepa.ranks.device import driver_version, has_nvidia
 
     try:
-        from jepa.train.zero_step import READ
+        from . import zero_step
+
+        read = zero_step.READ
     except Exception:  # what it imports is broken, and reported by itself
-        READ = ()
+        read = (installed.get("deepspeed", ""),)
     return Facts(
-        versions=dict(installed) | {"torch": torch.__version__},
+        versions={**installed, "torch": torch.__version__},
         cuda=torch.version.cuda,
         driver=driver_version(),
         has_nvidia=has_nvidia(),
         dali=sorted(name for name in installed if name.startswith("nvidia-dali-cuda")),
-        read=READ or (installed.get("deepspeed", ""),),
+        read=read,
     )
 
 
@@ -154,7 +156,7 @@ def known_pairs(facts: Facts) -> Iterator[Finding]:
 def requirements() -> Iterator[Finding]:
     """What the packages here ask of one another's versions, where it is not so."""
     Requirement = importlib.import_module("packaging.requirements").Requirement  # DeepSpeed and pytest bring it
-    interesting = {"torch", "triton", "numpy", "pillow", "pydantic", "setuptools"}
+    interesting = {"torch", "triton", "numpy", "pillow", "pydantic"}
     for name in (*IN_USE, *(package for package, _, _ in OPTIONAL), *DALI.values()):
         try:
             wanted = metadata.requires(name) or []
@@ -170,8 +172,12 @@ def requirements() -> Iterator[Finding]:
             except metadata.PackageNotFoundError:
                 continue  # torch builds for CPUs ask for triton without needing it
             if not requirement.specifier.contains(here, prereleases=True):
-                said = f"{name} {metadata.version(name)} wants {requirement.name}{requirement.specifier}; {here} is installed"
-                cure = f"pip install a {name} for {requirement.name} {here.partition('+')[0]}, from the index of that build"
+                said = (
+                    f"{name} {metadata.version(name)} wants {requirement.name}{requirement.specifier}; here is {here}"
+                )
+                cure = (
+                    f"install a {name} that fits {requirement.name} {here.partition('+')[0]}, or pip uninstall {name}"
+                )
                 yield Finding("wrong", f"{name} and {requirement.name}", said, cure)
 
 
@@ -192,7 +198,9 @@ def torch_here(device: str) -> Iterator[Finding]:
         yield from shared_memory()
         return
     if chosen.type == "cpu":
-        yield Finding("ok", "device", f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+        yield Finding(
+            "ok", "device", f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        )
     else:
         yield from _gpus(torch)
     gpus = torch.cuda.device_count() if chosen.type == "cuda" else 0
@@ -248,7 +256,9 @@ def imported(package: str, module: str | None = None, cure: str = "") -> Iterato
     except metadata.PackageNotFoundError:
         yield Finding("wrong", package, "not installed", cure or f"pip install -c constraints.txt {package}")
     except Exception as error:
-        yield Finding("wrong", package, f"{version} cannot be imported: {_short(error)}", cure or f"{REINSTALL} {package}")
+        yield Finding(
+            "wrong", package, f"{version} cannot be imported: {_short(error)}", cure or f"{REINSTALL} {package}"
+        )
 
 
 def dali(facts: Facts) -> Iterator[Finding]:
@@ -264,12 +274,15 @@ def dali(facts: Facts) -> Iterator[Finding]:
         load()
         yield Finding("ok", "DALI", f"{facts.version(name)} ({name})")
     except Exception as error:
-        yield Finding("wrong", "DALI", f"{name} {facts.version(name)} cannot be imported: {_short(error)}", f"{REINSTALL} {name}")
+        yield Finding(
+            "wrong", "DALI", f"{name} {facts.version(name)} cannot be imported: {_short(error)}", f"{REINSTALL} {name}"
+        )
 
 
 def optional() -> Iterator[Finding]:
     """Those that are here and work, those that are here and do not, and those that are not."""
     here, missing = [], []
+    broken: dict[str, list[tuple[str, str]]] = {}  # by reason: one that does not work takes others with it
     for package, module, use in OPTIONAL:
         try:
             version = metadata.version(package)
@@ -281,14 +294,17 @@ def optional() -> Iterator[Finding]:
                 importlib.import_module(module)
             here.append(f"{package} {version}")
         except Exception as error:
-            import torch
-
-            fits = f"install the {package} that is built for torch {torch.__version__}, from the index torch came from"
-            yield Finding("wrong", package, f"{version} cannot be imported: {_short(error)} ({use})", f"{fits}; or pip uninstall {package}")
+            broken.setdefault(_short(error), []).append((f"{package} {version}", use))
+    for reason, packages in broken.items():
+        names, (first, _, _) = ", ".join(name for name, _ in packages), packages[0][0].partition(" ")
+        uses = dict.fromkeys(word for _, use in packages for word in use.split(", "))
+        said = f"{names} cannot be imported ({reason}); for {', '.join(uses)}"
+        built = f"for torch {metadata.version('torch')}, from the index that torch came from"
+        yield Finding("wrong", first, said, f"install the {first} that is built {built}; or pip uninstall {first}")
     if here:
         yield Finding("ok", "optional", ", ".join(here))
     if missing:
-        yield Finding("ok", "not here", ", ".join(missing) + " (optional)")
+        yield Finding("ok", "not here", f"{', '.join(missing)} (optional)")
 
 
 def _short(error: BaseException) -> str:
@@ -310,4 +326,3 @@ def examine(device: str) -> Iterator[Finding]:
     yield from contained("known pairs", lambda: known_pairs(found))
     yield from contained("requirements", requirements)
     yield from contained("optional", optional)
-

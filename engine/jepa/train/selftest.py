@@ -108,11 +108,15 @@ def kernels(device: str) -> Iterator[Finding]:
     if served:
         yield Finding("ok", "ops", f"on {place.type}, {SERVED[place.type]}: {', '.join(served)}")
     if plain:
-        yield Finding("note", "ops", f"on {place.type}, plain PyTorch: {', '.join(plain)}", "python setup.py build_ext --inplace")
+        yield Finding(
+            "note", "ops", f"on {place.type}, plain PyTorch: {', '.join(plain)}", "python setup.py build_ext --inplace"
+        )
     if off or untried:
         said = f"differ from their references: {', '.join(off)}. " if off else ""
         said += f"not compared: {', '.join(untried)}" if untried else ""
-        yield Finding("wrong", "self-test", said.strip(), "rebuild: python setup.py build_ext --inplace; then make test")
+        yield Finding(
+            "wrong", "self-test", said.strip(), "rebuild: python setup.py build_ext --inplace; then make test"
+        )
     else:
         yield Finding("ok", "self-test", f"{len(worst)} ops agree with their references, in fp32 and bf16")
     yield from attention(place)
@@ -128,7 +132,11 @@ def attention(place: torch.device) -> Iterator[Finding]:
     exact = attend(q.float(), k.float(), v.float(), "math")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fused = attend(q, k, v)
-    names = {event.name.removeprefix("aten::_scaled_dot_product_") for event in profile.events() or () if "::_scaled_dot" in event.name}
+    names = {
+        event.name.removeprefix("aten::_scaled_dot_product_")
+        for event in profile.events() or ()
+        if "::_scaled_dot" in event.name
+    }
     names = {name for name in names if "backward" not in name} or {"scaled_dot_product_attention"}
     also, off = [], ["sdpa"] if difference(fused, exact) > CLOSE[torch.bfloat16] else []
     for backend in HOW_TO_GET if place.type == "cuda" else ():
@@ -141,7 +149,9 @@ def attention(place: torch.device) -> Iterator[Finding]:
             continue  # not installed
     said = f"sdpa, by {' and '.join(sorted(names))}" + (f"; also here: {', '.join(also)}" if also else "")
     if off:
-        yield Finding("wrong", "attention", f"{said}; wrong results: {', '.join(off)}", "give another: engine.attention=math")
+        yield Finding(
+            "wrong", "attention", f"{said}; wrong results: {', '.join(off)}", "give another: engine.attention=math"
+        )
     else:
         yield Finding("ok", "attention", said)
 
@@ -205,7 +215,9 @@ def step(device: str) -> Iterator[Finding]:
         moved = any(bool((p.float() != old).any()) for p, old in zip(engine.module.parameters(), before, strict=True))
     finally:
         dist.destroy_process_group()
-    said = f"loss {losses[0]:.4f}, then {losses[1]:.4f}, in {precision} on {place.type}, ZeRO {config.engine.zero_stage}"
+    said = (
+        f"loss {losses[0]:.4f}, then {losses[1]:.4f}, in {precision} on {place.type}, ZeRO {config.engine.zero_stage}"
+    )
     if all(map(math.isfinite, losses)) and all(applied) and moved:
         yield Finding("ok", "training", said)
     else:
