@@ -6,7 +6,7 @@ BIN := .venv/bin
 SOURCES := kernels engine benchmarks tests setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo quick test test-cuda test-eval soak lint bench bench-gpu bench-wheels sanitize clean
+.PHONY: setup demo doctor quick test test-cuda test-eval soak lint bench bench-gpu bench-wheels sanitize clean
 
 setup: .venv/installed
 
@@ -30,6 +30,10 @@ demo: setup
 	$(EVALUATE) report runs/demo/eval
 	$(BIN)/python engine/visualize.py runs/demo/jepa-latest --images data/demo/val --log runs/demo/jepa.jsonl \
 		--out runs/demo
+
+# Whether this machine and what is installed can train. DATA=PATH: looks at every image of a data set instead.
+doctor: setup
+	$(BIN)/python engine/doctor.py --device $(DEVICE) $(if $(DATA),--data "$(DATA)")
 
 # What a change needs before it is shown: lint, and the tests that need little time, no GPU and no other processes.
 # TESTS=tests/data: of one room.

@@ -181,7 +181,8 @@ OTHER_MEANINGS = {
     "engine/jepa/state/interop.py": {"ijepa"},  # Hugging Face's IJepaModel and its model_type
     "engine/jepa/state/foreign.py": {"ijepa"},
     "engine/jepa/state/encoder.py": {"ijepa"},
-    "benchmarks/contenders.py": {"vicreg"},  # the op of jepa_kernels
+    "engine/jepa/train/selftest.py": {"vicreg"},  # the op of jepa_kernels
+    "benchmarks/contenders.py": {"vicreg"},  # likewise
     "benchmarks/scaling.py": {"vicreg", "cjepa"},  # the op's module; a run whose every kind of traffic is counted
 }
 
