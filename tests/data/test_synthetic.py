@@ -1,5 +1,6 @@
 """The drawn scenes hold what their labels say; noise depends on its seed and number alone."""
 
+import csv
 import json
 import random
 from fractions import Fraction
@@ -82,8 +83,14 @@ def test_files_and_tables_agree_and_a_second_run_writes_nothing(tmp_path: Path) 
                 radius = RADIUS * 7 / depth
                 near = scenes.images[i][int(y - radius) : int(y + radius) + 1, int(x - radius) : int(x + radius) + 1]
                 assert (near.min(-1) > 0.42 * 255).mean() > 0.2
-        assert len(list((root / "images" / split).rglob("*.jpg"))) == total
-    assert [path.name for path in sorted(root.iterdir())] == ["README", "images", "scenes"]
+        assert len(list((root / split).rglob("*.jpg"))) == total
+        with (root / split / "labels.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["file"] for row in rows] == [scene["image_filename"] for scene in table["scenes"]]
+        for i, row in enumerate(rows):
+            assert (row["shape"], int(row["count"])) == (SHAPES[scenes.shape[i]], scenes.count[i])
+            assert float(row["distance"]) == pytest.approx(scenes.distance[i], abs=6e-5)
+    assert [path.name for path in sorted(root.iterdir())] == ["README", "images", "scenes", "train", "val"]
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     assert not write(root, {"train": 30, "val": 12}, seed)
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
