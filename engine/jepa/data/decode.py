@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from .augment import Colour, recolour
+from .encoded import prepare, require_plausible
+from .jpeg2000 import Jpeg2000
 
 
 class Crops(NamedTuple):
@@ -121,6 +123,7 @@ class Decoder(_Delivery):
         self._ndd = ndd = dali()
         self.on_gpu = self.device.type == "cuda" and kind != "cpu"
         self._lock = threading.Lock()
+        self._jpeg_2000 = Jpeg2000()
         self.options: dict[str, Any] = {"device": "cpu"}
         if self.on_gpu:
             self._context = ndd.EvalContext(
@@ -136,13 +139,15 @@ class Decoder(_Delivery):
     def __call__(self, encoded: Sequence[np.ndarray], wanted: Sequence[Crops]) -> list[Tensor]:
         """Decodes B images and resizes parts of each, antialiased bilinear: uint8 [N, size, size, 3] for each `wanted`.
 
-        An image is decoded once, as far as all its boxes need. Raises RuntimeError if any image cannot be decoded.
+        An image is decoded once, as far as all its boxes need. Raises RuntimeError if any image cannot be decoded, and
+        OSError if any is of no known format or claims more than it can hold.
         """
-        ndd = self._ndd
+        ndd, encoded = self._ndd, [prepare(image, self._jpeg_2000) for image in encoded]
         with self._lock, ndd.EvalMode.sync_cpu, self._context:
-            batch = ndd.as_batch(list(encoded))
-            sizes = ndd.as_tensor(ndd.peek_image_shape(batch, adjust_orientation=False))
-            frames = [crops.frame(np.asarray(sizes)[:, :2]) for crops in wanted]
+            batch = ndd.as_batch(encoded)
+            sizes_B2 = np.asarray(ndd.as_tensor(ndd.peek_image_shape(batch, adjust_orientation=False)))[:, :2]
+            require_plausible(encoded, sizes_B2)
+            frames = [crops.frame(sizes_B2) for crops in wanted]
             boxes_CB4 = np.concatenate([box_N4 for box_N4, _ in frames]).reshape(-1, len(encoded), 4)
             start_B2 = boxes_CB4[..., :2].min(axis=0)
             pixels = ndd.decoders.image_slice(
@@ -184,8 +189,9 @@ class Decoder(_Delivery):
         ndd = self._ndd
         if isinstance(error, RuntimeError) and self.on_gpu:
             try:
+                encoded = [prepare(image, self._jpeg_2000) for image in read()]
                 with ndd.EvalMode.sync_cpu:
-                    ndd.as_tensor(ndd.decoders.image(ndd.as_batch(read()), device="cpu"))
+                    ndd.as_tensor(ndd.decoders.image(ndd.as_batch(encoded), device="cpu"))
             except (OSError, RuntimeError):
                 return
             raise error

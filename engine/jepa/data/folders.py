@@ -21,7 +21,9 @@ def find_files(root: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[st
     Folder by folder, each sorted. Links are followed after everything that is reached without them, to folders that do
     not contain the link; a folder that is reached again is left out. Raises ValueError if a folder cannot be listed.
     """
-    found, images, shards = Found(), {}, {}  # by folder
+    found = Found()
+    images: dict[str, list[str]] = {}  # by folder
+    shards: dict[str, list[str]] = {}
     seen: set[str] = set()
     ways = [("", os.path.realpath(root))]  # to folders: their names, with links, and where they really are
     links: list[tuple[str, str]] = []

@@ -229,8 +229,8 @@ class _Members:
         """Lets links be the files that they lead to. Each archive has samples of its own."""
         if self._links:
             keys, extensions = self.keys, list(self.extensions)
-            rows = range(self._first, len(self.state))
-            rows = sorted(rows, key=lambda row: row not in self._links)  # a file named twice is a link to itself
+            rows = list(range(self._first, len(self.state)))
+            rows.sort(key=lambda row: row not in self._links)  # a file named twice is a link to itself
             place = {keys[self.sample[row]] + extensions[self.extension[row]]: row for row in rows}
             for link in self._links:
                 self._follow(link, place)
@@ -276,8 +276,8 @@ def _state(member: tarfile.TarInfo, name: str) -> int:
     if member.islnk() or member.issym():
         return 0  # until it is followed
     if member.isreg():
-        parts = [tuple(part) for part in member.sparse or () if part[1]]
-        return SPARSE if member.issparse() and parts != [(0, member.size)] else 0
+        pieces: list[tuple[int, int]] = getattr(member, "sparse", None) or []
+        return SPARSE if member.issparse() and [(0, member.size)] != [p for p in pieces if p[1]] else 0
     return SPECIAL if member.isdev() else UNKNOWN
 
 
