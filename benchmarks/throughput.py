@@ -63,6 +63,7 @@ from jepa.config.schema import Config, ConfigError
 from jepa.config.words import command_line
 from jepa.data.masks import sample_masks
 from jepa.ranks import distributed
+from jepa.ranks.terminal import outlive_the_terminal
 from jepa.train.budget import flops_per_image
 from train import open_loader
 
@@ -442,6 +443,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(["--against, --with and --without (except prefetch) need --mode model"])
     name = re.sub("[^a-z0-9]+", "-", f"throughput-{ranks.device.type}-{Path(args.config).stem}".lower())
     out = args.out or ROOT / "benchmarks/results" / name
+    out.parent.mkdir(parents=True, exist_ok=True)
     title = f"{Path(args.config).stem}, {result['hardware']}"[:70]
 
     def keep(part: dict[str, Any]) -> None:
@@ -464,7 +466,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def write(result: dict[str, Any], out: Path, title: str) -> None:
     """Writes the results so far, as JSON, table and picture."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n")
     Path(f"{out}.md").write_text(report(result) + "\n")
     if "model" in result:
@@ -472,6 +473,7 @@ def write(result: dict[str, Any], out: Path, title: str) -> None:
 
 
 def main() -> int:
+    outlive_the_terminal()
     try:
         args = arguments()
         result = run(args)

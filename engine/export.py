@@ -25,6 +25,7 @@ from pathlib import Path
 from jepa.config.file import load_config
 from jepa.config.schema import ConfigError
 from jepa.config.words import command_line
+from jepa.ranks.terminal import outlive_the_terminal
 from jepa.state import interop
 from jepa.state.restore import CheckpointError
 
@@ -41,6 +42,7 @@ def export(
         raise ValueError(f"--part {part}: must be {' or '.join(possible)} for --to {to}")
     if changes and not config:
         raise ValueError(f"{changes[0]}: an override needs --config")
+    interop.refuse_out(out)
     weights = interop.open_weights(source, load_config(config, changes) if config else None)
     parts = list(interop.PARTS) if part == "all" else [part]
     if missing := [name for name in parts if name not in weights.shapes]:
@@ -58,6 +60,7 @@ def export(
 
 
 def main() -> int:
+    outlive_the_terminal()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint, a .safetensors or a .pth.tar")
     parser.add_argument("--to", required=True, choices=FORMATS)

@@ -7,8 +7,10 @@ Any config key can be overridden on the command line as section.key=value. torch
 
 import argparse
 import os
+import signal
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 from jepa.config.file import load_config
 from jepa.config.schema import Config
@@ -20,14 +22,15 @@ from jepa.probes.online import OnlineProbe
 from jepa.ranks import distributed
 from jepa.ranks.distributed import Ranks
 from jepa.ranks.stop import RANK_LOST, STOPPED, StopRequest
+from jepa.ranks.terminal import outlive_the_terminal
 from jepa.ranks.watchdog import Watchdog
 from jepa.state.checkpoint import Saver
 from jepa.state.initial import start_from
-from jepa.state.lock import Lock
-from jepa.state.restore import CheckpointError
+from jepa.state.lock import Lock, try_folder
+from jepa.state.restore import CheckpointError, on_first
 from jepa.train import zero
 from jepa.train.health import examine
-from jepa.train.log import RunLog
+from jepa.train.log import RunLog, require_loggers
 from jepa.train.replay import replay
 from jepa.train.report import report
 from jepa.train.schedules import Schedules, ScheduleTable
@@ -44,6 +47,11 @@ def run(config: Config, args: argparse.Namespace) -> int:
         StopRequest(ranks, args.max_minutes) as stop,
         Watchdog(ranks, engine.timeout_minutes, lock.release) as watchdog,
     ):
+        if args.replay_step is None:
+            watchdog.at(None, "looking for where to write")
+            on_first(folder := Path(config.logging.folder), lambda: try_folder(folder))
+            if ranks.is_first:
+                require_loggers(config)
         watchdog.at(None, "opening the images")
         loader = open_loader(config, ranks)
         if args.replay_step is not None:
@@ -208,6 +216,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    outlive_the_terminal()
     try:
         args = arguments()
         config = load_config(args.config, args.overrides)
@@ -224,6 +233,9 @@ def main() -> int:
         rank = os.environ.get("RANK", "0")
         print(f"engine/train.py, rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         return RANK_LOST if isinstance(error, distributed.NotMet) else 1
+    except KeyboardInterrupt:  # before training: later it saves (jepa.ranks.stop)
+        print("engine/train.py: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from jepa.pictures.attention import attention_maps
 from jepa.pictures.curves import training_curves
 from jepa.pictures.masks import masks_on_images
 from jepa.pictures.pca import feature_pca
+from jepa.ranks.terminal import outlive_the_terminal
 from jepa.state.encoder import load_encoder
 from jepa.state.restore import CheckpointError
 
@@ -55,6 +56,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
         raise ValueError(f"given {given} alone; wanted {wanted} as well")
     if args.count < 1:
         raise ValueError(f"--count: given {args.count}, wanted at least 1")
+    args.out.mkdir(parents=True, exist_ok=True)
     paths = draw_encoder(args.checkpoint, args.images, args.count, args.out) if args.checkpoint else []
     if args.log:
         training_curves(args.log, args.out / "curves.png")
@@ -73,6 +75,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    outlive_the_terminal()
     try:
         for path in draw(arguments()):
             print(path)

@@ -50,6 +50,47 @@ def test_srun_s_names_are_translated_alike_on_all_ranks() -> None:
     assert (alone["RANK"], alone["LOCAL_RANK"]) == ("3", "0")  # the task sees only this GPU
 
 
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "4294967291"}, {"SLURM_STEP_ID": "4294967290"}])
+def test_a_slurm_job_without_srun_is_told_so(step: dict[str, str]) -> None:
+    """In the batch script and in an interactive shell, whose steps have Slurm's own numbers."""
+    job = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"} | step
+    with pytest.raises(ValueError, match="put srun before the command, or SLURM_NTASKS=1"):
+        launch_environment(job)
+    assert launch_environment(job | {"SLURM_NTASKS": "1"})["WORLD_SIZE"] == "1"
+    assert launch_environment(job | {"RANK": "1", "WORLD_SIZE": "2"})["WORLD_SIZE"] == "2"  # torchrun in the script
+
+
+WORLD = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+MPI = {
+    "Open MPI": tuple(f"OMPI_COMM_WORLD_{name}" for name in WORLD),
+    "MPICH, Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "MVAPICH": tuple(f"MV2_COMM_WORLD_{name}" for name in WORLD),
+}
+
+
+@pytest.mark.parametrize("names", MPI.values(), ids=MPI)
+def test_mpirun_s_ranks_meet(names: tuple[str, ...]) -> None:
+    """Slurm's variables, if there are any, are those of mpirun's daemons."""
+
+    def rank(*values: int, gpus: int = 0, **more: str) -> dict[str, str]:
+        return launch_environment(dict(zip(names, map(str, values), strict=True)) | more, gpus)
+
+    slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "n[3-4]"}
+    here = [rank(r, 4, r, 4) for r in range(4)]
+    assert [(r["RANK"], r["WORLD_SIZE"], r["LOCAL_RANK"]) for r in here] == [(str(r), "4", str(r)) for r in range(4)]
+    assert {(r["MASTER_ADDR"], r["MASTER_PORT"]) for r in here} == {("127.0.0.1", "29500")}
+    there = [rank(r, 4, r % 2, 2, **slurm) for r in range(4)]
+    assert [(r["RANK"], r["LOCAL_RANK"], r["MASTER_ADDR"]) for r in there] == [
+        ("0", "0", "n3"), ("1", "1", "n3"), ("2", "0", "n3"), ("3", "1", "n3"),
+    ]  # fmt: skip
+    given = rank(3, 4, 1, 2, MASTER_ADDR="h", MASTER_PORT="1234")
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("h", "1234")
+    with pytest.raises(ValueError, match="several machines, and none says where rank 0 is: pass MASTER_ADDR"):
+        rank(3, 4, 1, 2)
+    assert rank(3, 4, 3, 4, gpus=1, CUDA_VISIBLE_DEVICES="3")["LOCAL_RANK"] == "0"  # a wrapper shows it this one
+    assert rank(0, 1, 0, 1)["WORLD_SIZE"] == "1"
+
+
 @pytest.mark.slow
 def test_determinism_is_asked_of_torch_and_cublas_before_anything_runs() -> None:
     """In its own process. Tests only that the flags are set; what they do is for torch to test."""

@@ -47,6 +47,15 @@ def test_one_rank_s_signal_and_the_clock_stop_all_and_nothing_is_lost(config: Pa
     assert [row["loss"] for row in log_of(parts)[0]] == [row["loss"] for row in log_of(tmp_path / "whole")[0]]
 
 
+def test_ctrl_c_saves_and_prints_no_traceback(config: Path, tmp_path: Path) -> None:
+    run = start(2, tmp_path / "run", "--config", config, "optimization.epochs=4000")
+    run.wait_for("step 1/")
+    run.signal(signal.SIGINT)  # a terminal sends it to all
+    assert run.wait() == [75, 75]
+    assert "SIGINT: saving after the next step" in run.text() and "stopped on request after step" in run.text()
+    assert not any("Traceback" in run.text(rank) for rank in (0, 1))
+
+
 def test_a_second_signal_ends_at_once_even_in_a_collective(config: Path, tmp_path: Path) -> None:
     run = start(2, tmp_path / "run", "--config", config, "optimization.epochs=1000")
     run.wait_for("step 1/")

@@ -110,6 +110,47 @@ def test_mistakes_are_named_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def without_loggers(_: int) -> None:
+    sys.modules["wandb"] = sys.modules["tensorboard"] = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("key", "package"), [("wandb=x", "wandb"), ("tensorboard=true", "tensorboard")])
+def test_a_logger_that_is_missing_is_named_before_the_model_is_built(
+    key: str, package: str, config: Path, tmp_path: Path
+) -> None:
+    done = start(1, tmp_path / "run", "--config", config, f"logging.{key}", fault=without_loggers)
+    assert done.wait() == [1] and f"pip install {package}" in done.text() and "Traceback" not in done.text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_images_are_opened(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = (f"logging.folder={tmp_path / 'file' / 'run'}", "data.root_path=/nowhere")
+    done = start(1, tmp_path / "run", "--config", config, *words)
+    assert done.wait() == [1] and "Not a directory" in done.text() and "/nowhere" not in done.text()
+
+
+def test_what_follows_resume_is_an_override_or_a_checkpoint(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lr=1e-3"
+    train(config, folder, "engine.max_steps=2", "logging.save_every=1")
+    for words in (
+        ("--resume", "engine.max_steps=3", "logging.save_every=1"),
+        ("--resume=jepa-step00000002", "engine.max_steps=3"),
+        ("--resume", f"{folder}/jepa-step00000002", "engine.max_steps=3"),
+        ("meta.load_checkpoint=true", "meta.read_checkpoint=jepa-step00000002", "engine.max_steps=3"),
+    ):
+        done = start(1, folder, "--config", config, *words)
+        assert done.wait() == [0] and "resuming from" in done.text()
+    for words in (
+        ("--resume", f"{folder}/jepa-step9"),
+        ("meta.load_checkpoint=true", "meta.read_checkpoint=jepa-step9"),
+    ):
+        done = start(1, folder, "--config", config, *words)
+        assert done.wait() == [1] and f"{folder}/jepa-step9 does not exist" in done.text()
+    done = start(1, folder, "--config", config, "--resume", "")
+    assert done.wait() == [2] and "--resume: given no checkpoint's name" in done.text()
+
+
 def test_a_run_that_diverges_stops_and_keeps_the_checkpoint_before(config: Path, tmp_path: Path) -> None:
     """The step with the absurd learning rate is finite, so its weights are saved, but all later steps are not."""
     folder, often = tmp_path / "run", ("logging.save_every=1", "logging.keep_last=1")

@@ -23,14 +23,14 @@ import torch.distributed as dist
 from .distributed import Ranks, launchers
 
 STOPPED, RANK_LOST = os.EX_TEMPFAIL, os.EX_UNAVAILABLE
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 RELAYED = 2.0  # seconds within which a second signal counts as the first, relayed by a launcher
 PULSE = 1.0  # seconds between two heartbeats, at most
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 or the time limit, on any rank, stops all ranks after the same step.
+    """SIGTERM, SIGUSR1, Ctrl-C or the time limit, on any rank, stops all ranks after the same step.
 
         with StopRequest(ranks, max_minutes) as stop:
             for step in ...:
@@ -42,7 +42,8 @@ class StopRequest:
     `ask` starts an all-reduce of one number between the ranks' CPUs and `agreed` takes the result: it overlaps with the
     step and waits for no GPU. A second signal ends the process at once, even inside a collective: signals are read by a
     thread, not by Python's handlers, which wait for the main thread. A launcher that is gone counts as a signal too,
-    because `deepspeed` relays none.
+    because `deepspeed` relays none. A lost terminal (SIGHUP) does not, nor a launcher that it takes along; but torchrun
+    ends its ranks then, soon.
     """
 
     def __init__(self, ranks: Ranks, max_minutes: float | None = None) -> None:
@@ -50,14 +51,14 @@ class StopRequest:
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
         self.reason, self.stopping = "", False
         self._signalled: float | None = None
-        self._launchers = launchers()
+        self._launchers: list[int] | None = launchers()
 
     def __enter__(self) -> "StopRequest":
         self._inbox, outbox = socket.socketpair()
         self._inbox.settimeout(PULSE)
         outbox.setblocking(False)
         self._outbox = outbox
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in (*SIGNALS, signal.SIGHUP)}
         self._wakeup = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="jepa-signals", daemon=True).start()
         return self
@@ -86,13 +87,22 @@ class StopRequest:
                 try:
                     numbers = self._inbox.recv(64)
                 except TimeoutError:
-                    if self._signalled is None and launchers() != self._launchers:
+                    if self._signalled is None and self._launchers not in (None, launchers()):
                         self._hear("the launcher is gone", signal.SIGTERM)
                     continue
                 if not numbers:
                     return
+                if signal.SIGHUP in numbers:
+                    self._lose_the_terminal()
                 for number in (signal.Signals(n) for n in numbers if n in SIGNALS):
                     self._hear(number.name, number)
+
+    def _lose_the_terminal(self) -> None:
+        if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+            self._hear("SIGHUP", signal.SIGHUP)
+        elif self._launchers is not None:
+            self._launchers = None
+            say(self.rank, f"the terminal is gone: training goes on; kill {os.getpid()} saves and stops")
 
     def _hear(self, what: str, number: int) -> None:
         now = time.monotonic()

@@ -33,6 +33,7 @@ from jepa.data.masks import MAX_SIDE
 from jepa.model.predictor import build_predictor
 from jepa.model.vit import LAYER_NORM_EPS, build_encoder, sincos_positions
 
+from .lock import try_folder
 from .restore import CheckpointError, Reader, kinds_in, read_state, verify
 
 PARTS = ("target_encoder", "encoder", "predictor")
@@ -357,11 +358,20 @@ def _with_positions(weights: Weights, part: str, dtype: torch.dtype) -> dict[str
     return {positions_of(part): sincos_positions(dim, weights.config.grid)[None].to(dtype), **tensors}
 
 
+def refuse_out(out: Path) -> None:
+    """Raises CheckpointError unless `out` is free and can be written."""
+    if out.exists():
+        raise CheckpointError(f"{out} already exists, and nothing is overwritten: choose another name")
+    try:
+        try_folder(out.parent)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error}") from error
+
+
 @contextmanager
 def _new(out: Path) -> Iterator[Path]:
     """A temporary path next to `out`, renamed to it once all is written. Raises CheckpointError if that fails."""
-    if out.exists():
-        raise CheckpointError(f"{out} already exists, and nothing is overwritten: choose another name")
+    refuse_out(out)
     partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import socket
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -118,6 +119,14 @@ class Lock:
                 os.utime(self.path)
             except OSError:
                 pass  # the disk may come back
+
+
+def try_folder(folder: Path) -> None:
+    """Raises OSError unless one can write into the folder, or into the one in which it would be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(4096))  # more than a full disk takes
 
 
 def _me() -> dict[str, Any]:

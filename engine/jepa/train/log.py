@@ -6,6 +6,7 @@ published code's columns. TensorBoard and Weights & Biases get the same numbers 
 
 import contextlib
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,28 @@ from tqdm import tqdm
 
 from jepa.config.schema import Config
 
+from .rows import Rows
+
 CSV_COLUMNS = ("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)")
 
 SECONDS_BETWEEN_LINES = 30.0
 SHOWN = ("knn", "linear", "images_per_second", "data_wait_ms", "lr")  # and the loss with its terms
+
+
+def require_loggers(config: Config) -> None:
+    """Raises ValueError if a program that the config logs to cannot be imported; the first rank calls it, early."""
+    wanted = {
+        "logging.tensorboard": ("torch.utils.tensorboard", "SummaryWriter", "tensorboard"),
+        "logging.wandb": ("wandb", "init", "wandb"),
+    }
+    for key, (module, name, package) in wanted.items():
+        try:
+            if config[key]:
+                getattr(importlib.import_module(module), name)
+        # Also what a package that does not fit another one raises.
+        except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{key} needs {package} ({reason}): pip install {package}, or leave it out") from error
 
 
 class RunLog:
@@ -55,8 +74,9 @@ class RunLog:
             folder, tag = Path(config.logging.folder), config.logging.write_tag
             folder.mkdir(parents=True, exist_ok=True)
             header = ",".join(CSV_COLUMNS) + "\n"
-            self.jsonl = _continue_file(folder / f"{tag}.jsonl", lambda line: json.loads(line)["step"], first_step)
-            self.csv = _continue_file(folder / f"{tag}_r0.csv", self._step_of, first_step, header)
+            _set_aside(folder / f"{tag}.jsonl", lambda line: json.loads(line)["step"], first_step)
+            _set_aside(folder / f"{tag}_r0.csv", self._step_of, first_step, header)
+            self.jsonl, self.csv = Rows(folder / f"{tag}.jsonl", self.say), Rows(folder / f"{tag}_r0.csv", self.say)
             self.closing = contextlib.ExitStack()
             self.writers = _optional_writers(config, folder, first_step, self.closing)
         quiet = not (self.writes and sys.stderr.isatty())
@@ -110,7 +130,6 @@ class RunLog:
             self.csv.write(f"{epoch + 1},{iteration},{value[0]:.5f},{context},{target},{1000 * second:.0f}\n")
             terms_of = dict(zip(self.terms, value, strict=True))
             rows[step] = {"step": step, "epoch": step / self.steps_per_epoch, **terms_of, **skipped.get(step, {})}
-        self.csv.flush()
         rows[steps[-1]] |= {
             "images_per_second": self.global_batch * len(steps) / sum(seconds),
             "step_ms": 1000 * sum(seconds) / len(steps),
@@ -138,9 +157,12 @@ class RunLog:
     def _write(self, row: dict[str, Any]) -> None:
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.jsonl.write(json.dumps(row) + "\n")
-        self.jsonl.flush()
-        for write in self.writers:
-            write(row)
+        for write in [*self.writers]:
+            try:
+                write(row)
+            except OSError as error:  # the JSONL has it all
+                self.writers.remove(write)
+                self.say(f"TensorBoard or Weights & Biases gets no more rows: {error}; training goes on")
         line = {k: f"{row[k]:.3g}" for k in (*self.terms, *SHOWN) if row.get(k) is not None}
         self.bar.set_postfix(line, refresh=False)
         now, done = time.monotonic(), row["step"] + 1
@@ -160,11 +182,14 @@ class RunLog:
         if self.writes:
             self.jsonl.close()
             self.csv.close()
-            self.closing.close()
+            try:
+                self.closing.close()
+            except OSError as error:
+                self.say(f"TensorBoard or Weights & Biases may lack the last rows: {error}")
 
 
-def _continue_file(path: Path, step_of: Callable[[str], int], first_step: int, header: str = "") -> TextIO:
-    """Opens a log for appending after its rows of the steps before `first_step`.
+def _set_aside(path: Path, step_of: Callable[[str], int], first_step: int, header: str = "") -> None:
+    """Leaves a log its rows of the steps before `first_step`.
 
     Rows of later steps, which are repeated, are moved to the end of a file of the same name plus `.aside`, and so are
     unreadable ones, such as the last row if the run was killed while writing it.
@@ -187,7 +212,6 @@ def _continue_file(path: Path, step_of: Callable[[str], int], first_step: int, h
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join([header, *kept]))
     os.replace(partial, path)
-    return path.open("a")
 
 
 def _optional_writers(
