@@ -205,4 +205,11 @@ def test_dry_run_tells_and_touches_nothing(config: Path, tmp_path: Path) -> None
     done = run("--config", config, f"logging.folder={tmp_path / 'run'}", "--dry-run", "--world-size", 8)
     assert done.returncode == 0, done.stderr
     assert "train_batch_size" in done.stdout and "memory per rank" in done.stdout
+    (counts,) = re.findall(r"^(\d+) images of .*: \1 \.jpg$", done.stdout, re.M)
+    assert int(counts) > 0
+    elsewhere = run("--config", config, "--dry-run", f"data.root_path={tmp_path / 'gone'}")
+    assert elsewhere.returncode == 0 and f"'{tmp_path / 'gone'}', which does not exist" in elsewhere.stdout
+    chosen = run("--config", config, "--dry-run", "data.suffixes=[.seg.png]")
+    assert chosen.returncode == 1 and "contains no image (looked for .seg.png)" in chosen.stderr
+    assert f"left out: {counts} .jpg" in chosen.stderr
     assert not (tmp_path / "run").exists()

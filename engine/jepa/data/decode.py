@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .apart import Apart
 from .augment import Colour, recolour
 from .encoded import prepare, require_plausible
-from .jpeg2000 import Jpeg2000
 
 
 class Crops(NamedTuple):
@@ -123,7 +123,7 @@ class Decoder(_Delivery):
         self._ndd = ndd = dali()
         self.on_gpu = self.device.type == "cuda" and kind != "cpu"
         self._lock = threading.Lock()
-        self._jpeg_2000 = Jpeg2000()
+        self._apart = Apart()
         self.options: dict[str, Any] = {"device": "cpu"}
         if self.on_gpu:
             self._context = ndd.EvalContext(
@@ -142,7 +142,7 @@ class Decoder(_Delivery):
         An image is decoded once, as far as all its boxes need. Raises RuntimeError if any image cannot be decoded, and
         OSError if any is of no known format or claims more than it can hold.
         """
-        ndd, encoded = self._ndd, [prepare(image, self._jpeg_2000) for image in encoded]
+        ndd, encoded = self._ndd, [prepare(image, self._apart) for image in encoded]
         with self._lock, ndd.EvalMode.sync_cpu, self._context:
             batch = ndd.as_batch(encoded)
             sizes_B2 = np.asarray(ndd.as_tensor(ndd.peek_image_shape(batch, adjust_orientation=False)))[:, :2]
@@ -189,7 +189,7 @@ class Decoder(_Delivery):
         ndd = self._ndd
         if isinstance(error, RuntimeError) and self.on_gpu:
             try:
-                encoded = [prepare(image, self._jpeg_2000) for image in read()]
+                encoded = [prepare(image, self._apart) for image in read()]
                 with ndd.EvalMode.sync_cpu:
                     ndd.as_tensor(ndd.decoders.image(ndd.as_batch(encoded), device="cpu"))
             except (OSError, RuntimeError):

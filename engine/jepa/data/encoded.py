@@ -1,16 +1,18 @@
 """Encoded images as a native decoder may have them: of a known format, claiming no more than they can hold.
 
-Formats that DALI's decoders get wrong are turned into ones that they get right: a PNM whose largest value is not 255
-or 65535, which they ignore, and JPEG 2000, on which they crash (jepa.data.jpeg2000).
+What DALI's decoders get wrong is turned into what they get right: a PNM, whose largest value they ignore unless it is
+255 or 65535; JPEG 2000, on which they crash; a TIFF of grey and alpha, of which they make a colour.
 """
 
 import re
+import struct
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 LARGEST = 178_956_970  # pixels of an image: Pillow's bound, and so that of torchvision's loaders
 JPEG_2000 = "JPEG 2000"
+SAMPLES_PER_PIXEL = 277  # a tag of TIFF
 STARTS = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -43,15 +45,17 @@ def kind_of(encoded: np.ndarray) -> str:
     raise OSError(f"not an image of a known format: it begins with {start!r}")
 
 
-def prepare(encoded: np.ndarray, jpeg_2000: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def prepare(encoded: np.ndarray, apart: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """The image as DALI may have it, uint8 [bytes]: itself, or the same pixels as a PNM of 8 bits.
 
-    `jpeg_2000` decodes such a file to uint8 [H, W, 3]. Raises OSError if the image is bad.
+    `apart` decodes what DALI cannot to uint8 [H, W, 3] (jepa.data.apart). Raises OSError if the image is bad.
     """
     kind = kind_of(encoded)
     if kind == "PNM":
         return _prepare_pnm(encoded)
-    return _pnm(jpeg_2000(encoded)) if kind == JPEG_2000 else encoded
+    if kind == JPEG_2000 or (kind == "TIFF" and _samples_per_pixel(encoded) == 2):
+        return _pnm(apart(encoded))
+    return encoded
 
 
 def require_plausible(encoded: Sequence[np.ndarray], sizes_B2: np.ndarray) -> None:
@@ -64,6 +68,22 @@ def require_plausible(encoded: Sequence[np.ndarray], sizes_B2: np.ndarray) -> No
 
 def _claim(width: int, height: int, reason: str) -> str:
     return f"its header claims {width} x {height} pixels; {reason}"
+
+
+def _samples_per_pixel(encoded: np.ndarray) -> int:
+    """Of the first image in a TIFF; 1 if it does not say, or in a BigTIFF."""
+    tiff = encoded.data
+    order = "<" if tiff[0] == ord("I") else ">"
+    try:
+        version, first = struct.unpack_from(f"{order}HI", tiff, 2)
+        (entries,) = struct.unpack_from(f"{order}H", tiff, first) if version == 42 else (0,)
+        for entry in range(entries):
+            tag, _, _, value = struct.unpack_from(f"{order}HHIH", tiff, first + 2 + 12 * entry)
+            if tag == SAMPLES_PER_PIXEL:
+                return int(value)
+    except struct.error:
+        pass  # beyond the end: the decoder will say so
+    return 1
 
 
 def _pnm(pixels: np.ndarray) -> np.ndarray:
@@ -87,8 +107,6 @@ def _prepare_pnm(encoded: np.ndarray) -> np.ndarray:
     each = 2 if kind < 4 or largest > 255 else 1  # bytes: of a digit and a blank, or of a number
     if not 0 < width * height <= LARGEST or values * each > len(body) + (kind < 4):
         raise OSError(_claim(width, height, f"{len(body)} bytes follow"))
-    if kind > 4 and largest in (255, 65535):
-        return encoded
     if kind > 4:
         levels = np.frombuffer(body.data, ">u2" if each == 2 else np.uint8, values)
     else:
@@ -97,5 +115,6 @@ def _prepare_pnm(encoded: np.ndarray) -> np.ndarray:
         if len(levels) < values:
             raise OSError(_claim(width, height, f"{len(levels)} of {values} numbers follow"))
         levels = levels[:values]
-    scaled = (np.minimum(levels, largest).astype(np.uint32) * 255 + largest // 2) // largest
-    return _pnm(scaled.astype(np.uint8).reshape(height, width, channels))
+    if largest != 255:
+        levels = (np.minimum(levels, largest).astype(np.uint32) * 255 + largest // 2) // largest
+    return _pnm(levels.astype(np.uint8).reshape(height, width, channels))

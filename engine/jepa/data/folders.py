@@ -2,11 +2,12 @@
 
 import os
 import stat
+from collections import deque
 from typing import NoReturn
 
 from .found import Found, suffix_of
 
-FOLDER, FILE = "folder", "file"
+FOLDER, FILE, LOST = "folder", "file", "link that leads nowhere"
 SPECIAL = {
     stat.S_IFIFO: "named pipe",
     stat.S_IFSOCK: "socket",
@@ -26,22 +27,22 @@ def find_files(root: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[st
     shards: dict[str, list[str]] = {}
     seen: set[str] = set()
     ways = [("", os.path.realpath(root))]  # to folders: their names, with links, and where they really are
-    links: list[tuple[str, str]] = []
+    links: deque[tuple[str, str]] = deque()
     while ways or links:
         if not ways:
-            ways.append(links.pop(0))
+            ways.append(links.popleft())
         name, real = ways.pop()
         if real in seen:
             found.leave("folder reached again by a link", name)
             continue
         seen.add(real)
-        images[name], shards[name] = [], []
+        images[name], shards[name], inside = [], [], []
         for entry in _entries(real):
             path, kind = os.path.join(name, entry.name), _kind(entry)
             if kind == FOLDER and entry.name[0] == ".":
                 found.leave("hidden folder", path)
             elif kind == FOLDER and not entry.is_symlink():
-                ways.append((path, os.path.join(real, entry.name)))
+                inside.append((path, os.path.join(real, entry.name)))
             elif kind == FOLDER:
                 target = os.path.realpath(entry.path)
                 if (real + os.sep).startswith(target.rstrip(os.sep) + os.sep):  # it leads up
@@ -50,6 +51,7 @@ def find_files(root: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[st
                     links.append((path, target))
             else:
                 _add(path, entry.name.lower(), kind, suffixes, images[name], shards[name], found)
+        ways += reversed(inside)
     order = sorted(images, key=lambda name: name.split(os.sep) if name else [])
     return (
         [path for name in order for path in images[name]],
@@ -63,7 +65,9 @@ def _add(
 ) -> None:
     suffix = suffix_of(lower)
     wanted = lower.endswith(suffixes)
-    if not (wanted or suffix == ".tar"):
+    if kind == LOST:  # it may have been a folder
+        found.leave(kind, path)
+    elif not (wanted or suffix == ".tar"):
         found.others[suffix] += 1
     elif lower[0] == ".":
         found.leave("hidden", path)
@@ -95,4 +99,4 @@ def _kind(entry: "os.DirEntry[str]") -> str:
             return FOLDER
         return FILE if entry.is_file() else SPECIAL.get(stat.S_IFMT(entry.stat().st_mode), "special file")
     except OSError:
-        return "link that leads nowhere"
+        return LOST

@@ -1,6 +1,6 @@
-"""JPEG 2000, decoded by Pillow in a process of its own.
+"""Images decoded by Pillow in a process of its own, one at a time: for formats with which DALI's decoders fail.
 
-Native decoders of this format read beyond the end of files that are cut short, and crash. Here a crash, a hang or too
+Native decoders of JPEG 2000 read beyond the end of files that are cut short, and crash. Here a crash, a hang or too
 much memory costs one image: the process is replaced. This file is both the caller and, run as a program, the process.
 """
 
@@ -15,12 +15,13 @@ import numpy as np
 
 SECONDS = 60.0  # for one image
 MEMORY = 4 << 30  # bytes of address space: four of the largest images
+FORMATS = ["JPEG2000", "TIFF"]
 READY = b"ready\n"
 ANSWER = struct.Struct("<qqq")  # height, width, 0; or 0, 0 and the length of what went wrong
 
 
-class Jpeg2000:
-    """Decodes one image at a time. The process starts with the first and ends with this one."""
+class Apart:
+    """The process starts with the first image and ends with this object."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -38,7 +39,7 @@ class Jpeg2000:
                 self._process = None
                 process.kill()
                 code = process.wait()
-                raise OSError(f"a JPEG 2000 on which its decoder ends, by exit code {code}") from None
+                raise OSError(f"its decoder ended, by exit code {code}") from None
             finally:
                 timer.cancel()
 
@@ -50,7 +51,7 @@ class Jpeg2000:
             self._process = subprocess.Popen(words, **pipes)
             if self._process.stdout.read(len(READY)) != READY:  # type: ignore[union-attr]
                 self._process = None
-                raise ValueError("images: JPEG 2000 is decoded by Pillow, which cannot be imported: pip install pillow")
+                raise ValueError("images: some are decoded by Pillow, which cannot be imported: pip install pillow")
         return self._process
 
 
@@ -61,7 +62,7 @@ def _ask(process: subprocess.Popen[bytes], encoded: np.ndarray) -> np.ndarray:
     request.flush()
     height, width, length = ANSWER.unpack(_exactly(answer, ANSWER.size))
     if length:
-        raise OSError(f"a JPEG 2000 that cannot be decoded: {_exactly(answer, length).decode(errors='replace')}")
+        raise OSError(f"damaged; Pillow: {_exactly(answer, length).decode(errors='replace')}")
     return np.frombuffer(bytearray(_exactly(answer, height * width * 3)), np.uint8).reshape(height, width, 3)
 
 
@@ -87,7 +88,7 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     while header := requests.read(8):
         try:
             file = io.BytesIO(requests.read(*struct.unpack("<q", header)))
-            image: Image.Image = Image.open(file, formats=["JPEG2000"])
+            image: Image.Image = Image.open(file, formats=FORMATS)
             image.load()
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
