@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from deepspeed.launcher.runner import fetch_hostfile
 
 from processes import ROOT, start, write_config, write_images
@@ -105,6 +107,23 @@ def test_launchers(launcher: tuple[str, ...], signalled: str, code: int, config:
         finally:
             subprocess.run(["pkill", "-9", "-s", str(launched.pid)], check=False)  # its session, nothing else
     assert "saved" in output.read_text() and "Exit code 75" in output.read_text()
+
+
+def in_attempt(port: int, number: int, _: int) -> None:
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(number)}
+    os.environ["MASTER_PORT"] = str(port)
+
+
+def test_restarted_ranks_do_not_meet_the_dead_ones(config: Path, tmp_path: Path) -> None:
+    """The store of torchrun's agent lives on, with all that the killed ranks wrote into it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    words = ("--config", config, "engine.max_steps=6", "logging.save_every=2", "--resume", "auto")
+    for number in (0, 1):
+        run = start(2, tmp_path / "run", *words, fault=partial(in_attempt, store.port, number))
+        if number == 0:
+            run.wait_for("saved .*step00000002")
+            run.kill()
+    assert run.wait() == [0, 0] and "resuming from" in run.text()
 
 
 def test_the_sbatch_file_goes_on_and_requeues_on_75_alone(tmp_path: Path) -> None:

@@ -82,13 +82,17 @@ def test_launchers_agree(config: Path, tmp_path: Path) -> None:
     words = ("--config", config, "engine.max_steps=3", "engine.device=cpu", "mask.mode=packed")
     for name, launcher in {
         "deepspeed": (BIN / "deepspeed", "--num_accelerators", "2", "--master_port", "29555"),
+        "launch": (sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "2", "--master_port", "29557"),
         "torchrun": (BIN / "torchrun", "--nproc_per_node", "2", "--master_port", "29556"),
     }.items():
         done = run(*words, f"logging.folder={tmp_path / name}", launcher=launcher)
         assert done.returncode == 0, done.stdout + done.stderr
     assert start(2, tmp_path / "forked", *words).wait() == [0, 0]
     log = log_of(tmp_path / "forked")
-    assert log == log_of(tmp_path / "deepspeed") == log_of(tmp_path / "torchrun") and len(log[0]) == 3
+    assert (
+        log == log_of(tmp_path / "deepspeed") == log_of(tmp_path / "launch") == log_of(tmp_path / "torchrun")
+        and len(log[0]) == 3
+    )
 
 
 @pytest.mark.parametrize(
