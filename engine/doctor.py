@@ -182,7 +182,8 @@ def summary(counts: dict[str, Any]) -> Iterator[Finding]:
     classes = f", {counts['classes']} classes" if counts["classes"] else ", no classes"
     yield Finding("ok", "images", f"{counts['images']} of {counts['path']}, {size}{classes}")
     if counts["decoder"] != "DALI":
-        yield Finding("note", "decoder", "DALI cannot be imported: Pillow decoded, which may judge differently")
+        said = "DALI cannot be imported: Pillow decoded, which may judge differently"
+        yield Finding("note", "decoder", said, "engine/doctor.py without --data says how to get it")
     if counts["formats"]:
         low, middle, high = counts["shorter side"]
         yield Finding("ok", "formats", f"{of('formats')}; {of('modes')}")

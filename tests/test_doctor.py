@@ -335,6 +335,7 @@ def folder(tmp_path):
 BAD = {f"dog/{name}" for name in ("cut.jpg", "empty.png", "words.jpg", "huge.png")}
 
 
+@pytest.mark.slow
 def test_a_scan_counts_what_is_there_and_its_list_trains(folder, tmp_path):
     root, modes, sides, good = folder
     source = open_images(root)
@@ -345,7 +346,7 @@ def test_a_scan_counts_what_is_there_and_its_list_trains(folder, tmp_path):
     assert counts["modes"] == modes and counts["classes"] == 2
     assert counts["formats"] == {"JPEG": len(good) + 1, "PNG": 1}
     assert counts["shorter side"] == [sides[0], sides[len(sides) // 2], sides[-1]]
-    assert {str(Path(name).relative_to(root)) for name in counts["unreadable"]} == BAD
+    assert {os.path.relpath(name, root) for name in counts["unreadable"]} == BAD
     assert counts["copies"] == {str(root / "dog/zz copy.jpg"): str(good[0])}
     assert len(counts["copies in another class"]) == (good[0].parent.name == "cat")
 
@@ -374,8 +375,9 @@ class Stops:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupted_scan_goes_on_and_looks_again_only_at_what_changed(folder, tmp_path, monkeypatch):
-    root, kept = folder[0], tmp_path / "cache/kept.jsonl"
+    (root, modes, _, _), kept = folder, tmp_path / "cache/kept.jsonl"
     source, looked, real = open_images(root), [], scan._look_at
 
     def look_at(source, todo, *rest):
@@ -389,13 +391,14 @@ def test_an_interrupted_scan_goes_on_and_looks_again_only_at_what_changed(folder
         lines.write('["half of a li')
     whole = scan.scan(source, kept, 1)
     assert [len(names) for names in looked] == [len(source), len(source) - 5]
-    assert scan.count(source, whole) == scan.count(source, scan.scan(source, None, 1))
+    counts = scan.count(source, whole)
+    assert counts["modes"] == modes and {os.path.relpath(name, root) for name in counts["unreadable"]} == BAD
 
-    assert scan.scan(source, kept, 1) == whole and looked[3:] == [[]]
+    assert scan.scan(source, kept, 1) == whole and looked[2:] == [[]]
     changed = root / "dog/words.jpg"
     Image.new("RGB", (20, 20)).save(changed)
     again = scan.scan(source, kept, 1)
-    assert looked[4] == [str(changed)] and len(again.unreadable) == len(whole.unreadable) - 1
+    assert looked[3] == [str(changed)] and len(again.unreadable) == len(whole.unreadable) - 1
 
 
 class Deadly(ImageSource):
@@ -410,14 +413,16 @@ class Deadly(ImageSource):
         return Deadly(**vars(super().take(indices)))
 
 
+@pytest.mark.slow
 def test_an_image_that_kills_its_process_is_named_and_the_scan_goes_on(folder):
     root = folder[0]
     source = Deadly(**vars(open_images(root)))
     counts = scan.count(source, scan.scan(source, None, workers=2))
-    assert {str(Path(name).relative_to(root)) for name in counts["unreadable"]} == BAD
+    assert {os.path.relpath(name, root) for name in counts["unreadable"]} == BAD
     assert counts["unreadable"][str(root / "dog/words.jpg")] == scan.CRASHES
 
 
+@pytest.mark.slow
 def test_the_members_of_tars_are_counted_and_not_listed(folder, tmp_path, monkeypatch, capsys):
     root, modes, _, _ = folder
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
@@ -432,6 +437,7 @@ def test_the_members_of_tars_are_counted_and_not_listed(folder, tmp_path, monkey
     assert "tars" in capsys.readouterr().err and not (tmp_path / "list.txt").exists()
 
 
+@pytest.mark.slow
 def test_the_program_scans_writes_a_list_and_says_so(folder, tmp_path):
     root, _, _, good = folder
     odd = root / "cat/a\ttab.png"
@@ -446,6 +452,7 @@ def test_the_program_scans_writes_a_list_and_says_so(folder, tmp_path):
     assert program(*words, XDG_CACHE_HOME=str(tmp_path / "cache")).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_list_that_would_be_empty_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     source = open_images(tmp_path)

@@ -266,12 +266,21 @@ def _pool(workers: int, by_dali: bool) -> ProcessPoolExecutor:
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, initializer=_prepare, initargs=(by_dali,))
     try:
-        pool.submit(os.getpid).result()
+        _submit(pool, os.getpid).result()
     except BrokenProcessPool as error:
         raise Broken(
             "the processes that look at images end before they have begun; engine/doctor.py says why"
         ) from error
     return pool
+
+
+def _submit(pool: ProcessPoolExecutor, work: Any, *arguments: Any) -> Future[Any]:
+    """A process that this starts never sees Ctrl-C, which reaches the whole group: the first process ends it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(work, *arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _look_at(
@@ -287,7 +296,7 @@ def _look_at(
             while chunks or begun:
                 while chunks and len(begun) < 2 * workers and not died:
                     chunk = chunks.popleft()
-                    begun[pool.submit(_look, _part(source, chunk))] = chunk
+                    begun[_submit(pool, _look, _part(source, chunk))] = chunk
                 for future in wait(begun, return_when=FIRST_COMPLETED).done:
                     chunk = begun.pop(future)
                     try:
@@ -306,7 +315,7 @@ def _one_by_one(source: ImageSource, images: Sequence[int], by_dali: bool) -> It
     try:
         for i in images:
             pool = pool or _pool(1, by_dali)
-            future: Future[list[Seen]] = pool.submit(_look, _part(source, [i]))
+            future: Future[list[Seen]] = _submit(pool, _look, _part(source, [i]))
             try:
                 yield i, future.result()[0]
             except BrokenProcessPool:
@@ -330,7 +339,6 @@ _decoder: Decoder | None = None  # of a process that looks at images
 
 def _prepare(by_dali: bool) -> None:
     global _decoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process ends the others
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native decoders complain there of what is reported anyway
     Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS instead
     _decoder = Decoder("cpu", "cpu", 1) if by_dali else None
