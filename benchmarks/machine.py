@@ -64,8 +64,8 @@ def command() -> str:
     for word in words:
         if word == "--out":
             next(words)
-        elif word == "--checkout":
-            kept += [word, next(words) and "CHECKOUT"]
+        elif word in ("--checkout", "--folder"):
+            kept += [word, next(words) and word[2:].upper()]
         else:
             kept.append("reference=CHECKOUT" if word.startswith("reference=") else word)
     return " ".join(kept)
