@@ -98,9 +98,10 @@ def results(part: str, child: subprocess.Popen[str], end: float) -> Iterator[Fin
         yield finding
     if how:
         lines = (said or "").strip().splitlines() or [""]
-        reason = next((line for line in lines if line.startswith('  File "')), lines[-1]).strip()[
-            :160
-        ]  # faulthandler's
+        frames = (
+            [line for line in lines if line.startswith('  File "')] if child.returncode < 0 else []
+        )  # faulthandler's
+        reason = (frames or lines[-1:])[0].strip()[:160]
         after = "" if last == part else f" (after: {last})"
         cure = "what is checked next after that line is broken, or the machine is overloaded; --debug shows all of it"
         yield Finding(
