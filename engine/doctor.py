@@ -64,7 +64,17 @@ def start(part: str, device: str, debug: bool) -> subprocess.Popen[str]:
     """A process that looks at one part: one that hangs or crashes takes nothing else with it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(ENGINE / "doctor.py"), "--part", part, "--device", device, *["--debug"] * debug]
+    words = [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        str(ENGINE / "doctor.py"),
+        "--part",
+        part,
+        "--device",
+        device,
+        *["--debug"] * debug,
+    ]
     said = None if debug else subprocess.PIPE
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=said, text=True, errors="replace")
 
@@ -87,7 +97,11 @@ def results(part: str, child: subprocess.Popen[str], end: float) -> Iterator[Fin
         last = finding.name
         yield finding
     if how:
-        reason = (said or "").strip().rpartition("\n")[2][:160]
+        lines = (said or "").strip().splitlines() or [""]
+        frames = (
+            [line for line in lines if line.startswith('  File "')] if child.returncode < 0 else []
+        )  # faulthandler's
+        reason = (frames or lines[-1:])[0].strip()[:160]
         after = "" if last == part else f" (after: {last})"
         cure = "what is checked next after that line is broken, or the machine is overloaded; --debug shows all of it"
         yield Finding(

@@ -26,6 +26,10 @@ NAMESPACE = "jepa_kernels"
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # largest difference, relative to the size of the reference
 KEY = {"cpu": "CPU", "cuda": "CUDA"}
 SERVED = {"cpu": "C++", "cuda": "Triton"}
+CURE = {
+    "cpu": "python setup.py build_ext --inplace; if that does not help, make test says more",
+    "cuda": "rm -r ~/.triton/cache; pip install -c constraints.txt triton; else pytest -m gpu says more",
+}
 
 
 class Compare(TorchDispatchMode):
@@ -112,11 +116,9 @@ def kernels(device: str) -> Iterator[Finding]:
             "note", "ops", f"on {place.type}, plain PyTorch: {', '.join(plain)}", "python setup.py build_ext --inplace"
         )
     if off or untried:
-        said = f"differ from their references: {', '.join(off)}. " if off else ""
-        said += f"not compared: {', '.join(untried)}" if untried else ""
-        yield Finding(
-            "wrong", "self-test", said.strip(), "rebuild: python setup.py build_ext --inplace; then make test"
-        )
+        said = [f"differ from their references: {', '.join(off)}"] if off else []
+        said += [f"not compared: {', '.join(untried)}"] if untried else []
+        yield Finding("wrong", "self-test", "; ".join(said), CURE[place.type])
     else:
         yield Finding("ok", "self-test", f"{len(worst)} ops agree with their references, in fp32 and bf16")
     yield from attention(place)
