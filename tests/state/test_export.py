@@ -1,5 +1,6 @@
 """Exports read back as what was trained, by this engine's readers and by ones that share no code with them."""
 
+import importlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from jepa.state.encoder import load_encoder
 from jepa.state.interop import ENCODERS, PARTS, open_weights
 from jepa.state.restore import CheckpointError
 from jepa.train import zero
+from packages import need
 from small import every_row, run_ranks, small_config, whole_weights
 
 pytestmark = pytest.mark.ranks
@@ -200,7 +202,8 @@ def in_transformers(file: Path, x: Tensor) -> Tensor:
 
 def in_timm(file: Path, x: Tensor) -> Tensor:
     """Built as engine/export.py documents it."""
-    timm = pytest.importorskip("timm.models.vision_transformer", reason="needs timm")
+    need("timm")  # which needs torchvision
+    timm = importlib.import_module("timm.models.vision_transformer")
     size = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
     kinds = {"class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
     model = timm.VisionTransformer(**size, **kinds).eval()
