@@ -31,7 +31,7 @@ class OnlineProbe:
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
         """{"knn": accuracy in 0..1, "linear": that of jepa.probes.linear}. Every rank calls it, and gets the same."""
-        parts: list[Tensor] = []
+        sets: list[Tensor] = []
         labelled = (self.sets.train, self.sets.train_y[CLASS]), (self.sets.val, self.sets.val_y[CLASS])
         for (source, labels), indices in zip(labelled, self.indices, strict=True):
             batches = eval_batches(
@@ -48,11 +48,12 @@ class OnlineProbe:
                 with torch.no_grad():
                     features.append(encoder(images).float().mean(1).cpu())
                 numbers += some
-            parts += [torch.cat(features), torch.from_numpy(labels[numbers])]
-        ranks: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(ranks, parts)
-        sets = [torch.cat(rows).to(self.device) for rows in zip(*ranks, strict=True)]
-        train_x, train_y, val_x, val_y = sets
+            ranks: list[tuple[Tensor, list[int]]] = [(torch.empty(0), [])] * dist.get_world_size()
+            dist.all_gather_object(ranks, (torch.cat(features), numbers))
+            together = np.concatenate([some for _, some in ranks]).astype(int)
+            order = np.argsort(together)  # the same on any number of ranks: the linear probe's figure depends on it
+            sets += [torch.cat([rows for rows, _ in ranks])[order], torch.from_numpy(labels[together[order]])]
+        train_x, train_y, val_x, val_y = (x.to(self.device) for x in sets)
         found = knn(train_x, train_y, val_x, val_y, k=self.config.eval.knn_k)
         return {"knn": found, "linear": linear_probe(train_x, train_y, val_x, val_y)}
 
