@@ -163,13 +163,14 @@ def test_it_learns_and_reports_the_best_of_all_heads(one_rank: None, root: Path,
     assert row == {"features": "encoder", "class": max(found.values())} and row["class"] > 80
 
 
+@pytest.mark.slow
 def test_rates_fall_every_fifteen_epochs_and_grow_with_the_batch(
     one_rank: None, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the encoder sees new views in each epoch, with the labels of the images they are of."""
     steps: list[tuple[Tensor, Tensor, float]] = []
     monkeypatch.setattr(Group, "learn", lambda group, x, y, factor: steps.append((x.clone(), y.clone(), factor)))
-    words = ("--epochs", 46, "--head-batch", 4, "--batch", 2)  # two micro-batches to a step
+    words = ("--epochs", 46, "--head-batch", 4, "--encoder-batch", 2)  # two micro-batches to a step
     trained(Encoder(), root, tmp_path / "out", *words)
     of_last_block = steps[::4]
     factors = np.array([factor for _, _, factor in of_last_block]).reshape(46, 10)  # 40 images, 4 at a time

@@ -63,6 +63,7 @@ def few() -> Sets:
     return of_scenes(192, 120, 800)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which, strengths", [("many", (0.1, 1e-2, 1e-3)), ("few", (1.0, 0.01))])
 def test_it_is_scikit_learns_logistic_regression_on_an_encoders_features(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, which: str, strengths: tuple[float, ...]
@@ -87,6 +88,7 @@ def test_it_is_scikit_learns_logistic_regression_on_an_encoders_features(
         assert best - 1e-4 < value(rotated, ours[0][:, i], ours[1][i]) < 1.01 * best + 1e-3
 
 
+@pytest.mark.slow
 def test_it_is_scikit_learns_best_of_several_strengths(monkeypatch: pytest.MonkeyPatch, many: Sets) -> None:
     """Chosen on the same fifth, and far enough apart for the choice to be clear."""
     monkeypatch.setattr(linear, "STRENGTHS", (1.0, 0.1, 1e-3))
