@@ -331,7 +331,7 @@ def _part(source: ImageSource, indices: Sequence[int]) -> ImageSource:
     """These images with their own files alone: little to send to another process."""
     part = source.take(np.asarray(indices))
     used, file = np.unique(part.file, return_inverse=True)
-    return replace(part, files=[source.files[k] for k in used], file=file)
+    return replace(part, files=[part.files[k] for k in used], file=file)
 
 
 _decoder: Decoder | None = None  # of a process that looks at images

@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 class ImageSource:
     """N images. Image i is `size[i]` bytes (-1: to the end) at `offset[i]` of `files[file[i]]`.
 
-    `members`: the images' names within their tars, or X
+    `members`: the images' names within their tars, or None. `labels`: int64 [N], indices into `classes`, or None.
+    `found`: what else lay there, and why it was left out.
     """
 
     path: str
