@@ -56,11 +56,17 @@ def draw(args: argparse.Namespace) -> list[Path]:
         raise ValueError(f"given {given} alone; wanted {wanted} as well")
     if args.count < 1:
         raise ValueError(f"--count: given {args.count}, wanted at least 1")
+    is_new = not args.out.exists()
     args.out.mkdir(parents=True, exist_ok=True)
-    paths = draw_encoder(args.checkpoint, args.images, args.count, args.out) if args.checkpoint else []
-    if args.log:
-        training_curves(args.log, args.out / "curves.png")
-        paths.append(args.out / "curves.png")
+    try:
+        paths = draw_encoder(args.checkpoint, args.images, args.count, args.out) if args.checkpoint else []
+        if args.log:
+            training_curves(args.log, args.out / "curves.png")
+            paths.append(args.out / "curves.png")
+    except Exception:
+        if is_new and not any(args.out.iterdir()):
+            args.out.rmdir()
+        raise
     return paths
 
 
