@@ -22,7 +22,8 @@ from jepa.data.drawn.shapes import Shape
 from jepa.probes import coco, detect
 from jepa.probes.mask_rcnn import mask_rcnn, stride_of
 from jepa.probes.pyramid import SimplePyramid
-from jobs import alone, job_of
+from jobs import job_of
+from probing import alone
 
 TINY = "--size", 48, "--channels", 16, "--batch", 4, "--warmup", 10, "--lr", 5e-3, "--scale", 0.9, 1.1
 

@@ -20,7 +20,8 @@ from jepa.probes import segment
 from jepa.probes.drop_path import drop_path
 from jepa.probes.pyramid import Rescaling
 from jepa.probes.upernet import Linear, UPerNet
-from jobs import alone, job_of
+from jobs import job_of
+from probing import alone
 
 TINY = "--size", 48, "--classes", ade20k.CLASSES, "--channels", 12, "--batch", 8, "--warmup", 5, "--lr", 3e-3
 

@@ -1,8 +1,6 @@
 """Jobs for protocols, without files of weights and without a launcher."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -14,16 +12,6 @@ from jepa.probes import job as jobs
 from jepa.probes.job import Job, Subject, digest
 from jepa.ranks.distributed import Ranks
 from small import small_config
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """This process as the only rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def job_of(out: Path, protocol: ModuleType, *words: object) -> tuple[Job, argparse.Namespace]:

@@ -25,10 +25,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .decode import Crops, Decoder, dali
+from .encoded import LARGEST
 from .sources import ImageSource, open_images
 
 CHUNK = 16  # images that a process is given at once
-MOST_PIXELS = 2**28  # of a header that is believed; decoded, they take 0.8 GB
 SHOWN = 32  # pixels a side of the resized image, which is thrown away
 SAID = 120  # characters of a reason
 CRASHES = "decoding it ends the process that tries"
@@ -340,7 +340,7 @@ _decoder: Decoder | None = None  # of a process that looks at images
 def _prepare(by_dali: bool) -> None:
     global _decoder
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native decoders complain there of what is reported anyway
-    Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS instead
+    Image.MAX_IMAGE_PIXELS = None  # LARGEST instead
     _decoder = Decoder("cpu", "cpu", 1) if by_dali else None
 
 
@@ -358,7 +358,7 @@ def _look_at_one(part: ImageSource, i: int) -> Seen:
     try:
         with Image.open(io.BytesIO(data)) as image:
             kind, mode, (width, height) = image.format or "", image.mode, image.size
-        fault = f"its header claims {width} x {height} pixels" if width * height > MOST_PIXELS else ""
+        fault = f"its header claims {width} x {height} pixels" if width * height > LARGEST else ""
     except Exception as error:  # Pillow's plugins raise of every kind for damaged files
         kind, mode, width, height = "", "", 0, 0
         fault = "" if _decoder else _short(error)

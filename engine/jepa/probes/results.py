@@ -31,7 +31,7 @@ def record(protocol: str, job: Job, result: Result, settings: dict[str, Any]) ->
         "protocol": protocol,
         "task": result.task,
         "data": data_of(settings),
-        "form": "-".join(str(settings[name]) for name in FORMS if settings.get(name)),
+        "form": form_of(settings),
         "rows": rows,
         "weights": job.weights,
         "model": {
@@ -56,6 +56,12 @@ def file_name(content: dict[str, Any]) -> str:
     """PROTOCOL-FORM-DATA.json: results of other data or in another form do not replace one another."""
     parts = [content[key] for key in ("protocol", "form", "data") if content[key]]
     return re.sub(r"[^\w.%]+", "-", "-".join(parts)) + ".json"
+
+
+def form_of(settings: dict[str, Any]) -> str:
+    """What tells figures of one protocol and data set apart; a preset only where something is fine-tuned."""
+    tuned = settings.get("form") in (None, "finetune")
+    return "-".join(str(settings[name]) for name in FORMS if settings.get(name) and (tuned or name != "preset"))
 
 
 def data_of(settings: dict[str, Any]) -> str:
