@@ -20,7 +20,7 @@ from jepa.data.drawn.shapes import Shape, ground, pixels, put_shapes
 from jepa.data.synthetic import SHAPES, place
 
 CATEGORIES = {name: 2 + 3 * i for i, name in enumerate(SHAPES)}  # 2, 5, 8, ...
-EMPTY, CROWDED = 8, 5  # every eighth image has no object, every fifth has a crowd
+EMPTY, CROWDED = 8, 5  # every eighth image has no object, every fifth of the others has a crowd
 
 
 def write(root: Path, seed: int = 0, *, train: int = 64, val: int = 16, size: int = 64) -> bool:
@@ -58,7 +58,8 @@ def draw(stream: np.random.Generator, number: int, size: int) -> tuple[np.ndarra
         return pixels(canvas), []
     shapes = put_shapes(stream, canvas)
     crowded = number % CROWDED == CROWDED - 1
-    return pixels(canvas), [_annotation(shape, crowd=crowded and k > 0) for k, shape in enumerate(shapes)]
+    last = len(shapes) - 1
+    return pixels(canvas), [_annotation(shape, crowd=crowded and k == last) for k, shape in enumerate(shapes)]
 
 
 def _annotation(shape: Shape, crowd: bool) -> dict[str, Any]:
