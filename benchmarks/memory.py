@@ -98,31 +98,33 @@ def peak(config: Config) -> int:
             time.sleep(0.2)  # gloo's threads release what they have sent a little later
             most = max(most, sum(storages().values()))
 
-    engine, teacher = start_model(config, torch.device("cpu"))
+    model_engine, teacher = start_model(config, torch.device("cpu"))
     assert teacher is not None
     if config.engine.zero_stage in (1, 2):
-        flatten = engine.optimizer.flatten_dense_tensors_aligned
+        flatten = model_engine.optimizer.flatten_dense_tensors_aligned
 
         def flatten_and_look(*args: Any) -> Tensor:
             flat = flatten(*args)
             look()
             return flat
 
-        engine.optimizer.flatten_dense_tensors_aligned = flatten_and_look
+        model_engine.optimizer.flatten_dense_tensors_aligned = flatten_and_look
     for step in range(2):
         if step:
-            for block in engine.module.encoder.blocks[::2]:
+            for block in model_engine.module.encoder.blocks[::2]:
                 block.register_full_backward_hook(look)
-            engine.basic_optimizer.register_step_pre_hook(look)
+            model_engine.basic_optimizer.register_step_pre_hook(look)
         for _ in range(config.batch(dist.get_world_size()).accumulation):
             masks = sample_masks(config.mask_spec, seed=0, step=step, first=0, batch=config.data.batch_size)
             images = torch.randint(0, 256, (config.data.batch_size, 32, 32, 3), dtype=torch.uint8)
-            zero.schedule(engine, torch.tensor([1e-3, 0.1, 0.9], dtype=torch.float64))
-            loss = engine([images], Layout(masks.context, masks.target, (), masks.target, (0, 0)), teacher(images)).loss
+            zero.schedule(model_engine, torch.tensor([1e-3, 0.1, 0.9], dtype=torch.float64))
+            loss = model_engine(
+                [images], Layout(masks.context, masks.target, (), masks.target, (0, 0)), teacher(images)
+            ).loss
             if step:
                 look()
-            engine.backward(loss)
-            zero.step(engine)
+            model_engine.backward(loss)
+            zero.step(model_engine)
         teacher.follow()
     return most
 

@@ -168,14 +168,14 @@ def count_collectives(into: Counter[str]) -> None:
 
 def step_bytes(config: Config, ranks: distributed.Ranks, seen: Counter[str]) -> dict[str, int]:
     """Bytes S of the collectives of one engine step, after two steps of warm-up."""
-    engine, teacher = start_model(config, ranks.device)
+    model_engine, teacher = start_model(config, ranks.device)
     images = Synthetic(config, ranks.device, config.batch(ranks.world_size).accumulation)
     for step in range(3):
         seen.clear()
-        zero.schedule(engine, torch.tensor([1e-4, 0.04, 0.99], dtype=torch.float64))
-        take_step(config, ranks, engine, teacher, images.batches(step), step)
+        zero.schedule(model_engine, torch.tensor([1e-4, 0.04, 0.99], dtype=torch.float64))
+        take_step(config, ranks, model_engine, teacher, images.batches(step), step)
     found = dict(seen)
-    engine.destroy()
+    model_engine.destroy()
     return found
 
 

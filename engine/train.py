@@ -40,12 +40,12 @@ from jepa.train.step import encoder_of, start_model, take_step
 
 def run(config: Config, args: argparse.Namespace) -> int:
     """Trains, or replays a step, and returns the exit code (listed in jepa.ranks.stop)."""
-    engine = config.engine
-    ranks = distributed.start(engine.device, engine.timeout_minutes, engine.deterministic)
+    settings = config.engine
+    ranks = distributed.start(settings.device, settings.timeout_minutes, settings.deterministic)
     with (
         Lock(config) as lock,
         StopRequest(ranks, args.max_minutes) as stop,
-        Watchdog(ranks, engine.timeout_minutes, lock.release) as watchdog,
+        Watchdog(ranks, settings.timeout_minutes, lock.release) as watchdog,
     ):
         if args.replay_step is None:
             watchdog.at(None, "looking for where to write")
@@ -111,13 +111,13 @@ def train(
     probe = OnlineProbe(config, ranks.rank, ranks.world_size, ranks.device) if config.eval.every else None
 
     watchdog.at(None, "building the model")
-    engine, teacher = start_model(config, ranks.device)
+    model_engine, teacher = start_model(config, ranks.device)
     watchdog.at(None, "loading the checkpoint")
-    saver = Saver(config, engine, loader.steps_per_epoch, loader.source.fingerprint, lock)
+    saver = Saver(config, model_engine, loader.steps_per_epoch, loader.source.fingerprint, lock)
     progress = saver.resume(args.resume, args.accept_changes) if args.resume else saver.begin()
     if config.meta.init_from and saver.newest is None:  # nothing was resumed
-        start_from(config, engine)
-    if teacher is not None and engine.basic_optimizer.state:
+        start_from(config, model_engine)
+    if teacher is not None and model_engine.basic_optimizer.state:
         teacher.refresh()
 
     log = RunLog(config, progress.step, last_step, loader.steps_per_epoch, global_batch, ranks.device)
@@ -127,7 +127,7 @@ def train(
         f"of {all_steps}; kill {os.getpid()} saves and stops"
     )
     log.say(f"images: {loader.source.found}")
-    table = ScheduleTable(schedules, progress.applied, last_step - progress.step, zero.schedule_device(engine))
+    table = ScheduleTable(schedules, progress.applied, last_step - progress.step, zero.schedule_device(model_engine))
     skips, owed = SkippedSteps(progress, global_batch), False
     batches = loader.batches(progress.step, last_step)
     for step in range(progress.step, last_step):
@@ -135,8 +135,8 @@ def train(
         examining, probing = due(taken, config.logging.health_freq), due(taken, config.eval.every)
         stop.ask()
         numbers = table.next()
-        zero.schedule(engine, numbers)
-        done = take_step(config, ranks, engine, teacher, batches, step, whole=examining, at=watchdog.at)
+        zero.schedule(model_engine, numbers)
+        done = take_step(config, ranks, model_engine, teacher, batches, step, whole=examining, at=watchdog.at)
         table.count(done.applied)
         log.step(step, done.losses, *done.kept, loader.wait_seconds - waited_before, done.replaced)
         skips.add(step, done.applied, done.losses, done.files)
@@ -151,7 +151,7 @@ def train(
         found = examine(step, done.features, teacher, log.say) if examining and applied else {}
         if probe and probing:
             watchdog.at(step, "evaluating")
-            found |= (accuracy := probe(encoder_of(config, engine, teacher)))
+            found |= (accuracy := probe(encoder_of(config, model_engine, teacher)))
             shown = f"k-NN {100 * accuracy['knn']:.1f} %, linear {100 * accuracy['linear']:.1f} %"
             log.say(f"step {step}: accuracy of the encoder: {shown}")
         lr, weight_decay, momentum = numbers.tolist()

@@ -202,11 +202,11 @@ def counted_flops(given: dict[str, Any]) -> float:
     config = parse_config(given, ["engine.attention=math"])  # whose products torch sees
     ranks = distributed.Ranks(0, 1, torch.device("cpu"), dist.HashStore(), dist.group.WORLD)
     images = throughput.Synthetic(config, ranks.device, 1)
-    engine, teacher = runners.start_model(config, ranks.device)
-    zero.schedule(engine, torch.tensor([1e-4, 0.0, 0.99], dtype=torch.float64))
+    model_engine, teacher = runners.start_model(config, ranks.device)
+    zero.schedule(model_engine, torch.tensor([1e-4, 0.0, 0.99], dtype=torch.float64))
     with FlopCounterMode(display=False) as counter:
         for step in range(WARMUP, WARMUP + STEPS):
-            runners.take_step(config, ranks, engine, teacher, images.batches(step), step)
+            runners.take_step(config, ranks, model_engine, teacher, images.batches(step), step)
     return counter.get_total_flops() / (STEPS * BATCH)
 
 

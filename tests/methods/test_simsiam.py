@@ -35,14 +35,14 @@ def test_the_loss_is_the_papers() -> None:
     compare(general(config), random_views(config, 6), None, wanted)
 
 
-def moves(engine: Any, config: Any, step: int) -> set[str]:
+def moves(model_engine: Any, config: Any, step: int) -> set[str]:
     """The submodules that a step at a learning rate of zero moves."""
-    before = whole_weights(engine)
+    before = whole_weights(model_engine)
     torch.manual_seed(100 * step + dist.get_rank())
-    zero.schedule(engine, torch.tensor([0.0, 0.0, 0.0], dtype=torch.float64))
-    engine.backward(engine(random_views(config, 4), None, None).loss)
-    assert zero.step(engine).applied
-    after = whole_weights(engine)
+    zero.schedule(model_engine, torch.tensor([0.0, 0.0, 0.0], dtype=torch.float64))
+    model_engine.backward(model_engine(random_views(config, 4), None, None).loss)
+    assert zero.step(model_engine).applied
+    after = whole_weights(model_engine)
     return {name.partition(".")[0] for name in after if not torch.equal(after[name], before[name])}
 
 
@@ -53,14 +53,14 @@ def rates(folder: Path) -> dict[int, list[set[str]]]:
         place = (f"engine.zero_stage={stage}", f"logging.folder={folder / str(stage)}")
         config, moved = config_of("simsiam", *place), []
         for step in range(2):
-            engine, _ = start_model(config, torch.device("cpu"))
+            model_engine, _ = start_model(config, torch.device("cpu"))
             with Lock(config) as lock:
-                saver = Saver(config, engine, 10, {}, lock)
+                saver = Saver(config, model_engine, 10, {}, lock)
                 progress = saver.resume("latest") if step else saver.begin()
-                moved.append(moves(engine, config, step))
+                moved.append(moves(model_engine, config, step))
                 progress.count(True, 8)
                 saver.save(progress)
-            engine.destroy()
+            model_engine.destroy()
         found[stage] = moved
     return found
 

@@ -62,14 +62,14 @@ def kinds_of_state(name: str) -> dict[int, set[str]]:
     found = {}
     for stage in range(4):
         config = config_of(name, f"engine.zero_stage={stage}")
-        engine, teacher = start_model(config, CPU)
-        zero.schedule(engine, torch.tensor([1e-3, 0.1, 0.9], dtype=torch.float64))
-        layout = engine.module.layout(config, Place(0, 0, dist.get_rank(), dist.get_world_size()), CPU)
-        engine.backward(engine(random_views(config, 4), layout, None).loss)
-        assert teacher is None and zero.step(engine).applied
-        state = engine.basic_optimizer.state
-        found[stage] = {kind for flat in flats(engine) for kind in state.get(flat.weight, {})}
-        engine.destroy()
+        model_engine, teacher = start_model(config, CPU)
+        zero.schedule(model_engine, torch.tensor([1e-3, 0.1, 0.9], dtype=torch.float64))
+        layout = model_engine.module.layout(config, Place(0, 0, dist.get_rank(), dist.get_world_size()), CPU)
+        model_engine.backward(model_engine(random_views(config, 4), layout, None).loss)
+        assert teacher is None and zero.step(model_engine).applied
+        state = model_engine.basic_optimizer.state
+        found[stage] = {kind for flat in flats(model_engine) for kind in state.get(flat.weight, {})}
+        model_engine.destroy()
     return found
 
 

@@ -162,18 +162,18 @@ def steps(stage: int) -> list[str]:
     config = small_config(*FP8, f"engine.zero_stage={stage}", "engine.gradient_accumulation_steps=2")
     rank = dist.get_rank()
     ranks = distributed.Ranks(rank, dist.get_world_size(), CPU, dist.HashStore(), dist.group.WORLD)
-    engine, teacher = jepa.train.step.start_model(config, CPU)
+    model_engine, teacher = jepa.train.step.start_model(config, CPU)
     assert teacher.in_fp8 is not None
     refresh, seen, wrong = teacher.in_fp8.refresh, list[None](), []
     teacher.in_fp8.refresh = lambda: seen.append(None) or refresh()
     averages: dict[str, Tensor] = {n: p.float().flatten() for n, p in teacher.weights.items()}
-    numbers = torch.tensor([0.01, 0.1, 0.5], dtype=torch.float64, device=zero.schedule_device(engine))
+    numbers = torch.tensor([0.01, 0.1, 0.5], dtype=torch.float64, device=zero.schedule_device(model_engine))
     for step in range(3):
-        zero.schedule(engine, numbers)
+        zero.schedule(model_engine, numbers)
         torch.manual_seed(10 * step + rank)
         images = [torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8) for _ in range(2)]
         batches = iter([(step, micro, Batch([x], [])) for micro, x in enumerate(images)])
-        done = jepa.train.step.take_step(config, ranks, engine, teacher, batches, step)
+        done = jepa.train.step.take_step(config, ranks, model_engine, teacher, batches, step)
         if not done.applied or len(seen) != step + 1:
             wrong.append(f"step {step}: applied {bool(done.applied)}, {len(seen)} refreshes since the start")
         for name, module in teacher.in_fp8.encoder.named_modules():
@@ -182,7 +182,7 @@ def steps(stage: int) -> list[str]:
                 x_8, scale = fp8.quantise(average)
                 if not (torch.equal(x_8.float(), module.weight_8.float()) and torch.equal(scale, module.scale)):
                     wrong.append(f"step {step}: {name} is not the copy of the average before the step")
-        averages = whole_weights(engine, "ema")
+        averages = whole_weights(model_engine, "ema")
     with torch.no_grad():
         if torch.equal(teacher(images[0]), teacher.averages["encoder"](images[0])):
             wrong.append("the targets are not in fp8")

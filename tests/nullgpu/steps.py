@@ -69,19 +69,19 @@ def take(config: Config, ranks: distributed.Ranks, steps: Iterable[int]) -> list
     """The given steps of a run, whose masks depend on their numbers, one after another."""
     forget()
     ranks_agree()
-    engine, teacher = start_model(config, ranks.device)
+    model_engine, teacher = start_model(config, ranks.device)
     images = Synthetic(config, ranks.device, config.batch(ranks.world_size).accumulation)
-    numbers = torch.tensor(NUMBERS, dtype=torch.float64, device=zero.schedule_device(engine))
+    numbers = torch.tensor(NUMBERS, dtype=torch.float64, device=zero.schedule_device(model_engine))
     taken = []
     for step in steps:
         before, graphs = nullgpu.counts(), counters["stats"]["unique_graphs"]
         torch.cuda.reset_peak_memory_stats()
-        zero.schedule(engine, numbers)
-        done = take_step(config, ranks, engine, teacher, images.batches(step), step)
+        zero.schedule(model_engine, numbers)
+        done = take_step(config, ranks, model_engine, teacher, images.batches(step), step)
         new = counters["stats"]["unique_graphs"] - graphs
         calls, memory = nullgpu.since(before), (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
         taken.append(Step(step, done.kept, new, calls, *memory))
-    engine.destroy()
+    model_engine.destroy()
     return taken
 
 

@@ -37,25 +37,25 @@ def start(folder: Path, stage: int, bf16: bool, *words: str) -> tuple[Any, Saver
         f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}", "logging.save_every=1", "logging.keep_last=2",
         f"data.batch_size={8 // dist.get_world_size()}", "mask.cut=global", f"logging.folder={folder}", *words,
     )  # fmt: skip
-    engine = zero.start(build(config), config)
-    return engine, Saver(config, engine, steps_per_epoch=1000)
+    model_engine = zero.start(build(config), config)
+    return model_engine, Saver(config, model_engine, steps_per_epoch=1000)
 
 
-def one_step(engine: Any, step: int) -> None:
+def one_step(model_engine: Any, step: int) -> None:
     """A step whose images depend only on its number, however many ranks share them."""
     share = 8 // dist.get_world_size()
     mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
     features = torch.randn(8, 64, 24, generator=torch.Generator().manual_seed(step))
     masks = sample_masks(small_config().mask_spec, seed=0, step=step, first=0, batch=8)
-    zero.schedule(engine, torch.tensor([0.01, 0.1, 0.9], dtype=torch.float64))
-    output = engine([images[mine]], every_row(masks.context[:, mine], masks.target[:, mine]), features[mine])
-    engine.backward(output.loss)
-    assert zero.step(engine).applied
+    zero.schedule(model_engine, torch.tensor([0.01, 0.1, 0.9], dtype=torch.float64))
+    output = model_engine([images[mine]], every_row(masks.context[:, mine], masks.target[:, mine]), features[mine])
+    model_engine.backward(output.loss)
+    assert zero.step(model_engine).applied
 
 
-def everything(engine: object) -> dict[str, dict[str, Tensor]]:
-    return {kind: whole_weights(engine, kind) for kind in KINDS}
+def everything(model_engine: object) -> dict[str, dict[str, Tensor]]:
+    return {kind: whole_weights(model_engine, kind) for kind in KINDS}
 
 
 def train_and_save(folder: Path) -> dict[str, dict]:
@@ -63,13 +63,13 @@ def train_and_save(folder: Path) -> dict[str, dict]:
     states = {}
     for stage, bf16 in SAVED:
         torch.manual_seed(stage)
-        engine, saver = start(folder / f"{stage}{bf16}", stage, bf16)
+        model_engine, saver = start(folder / f"{stage}{bf16}", stage, bf16)
         progress = saver.begin()
         for step in range(2):
-            one_step(engine, step)
+            one_step(model_engine, step)
             progress.count(True, 8)
         saver.save(progress)
-        states[f"{stage}{bf16}"] = everything(engine)
+        states[f"{stage}{bf16}"] = everything(model_engine)
     return states
 
 
@@ -79,9 +79,9 @@ def resume_all(folder: Path, wanted: dict[str, dict]) -> list[str]:
     for stage, bf16 in SAVED:
         name, other = f"{stage}{bf16}", (stage + 1 + dist.get_world_size()) % 4
         torch.manual_seed(99)
-        engine, saver = start(folder / name, other, bf16)
+        model_engine, saver = start(folder / name, other, bf16)
         progress = saver.resume("latest")
-        found = everything(engine)
+        found = everything(model_engine)
         case = f"ZeRO-{stage} to {other}, bf16 {bf16}, on {dist.get_world_size()} rank(s)"
         if (progress.step, progress.applied, progress.samples) != (2, 2, 16):
             wrong.append(f"{case}: {progress}")
@@ -91,10 +91,10 @@ def resume_all(folder: Path, wanted: dict[str, dict]) -> list[str]:
                 wrong.append(f"{case}: {kind} of {parameter} differs")
         if other < 3:
             low = torch.bfloat16 if bf16 else torch.float32
-            for parameter, p in engine.module.named_parameters():
+            for parameter, p in model_engine.module.named_parameters():
                 if not torch.equal(p.detach().flatten(), wanted[name]["weight"][parameter].to(low)):
                     wrong.append(f"{case}: the training weight {parameter} is not the rounded fp32 weight")
-        one_step(engine, 2)
+        one_step(model_engine, 2)
     return wrong
 
 
@@ -110,23 +110,23 @@ def test_any_topology_resumes_any_other(before: int, after: int, tmp_path: Path)
 
 
 def save_thrice(folder: Path) -> None:
-    engine, saver = start(folder, 1, False)
+    model_engine, saver = start(folder, 1, False)
     progress = saver.begin()
     for step in range(3):
-        one_step(engine, step)
+        one_step(model_engine, step)
         progress.count(True, 8)
         saver.save(progress)
 
 
 def resume(folder: Path, which: str, said: io.StringIO | None = None) -> int | str:
     """The step resumed from, or why not."""
-    engine, saver = start(folder, 1, False)
-    before = whole_weights(engine)
+    model_engine, saver = start(folder, 1, False)
+    before = whole_weights(model_engine)
     try:
         with contextlib.redirect_stdout(said or io.StringIO()):
             return saver.resume(which).step
     except CheckpointError as error:
-        after = whole_weights(engine)
+        after = whole_weights(model_engine)
         assert all(torch.equal(before[name], after[name]) for name in before), "a failed load changed the weights"
         return str(error)
 
@@ -182,14 +182,14 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path) -> 
 
 def watched_saves(folder: Path) -> None:
     """What a save does on disk, in which order, and which errors it survives."""
-    engine, saver = start(folder, 1, False, "logging.keep_last=1")
+    model_engine, saver = start(folder, 1, False, "logging.keep_last=1")
     progress = saver.begin()
     fsync, rename, rmtree, symlink = os.fsync, Path.rename, shutil.rmtree, Path.symlink_to
     done: list[tuple[str, str]] = []
 
     def save(*faults: tuple[object, str, object], rotate: bool = True) -> str:
         progress.count(True, 8)
-        one_step(engine, progress.step)
+        one_step(model_engine, progress.step)
         with contextlib.ExitStack() as stack, contextlib.redirect_stdout(io.StringIO()) as said:
             for where, name, fault in faults:
                 stack.enter_context(mock.patch.object(where, name, fault))
@@ -308,9 +308,9 @@ CHANGES = {
 
 
 def resume_another(folder: Path) -> list[str]:
-    engine, saver = start(folder, 1, False)
+    model_engine, saver = start(folder, 1, False)
     progress = saver.begin()
-    one_step(engine, 0)
+    one_step(model_engine, 0)
     progress.count(True, 8)
     saver.save(progress)
     messages = []

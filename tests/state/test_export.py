@@ -37,17 +37,17 @@ def train_and_save(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Three steps on two ranks; returns the fp32 weights and the average, gathered from both."""
     config = small_config(*SETTINGS, f"logging.folder={folder}")
     torch.manual_seed(0)
-    engine = zero.start(build(config), config)
-    saver = Saver(config, engine, steps_per_epoch=2)
+    model_engine = zero.start(build(config), config)
+    saver = Saver(config, model_engine, steps_per_epoch=2)
     progress = saver.begin()
     for step in range(3):
         masks = sample_masks(config.mask_spec, seed=0, step=step, first=0, batch=2)
-        zero.schedule(engine, torch.tensor([0.05, 0.1, 0.9], dtype=torch.float64))
+        zero.schedule(model_engine, torch.tensor([0.05, 0.1, 0.9], dtype=torch.float64))
         images, features = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8), torch.randn(2, 64, 24)
-        engine.backward(engine([images], every_row(masks.context, masks.target), features).loss)
-        progress.count(bool(zero.step(engine).applied), 4)
+        model_engine.backward(model_engine([images], every_row(masks.context, masks.target), features).loss)
+        progress.count(bool(zero.step(model_engine).applied), 4)
     saver.save(progress)
-    return {kind: whole_weights(engine, kind) for kind in ("weight", "ema")}
+    return {kind: whole_weights(model_engine, kind) for kind in ("weight", "ema")}
 
 
 @pytest.fixture(scope="module")

@@ -333,15 +333,15 @@ def started(path: Path, folder: Path, *words: str) -> tuple[Config, Any, Teacher
         f"meta.init_from={path}", f"logging.folder={folder}", f"data.mean={list(plain.MEAN)}",
         f"data.std={list(plain.STD)}", *words,
     )  # fmt: skip
-    engine, teacher = train.start_model(config, torch.device("cpu"))
-    start_from(config, engine)
+    model_engine, teacher = train.start_model(config, torch.device("cpu"))
+    start_from(config, model_engine)
     teacher.refresh()
-    return config, engine, teacher
+    return config, model_engine, teacher
 
 
-def deviations(engine: Any, teacher: Teacher, fresh: Tensors, wanted: Model, low: torch.dtype) -> list[str]:
+def deviations(model_engine: Any, teacher: Teacher, fresh: Tensors, wanted: Model, low: torch.dtype) -> list[str]:
     """What of an engine's state is not the weights in the file, or not fresh."""
-    weights, emas = whole_weights(engine), whole_weights(engine, "ema")
+    weights, emas = whole_weights(model_engine), whole_weights(model_engine, "ema")
     expected = {f"encoder.{k}": v for k, v in wanted.encoder.items()}
     expected |= {f"predictor.{k}": v for k, v in wanted.predictor.items()}
     expected |= {k: v.to(low).float() for k, v in fresh.items() if k.startswith("projector.")}
@@ -353,12 +353,12 @@ def deviations(engine: Any, teacher: Teacher, fresh: Tensors, wanted: Model, low
         wrong.append("names of averages")
     wrong += [f"average of {name}" for name in averages if not torch.equal(emas[name], averages[name])]
     for kind in ("exp_avg", "exp_avg_sq"):
-        wrong += [f"{kind} of {name}" for name, value in whole_weights(engine, kind).items() if value.any()]
+        wrong += [f"{kind} of {name}" for name, value in whole_weights(model_engine, kind).items() if value.any()]
     for name, p in teacher.averages["encoder"].named_parameters():
         if not torch.equal(p.flatten(), averages[f"encoder.{name}"].to(low)):
             wrong.append(f"the target encoder's {name}")
-    if engine.zero_optimization_stage() < 3:
-        for name, p in engine.module.named_parameters():
+    if model_engine.zero_optimization_stage() < 3:
+        for name, p in model_engine.module.named_parameters():
             if not torch.equal(p.flatten(), expected[name].flatten().to(low)):
                 wrong.append(f"training weight of {name}")
     return wrong
@@ -373,18 +373,18 @@ def targets_deviate(teacher: Teacher, wanted: Model, low: torch.dtype) -> list[s
     return [] if error < (1e-5 if low == torch.float32 else 0.03) else [f"the targets, by {error:.1e}"]
 
 
-def step_deviates(config: Config, engine: Any, teacher: Teacher, wanted: Model) -> list[str]:
+def step_deviates(config: Config, model_engine: Any, teacher: Teacher, wanted: Model) -> list[str]:
     """The first step counts as the first, and moves the average from the target encoder towards the new weights."""
     from jepa.data.masks import sample_masks
 
-    zero.schedule(engine, torch.tensor([0.01, 0.1, MOMENTUM], dtype=torch.float64))
+    zero.schedule(model_engine, torch.tensor([0.01, 0.1, MOMENTUM], dtype=torch.float64))
     masks = sample_masks(config.mask_spec, seed=0, step=0, first=0, batch=4)
     images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
-    engine.backward(engine([images], every_row(masks.context, masks.target), teacher(images)).loss)
-    if not zero.step(engine).applied:
+    model_engine.backward(model_engine([images], every_row(masks.context, masks.target), teacher(images)).loss)
+    if not zero.step(model_engine).applied:
         return ["the first step was skipped"]
-    wrong, weights = [], whole_weights(engine)
-    for name, ema in whole_weights(engine, "ema").items():
+    wrong, weights = [], whole_weights(model_engine)
+    for name, ema in whole_weights(model_engine, "ema").items():
         old = wanted.target_encoder[name.removeprefix("encoder.")].flatten().double()
         right = MOMENTUM * old + (1 - MOMENTUM) * weights[name].double()
         if not (ema - right).abs().max() <= 1e-6 * right.abs().max():
@@ -393,7 +393,9 @@ def step_deviates(config: Config, engine: Any, teacher: Teacher, wanted: Model) 
         moved = (weights[name] - before * (1 - 0.01 * 0.1 * (len(wanted.encoder[name[8:]].shape) > 1))).abs()
         if not 0.005 < moved.max() < 0.0101:  # AdamW's first step is lr times the gradient's sign
             wrong.append(f"the first step of {name}: {moved.max()}")
-    counts = {float(engine.basic_optimizer.state[flat.weight]["step"]) for flat in flats(engine) if flat.fragments}
+    counts = {
+        float(model_engine.basic_optimizer.state[flat.weight]["step"]) for flat in flats(model_engine) if flat.fragments
+    }
     return wrong if counts == {1.0} else [*wrong, f"steps counted: {counts}"]
 
 
@@ -403,12 +405,14 @@ def start_all(path: Path, folder: Path, wanted: Model) -> list[str]:
         words = (f"engine.zero_stage={stage}", f"engine.optimizer={optimizer}")
         words += (f"meta.use_bfloat16={precision == 'bf16'}",)
         low, here = torch.bfloat16 if precision == "bf16" else torch.float32, folder / f"{stage}{precision}{optimizer}"
-        config, engine, teacher = started(path, here, *words)
+        config, model_engine, teacher = started(path, here, *words)
         torch.manual_seed(config.engine.seed)
         fresh = dict(build(config).named_parameters())
-        wrong = deviations(engine, teacher, fresh, wanted, low) + targets_deviate(teacher, wanted, low)
+        wrong = deviations(model_engine, teacher, fresh, wanted, low) + targets_deviate(teacher, wanted, low)
 
-        saver = Saver(config, engine, steps_per_epoch=5)  # nothing was applied yet, and the average must not be lost
+        saver = Saver(
+            config, model_engine, steps_per_epoch=5
+        )  # nothing was applied yet, and the average must not be lost
         saver.begin()
         saver.save(Progress(step=1, skipped=1))
         import train
@@ -417,7 +421,7 @@ def start_all(path: Path, folder: Path, wanted: Model) -> list[str]:
         Saver(config, again, steps_per_epoch=5).resume("latest")
         other.refresh()
         wrong += [f"resumed: {what}" for what in deviations(again, other, fresh, wanted, low)]
-        wrong += step_deviates(config, engine, teacher, wanted)
+        wrong += step_deviates(config, model_engine, teacher, wanted)
         found += [f"ZeRO-{stage} {precision} {optimizer}: {what}" for what in wrong]
     return found
 
@@ -434,8 +438,8 @@ def test_a_run_starts_from_the_file(ranks: int, tmp_path: Path) -> None:
 def start_one(paths: dict[str, Path], folder: Path) -> dict[str, dict[str, Tensors]]:
     found = {}
     for name, path in paths.items():
-        _, engine, _ = started(path, folder, "loss.objective=ijepa")
-        found[name] = {kind: whole_weights(engine, kind) for kind in ("weight", "ema")}
+        _, model_engine, _ = started(path, folder, "loss.objective=ijepa")
+        found[name] = {kind: whole_weights(model_engine, kind) for kind in ("weight", "ema")}
     return found
 
 

@@ -69,11 +69,11 @@ def _one_rank(rank: int, world_size: int, folder: str, work: Callable[..., Any],
         dist.destroy_process_group()
 
 
-def whole_weights(engine: Any, kind: str = "weight") -> dict[str, Tensor]:
+def whole_weights(model_engine: Any, kind: str = "weight") -> dict[str, Tensor]:
     """The fp32 weights, or a kind of optimizer state, of all parameters by name, gathered from all ranks."""
     mine = []
-    for flat in flats(engine):
-        values = flat.weight if kind == "weight" else engine.basic_optimizer.state[flat.weight].get(kind)
+    for flat in flats(model_engine):
+        values = flat.weight if kind == "weight" else model_engine.basic_optimizer.state[flat.weight].get(kind)
         if values is not None:
             line = values.detach().flatten()
             mine += [(p.name, p.start, line[p.offset : p.offset + p.length].clone()) for p in flat.fragments]

@@ -186,7 +186,7 @@ def resume_damaged(folder: Path, config: Path, words: tuple[str, ...], number: i
     rng, copy = random.Random(seed), folder / "copy"
     counts = dict.fromkeys(("damaged", "wrong checkpoints", "bytes wrong"), 0)
     settings = load_config(config, [*words, f"logging.folder={copy}", "data.batch_size=8"])
-    engine = zero.start(build(settings), settings)
+    model_engine = zero.start(build(settings), settings)
     wanted = []  # of the intact checkpoints, newest first: folder, step, weights
     for _, path in candidates(folder / "killed", "jepa", 5):
         state = read_state(path)
@@ -204,10 +204,10 @@ def resume_damaged(folder: Path, config: Path, words: tuple[str, ...], number: i
             (copy / "jepa-latest").unlink()
         counts["damaged"] += bad + link_too
         with contextlib.redirect_stdout(io.StringIO()):
-            progress = Saver(settings, engine, 5, open_images(settings.data.folder).fingerprint).resume("latest")
+            progress = Saver(settings, model_engine, 5, open_images(settings.data.folder).fingerprint).resume("latest")
         _, step, weights = wanted[bad]
         counts["wrong checkpoints"] += progress.step != step
-        found = whole_weights(engine)
+        found = whole_weights(model_engine)
         for name, values in weights.items():
             counts["bytes wrong"] += int((found[name].view(torch.uint8) != values.flatten().view(torch.uint8)).sum())
     return counts

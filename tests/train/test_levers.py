@@ -234,15 +234,15 @@ def whole_steps(stage: int, bf16: bool, clip: str) -> list[str]:
     """Where the host reads a value in a real training step, from the masks to the teacher, except for loading data."""
     config = small_config(f"engine.zero_stage={stage}", f"meta.use_bfloat16={bf16}", f"optimization.clip_grad={clip}")
     ranks = distributed.Ranks(dist.get_rank(), dist.get_world_size(), CPU, dist.HashStore(), dist.group.WORLD)
-    engine, teacher = jepa.train.step.start_model(config, CPU)
-    table = ScheduleTable(Schedules(config, 10), 0, 9, zero.schedule_device(engine))
-    made = {s: engine.module.layout(config, Place(s, 0, ranks.rank, ranks.world_size), CPU) for s in range(3)}
-    engine.module.layout = lambda config, place, *_: made[place.step]
+    model_engine, teacher = jepa.train.step.start_model(config, CPU)
+    table = ScheduleTable(Schedules(config, 10), 0, 9, zero.schedule_device(model_engine))
+    made = {s: model_engine.module.layout(config, Place(s, 0, ranks.rank, ranks.world_size), CPU) for s in range(3)}
+    model_engine.module.layout = lambda config, place, *_: made[place.step]
     with Reads() as reads:
         for step in range(3):
-            zero.schedule(engine, table.next())
+            zero.schedule(model_engine, table.next())
             batches = iter([(step, 0, Batch([images(4)], []))])
-            table.count(jepa.train.step.take_step(config, ranks, engine, teacher, batches, step).applied)
+            table.count(jepa.train.step.take_step(config, ranks, model_engine, teacher, batches, step).applied)
     # These do not read values on a GPU.
     return [where for where in reads.found if not re.search("in (check_index|_check_options)", where)]
 

@@ -35,10 +35,10 @@ def train(optimizer: str, stage: int, seed: int, *more: str) -> tuple[dict[str, 
     torch.manual_seed(seed)
     model = build(config)
     encoder = copy.deepcopy(model.encoder)
-    engine = zero.start(model, config)
-    teacher, norms, moved = Teacher({"encoder": encoder}, engine), [], []
+    model_engine = zero.start(model, config)
+    teacher, norms, moved = Teacher({"encoder": encoder}, model_engine), [], []
     for step in range(STEPS):
-        zero.schedule(engine, torch.tensor([1e-3 * (step + 1), 0.1, 0.9 - 0.1 * step], dtype=torch.float64))
+        zero.schedule(model_engine, torch.tensor([1e-3 * (step + 1), 0.1, 0.9 - 0.1 * step], dtype=torch.float64))
         torch.manual_seed(seed + 10 * step + dist.get_rank())
         for micro in range(config.batch(dist.get_world_size()).accumulation):
             images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
@@ -46,13 +46,13 @@ def train(optimizer: str, stage: int, seed: int, *more: str) -> tuple[dict[str, 
                 config.mask_spec, seed=micro, step=step, first=4 * dist.get_rank(), batch=4, cut=(0, 8)
             )
             features = teacher(images) * (float("nan") if step == BAD_STEP else 1)
-            output = engine([images], every_row(masks.context, masks.target), features)
-            engine.backward(output.loss)
-            outcome = zero.step(engine, clip_grad=0.05)
+            output = model_engine([images], every_row(masks.context, masks.target), features)
+            model_engine.backward(output.loss)
+            outcome = zero.step(model_engine, clip_grad=0.05)
         teacher.follow()
         norms.append(float(outcome.grad_norm))
         moved.append(bool(outcome.applied))
-    found = {f"{kind} of {n}": v for kind in KINDS for n, v in whole_weights(engine, kind).items()}
+    found = {f"{kind} of {n}": v for kind in KINDS for n, v in whole_weights(model_engine, kind).items()}
     found |= {f"teacher's {n}": p.flatten().clone() for n, p in teacher.averages["encoder"].named_parameters()}
     return found, norms, moved
 

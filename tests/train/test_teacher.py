@@ -29,10 +29,12 @@ MOMENTA = (0.9, 0.5, 0.99, 0.7, 1.0)
 BAD_STEP = 2
 
 
-def deviations(engine: object, teacher: Teacher, average: dict[str, Tensor], roundings: int, where: str) -> list[str]:
+def deviations(
+    model_engine: object, teacher: Teacher, average: dict[str, Tensor], roundings: int, where: str
+) -> list[str]:
     """Where the fp32 average differs from the float64 one by more than a rounding per step, or the teacher is not the
     rounded average."""
-    wrong, emas, rank = [], whole_weights(engine, "ema"), dist.get_rank()
+    wrong, emas, rank = [], whole_weights(model_engine, "ema"), dist.get_rank()
     for name, parameter in teacher.averages["encoder"].named_parameters():
         ema, wanted = emas["encoder." + name], average["encoder." + name]
         error = (ema.double() - wanted).abs().max()
@@ -56,18 +58,18 @@ def follow(stage: int, precision: str) -> list[str]:
     model = build(config)
     started = {name: p.detach().clone() for name, p in model.named_parameters()}
     encoder = copy.deepcopy(model.encoder)
-    engine = zero.start(model, config)
+    model_engine = zero.start(model, config)
     low = torch.bfloat16 if precision == "bf16" else torch.float32
-    teacher = Teacher({"encoder": encoder.to(low)}, engine)
+    teacher = Teacher({"encoder": encoder.to(low)}, model_engine)
     wrong = []
 
-    weights = whole_weights(engine)
+    weights = whole_weights(model_engine)
     for name, value in started.items():
         if not torch.equal(weights[name], value.to(low).float().flatten()):
             wrong.append(f"the map of fp32 weights misplaces {name}")
     average = {n: w.double() for n, w in weights.items() if n.startswith("encoder.")}
     for step, momentum in enumerate(MOMENTA):
-        zero.schedule(engine, torch.tensor([0.01 * (step + 1), 0.1, momentum], dtype=torch.float64))
+        zero.schedule(model_engine, torch.tensor([0.01 * (step + 1), 0.1, momentum], dtype=torch.float64))
         torch.manual_seed(100 * step + rank)
         for micro in range(2):
             images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
@@ -77,11 +79,11 @@ def follow(stage: int, precision: str) -> list[str]:
             features = teacher(images)
             if step == BAD_STEP and micro == 1 and rank == world - 1:
                 features = features * float("nan")
-            output = engine([images], every_row(masks.context, masks.target), features)
-            engine.backward(output.loss)
-            outcome = zero.step(engine, config.optimization.clip_grad)
+            output = model_engine([images], every_row(masks.context, masks.target), features)
+            model_engine.backward(output.loss)
+            outcome = zero.step(model_engine, config.optimization.clip_grad)
         applied, norm = bool(outcome.applied), outcome.grad_norm
-        before, weights = weights, whole_weights(engine)
+        before, weights = weights, whole_weights(model_engine)
         moved = any(not torch.equal(weights[n], before[n]) for n in weights)
         if (applied, moved) != (step != BAD_STEP,) * 2:
             wrong.append(f"step {step}: applied {applied}, moved {moved}, gradient norm {norm}")
@@ -89,8 +91,10 @@ def follow(stage: int, precision: str) -> list[str]:
         if applied:
             for name in average:
                 average[name] = momentum * average[name] + (1 - momentum) * weights[name].double()
-        wrong += deviations(engine, teacher, average, roundings=len(MOMENTA), where=f"step {step}: ")
-    counts = {float(engine.basic_optimizer.state[flat.weight]["step"]) for flat in flats(engine) if flat.fragments}
+        wrong += deviations(model_engine, teacher, average, roundings=len(MOMENTA), where=f"step {step}: ")
+    counts = {
+        float(model_engine.basic_optimizer.state[flat.weight]["step"]) for flat in flats(model_engine) if flat.fragments
+    }
     if counts != {len(MOMENTA) - 1.0}:
         wrong.append(f"the optimizer counted {counts} steps of {len(MOMENTA) - 1}")
     return wrong
@@ -172,23 +176,23 @@ def follow_any(stage: int, case: dict[str, Any]) -> list[str]:
             original(*args) | {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
         )
     try:
-        engine = zero.start(model, config)
+        model_engine = zero.start(model, config)
     finally:
         zero.deepspeed_config = original
-    teacher, wrong = Teacher({"encoder": encoder}, engine), []
-    weights = whole_weights(engine)
+    teacher, wrong = Teacher({"encoder": encoder}, model_engine), []
+    weights = whole_weights(model_engine)
     average = {n: w.double() for n, w in weights.items() if n.startswith("encoder.")}
     for step, momentum in enumerate(case["momenta"]):
-        zero.schedule(engine, torch.tensor([0.1 * (step + 1), 0.1, momentum], dtype=torch.float64))
+        zero.schedule(model_engine, torch.tensor([0.1 * (step + 1), 0.1, momentum], dtype=torch.float64))
         assert teacher.averages  # a step begins with the teacher's features
         for micro in range(case["accumulation"]):
             x = torch.tensor(1.0 + step + 0.1 * micro + 0.01 * rank)
             if step == case["bad_step"] and micro == rank % case["accumulation"] and rank == world - 1:
                 x = x * float("inf")
-            engine.backward(engine(x))
-            outcome = zero.step(engine, config.optimization.clip_grad)
+            model_engine.backward(model_engine(x))
+            outcome = zero.step(model_engine, config.optimization.clip_grad)
         applied = bool(outcome.applied)
-        before, weights = weights, whole_weights(engine)
+        before, weights = weights, whole_weights(model_engine)
         moved = any(not torch.equal(weights[n], before[n]) for n in weights)
         if (applied, moved) != (step != case["bad_step"],) * 2:
             wrong.append(f"step {step}: applied {applied}, moved {moved}")
@@ -196,7 +200,7 @@ def follow_any(stage: int, case: dict[str, Any]) -> list[str]:
         if applied:
             for name in average:
                 average[name] = momentum * average[name] + (1 - momentum) * weights[name].double()
-            wrong += deviations(engine, teacher, average, roundings=len(case["momenta"]), where=f"step {step}: ")
+            wrong += deviations(model_engine, teacher, average, roundings=len(case["momenta"]), where=f"step {step}: ")
     return wrong
 
 

@@ -22,7 +22,8 @@ def names() -> list[str]:
 
 
 def find(name: object) -> type[Method]:
-    """The method in the file `name`.py: its one subclass of Method. Raises ValueError if there is no such file."""
+    """The method in the file `name`.py: its one subclass of Method. Raises ValueError if there is no such file, and
+    TypeError if the method lacks a part."""
     if not isinstance(name, str) or name not in names():
         raise ValueError(f"must be one of {', '.join(names())}, the files of engine/jepa/methods")
     return _in_file(name)
@@ -36,6 +37,8 @@ def _in_file(name: str) -> type[Method]:
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
     )
+    if lacking := sorted(method.__abstractmethods__):
+        raise TypeError(f"{module.__file__}: {method.__name__} lacks {', '.join(lacking)}: see jepa/methods/base.py")
     return method
 
 

@@ -10,6 +10,7 @@ A method is a file in this folder with one subclass of Method, and in it a Setti
 its own. The log, pictures, checkpoints, replay, health, budget, probes and benchmarks know no more of it than is here.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,7 +36,7 @@ class Output(NamedTuple):
     R is a multiple of B, and row r belongs to image r % B."""
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """What is trained. `encoder` is what a run is for: it is probed, exported and visualized, or its average is."""
 
     Settings: ClassVar[type[Loss]] = Loss
@@ -91,20 +92,20 @@ class Method(nn.Module):
         """What is predicted, made without gradient by `teacher` (jepa.train.teacher.Teacher; None without averages)."""
         return None
 
+    @abstractmethod
     def forward(self, views: list[Tensor], layout: Any, targets: Any | Callable[[], Any]) -> Output:
         """`targets` may be a function that returns them, to be called once, when they are needed: on several ranks the
         teacher's weights arrive while the encoder computes."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def flops(cls, config: Config, kept: Kept) -> dict[str, float]:
         """Floating-point operations per image by part, forward and backward (jepa.model.cost)."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def activations(cls, config: Config, kept: Kept, size: int, ranks: int) -> Held:
         """Bytes that a micro-batch keeps for its backward; `size` of a value (jepa.model.cost)."""
-        raise NotImplementedError
 
 
 def augmented(

@@ -23,7 +23,8 @@ from .job import Job, Progress, Result, Row, quiet
 from .papers import classified
 
 STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the L2 penalty, strongest first
-EPOCHS, STEPS, BATCH = 10, 3000, 256  # at least so many epochs, steps, samples in a step and steps in a long epoch
+EPOCHS, STEPS, BATCH = 10, 1500, 512  # at least so many epochs, steps, and samples in a step
+LONG = 256  # steps of an epoch, at most, where more samples in a step make that possible
 RATE, MOMENTUM = 0.5, 0.9
 IN_MEMORY = 2**28  # features that are rotated once and kept; more are rotated whenever they are read
 CHUNK = 8192  # samples read at once
@@ -156,7 +157,7 @@ def fit(
     u = torch.zeros(len(scale), len(strengths), classes, device=device)
     bias = torch.zeros(len(strengths), classes, device=device)
     u_speed, bias_speed = torch.zeros_like(u), torch.zeros_like(bias)
-    batch = min(max(BATCH, len(chosen) // BATCH), len(chosen))
+    batch = min(max(BATCH, len(chosen) // LONG), len(chosen))
     epochs = epochs or max(EPOCHS, -(-STEPS * batch // len(chosen)))
     steps, step, generator = epochs * -(-len(chosen) // batch), 0, torch.Generator().manual_seed(0)
     progress = Progress(say, f"{len(strengths)} linear classifiers", steps, "steps")

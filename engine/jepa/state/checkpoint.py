@@ -83,13 +83,18 @@ class Saver:
     def __init__(
         self,
         config: Config,
-        engine: Any,
+        model_engine: Any,
         steps_per_epoch: int,
         images: dict[str, int | str] | None = None,
         lock: Lock | None = None,
     ) -> None:
         """`images`: `ImageSource.fingerprint`."""
-        self.config, self.engine, self.steps_per_epoch, self.images = config, engine, steps_per_epoch, images or {}
+        self.config, self.model_engine, self.steps_per_epoch, self.images = (
+            config,
+            model_engine,
+            steps_per_epoch,
+            images or {},
+        )
         self.folder, self.tag = Path(config.logging.folder), config.logging.write_tag
         self.every = config.logging.save_every or steps_per_epoch
         self.every_epochs = config.logging.checkpoint_freq * steps_per_epoch
@@ -125,8 +130,8 @@ class Saver:
                 f"--resume or meta.load_checkpoint: no checkpoint of {self.tag!r} in {self.folder}; start without"
             )
         path, state = find_whole(paths)
-        refuse_change(path, state, self.config, shapes_of(self.engine.module), self.images, accept_changes)
-        progress = load(path, state, self.engine)
+        refuse_change(path, state, self.config, shapes_of(self.model_engine.module), self.images, accept_changes)
+        progress = load(path, state, self.model_engine)
         self.newest = path
         self._on_first(lambda: self._set_aside([p for step, p in found if step > progress.step]))
         if dist.get_rank() == 0:
@@ -220,7 +225,7 @@ class Saver:
 
         try:
             together(prepare)
-            files = together(lambda: _write_rank(unfinished, self.engine))
+            files = together(lambda: _write_rank(unfinished, self.model_engine))
             together(finish)
         except OSError as error:
             if first:
@@ -234,20 +239,20 @@ class Saver:
         return {
             "format": manifest.FORMAT,
             **asdict(progress),
-            "moments": all(flat.weight in self.engine.basic_optimizer.state for flat in flats(self.engine)),
+            "moments": all(flat.weight in self.model_engine.basic_optimizer.state for flat in flats(self.model_engine)),
             "steps_per_epoch": self.steps_per_epoch,
             "fingerprint": self.config.fingerprint(dist.get_world_size()) | self.images,
             "config": self.config.model_dump(mode="json"),
             "versions": versions(),
             "averaged": list(self.config.method.averaged),
-            "shapes": shapes_of(self.engine.module),
+            "shapes": shapes_of(self.model_engine.module),
             "files": files,
         }
 
 
-def _write_rank(folder: Path, engine: Any) -> dict[str, Any]:
-    rank, state = dist.get_rank(), engine.basic_optimizer.state
-    mine = _to_write(engine)
+def _write_rank(folder: Path, model_engine: Any) -> dict[str, Any]:
+    rank, state = dist.get_rank(), model_engine.basic_optimizer.state
+    mine = _to_write(model_engine)
     tensors, pieces = {}, []
     for i, flat in enumerate(mine):
         kept = state.get(flat.weight, {})
@@ -279,22 +284,22 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {"name": path.name, "bytes": 8 + len(head) + end, "sha256": digest.hexdigest()}
 
 
-def _to_write(engine: Any) -> list[Flat]:
+def _to_write(model_engine: Any) -> list[Flat]:
     """The flats this rank writes. Without ZeRO every rank holds all parameters, so each writes a share of them."""
-    everything = flats(engine)
-    if engine.zero_optimization_stage() > 0:
+    everything = flats(model_engine)
+    if model_engine.zero_optimization_stage() > 0:
         return everything
     return everything[dist.get_rank() :: dist.get_world_size()]
 
 
-def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
+def load(path: Path, state: dict[str, Any], model_engine: Any) -> Progress:
     """Loads this rank's weights, moments and EMA from `path`, saved by any number of ranks at any ZeRO stage.
 
     `state` is its state.json; the caller has verified the files and that they hold this model.
     """
     progress = Progress.of(state)
-    optimizer, reader, begun = engine.basic_optimizer, Reader(path, state), "ema" in kinds_in(state)
-    for flat in flats(engine):
+    optimizer, reader, begun = model_engine.basic_optimizer, Reader(path, state), "ema" in kinds_in(state)
+    for flat in flats(model_engine):
         kept = {kind: torch.zeros_like(flat.weight) for kind in KINDS[1:] if kind != "ema" or flat.group["ema"]}
         if begun:
             counter = torch.tensor(float(progress.applied), device=flat.weight.device)
@@ -304,7 +309,7 @@ def load(path: Path, state: dict[str, Any], engine: Any) -> Progress:
                 for start, values in reader.read(kind, fragment.name, fragment.start, fragment.length):
                     place = fragment.offset + start - fragment.start
                     target.view(-1)[place : place + len(values)].copy_(values)
-    refresh_training_weights(engine)
+    refresh_training_weights(model_engine)
     return progress
 
 

@@ -23,11 +23,11 @@ from .partitions import Flat, Fragment, flats, refresh_training_weights
 from .restore import CheckpointError, shapes_of, together
 
 
-def start_from(config: Config, engine: Any) -> None:
+def start_from(config: Config, model_engine: Any) -> None:
     """Gives a new run's DeepSpeed engine the weights in `meta.init_from`, and its optimizer the average and moments of
     zero. Every rank calls it, and then refreshes the teacher. Raises CheckpointError on all ranks, like `open_initial`.
     """
-    path, first, model = Path(config.meta.init_from or ""), dist.get_rank() == 0, shapes_of(engine.module)
+    path, first, model = Path(config.meta.init_from or ""), dist.get_rank() == 0, shapes_of(model_engine.module)
     parts = PARTS if "predictor.predictor_embed.weight" in model else ENCODERS
     opened: list[Initial] = []  # on the first rank
 
@@ -41,7 +41,7 @@ def start_from(config: Config, engine: Any) -> None:
     except OSError as error:
         raise CheckpointError(f"meta.init_from: {error}") from error
 
-    mine, state = flats(engine), engine.basic_optimizer.state
+    mine, state = flats(model_engine), model_engine.basic_optimizer.state
     places: dict[str, list[tuple[Flat, Fragment]]] = {}
     for flat in mine:
         for fragment in flat.fragments:
@@ -69,7 +69,7 @@ def start_from(config: Config, engine: Any) -> None:
                 state[flat.weight]["ema"] = flat.weight.detach().clone()
         if found.keys() >= set(ENCODERS) and any(flat.group["ema"] for flat in mine):
             take("target_encoder", "encoder", lambda flat: state[flat.weight]["ema"])
-    refresh_training_weights(engine)
+    refresh_training_weights(model_engine)
     if first:
         print(f"starting from {path}, {_summary(opened[0], config, model)}", flush=True)
 

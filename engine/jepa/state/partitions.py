@@ -38,13 +38,13 @@ class Flat:
     training_weight: Tensor | None = None
 
 
-def names_of(engine: Any) -> dict[int, str]:
-    return {id(p): name for name, p in engine.module.named_parameters()}
+def names_of(model_engine: Any) -> dict[int, str]:
+    return {id(p): name for name, p in model_engine.module.named_parameters()}
 
 
-def flats(engine: Any) -> list[Flat]:
+def flats(model_engine: Any) -> list[Flat]:
     """This rank's fp32 tensors in a DeepSpeed engine, in the optimizer's order."""
-    stage, wrapper, names = engine.zero_optimization_stage(), engine.optimizer, names_of(engine)
+    stage, wrapper, names = model_engine.zero_optimization_stage(), model_engine.optimizer, names_of(model_engine)
     if stage == 0:
         return _replicated(wrapper, names)
     return _flat_partitions(wrapper, names) if stage < 3 else _parameter_partitions(wrapper, names)
@@ -100,9 +100,9 @@ def _parameter_partitions(wrapper: Any, names: dict[int, str]) -> list[Flat]:
 
 
 @torch.no_grad()
-def refresh_training_weights(engine: Any) -> None:
+def refresh_training_weights(model_engine: Any) -> None:
     """Rounds the fp32 weights into the model's training weights, after the fp32 weights were written from outside."""
-    stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
+    stage, wrapper = model_engine.zero_optimization_stage(), model_engine.optimizer
     if stage == 0:
         for params, fp32s in zip(getattr(wrapper, "fp16_groups", ()), getattr(wrapper, "fp32_groups", ()), strict=True):
             torch._foreach_copy_(params, fp32s)

@@ -39,10 +39,10 @@ def replay(
     that is not of a later step. Every rank calls it. Raises CheckpointError like `Saver.resume`."""
     paths = _paths(config, loader, step, which)
     path, state = find_whole(paths)
-    engine, teacher = start_model(config, ranks.device)
-    refuse_change(path, state, config, shapes_of(engine.module), loader.source.fingerprint, accept_changes)
-    progress = checkpoint.load(path, state, engine)
-    if teacher is not None and engine.basic_optimizer.state:
+    model_engine, teacher = start_model(config, ranks.device)
+    refuse_change(path, state, config, shapes_of(model_engine.module), loader.source.fingerprint, accept_changes)
+    progress = checkpoint.load(path, state, model_engine)
+    if teacher is not None and model_engine.basic_optimizer.state:
         teacher.refresh()
     head, first = f"step {step} with the weights in {path}, of step {progress.step}", min(progress.step, step)
     if progress.step > step:
@@ -51,13 +51,18 @@ def replay(
         head += f", advanced by {step - progress.step} steps"
 
     table = ScheduleTable(
-        Schedules(config, loader.steps_per_epoch), progress.applied, step + 1 - first, zero.schedule_device(engine)
+        Schedules(config, loader.steps_per_epoch),
+        progress.applied,
+        step + 1 - first,
+        zero.schedule_device(model_engine),
     )
-    batches, findings = loader.batches(first, step + 1), Findings(engine.module)
+    batches, findings = loader.batches(first, step + 1), Findings(model_engine.module)
     for number in range(first, step + 1):
-        zero.schedule(engine, table.next())
+        zero.schedule(model_engine, table.next())
         watch = findings if number == step else None
-        done = take_step(config, ranks, engine, teacher, batches, number, whole=watch is not None, at=at, watch=watch)
+        done = take_step(
+            config, ranks, model_engine, teacher, batches, number, whole=watch is not None, at=at, watch=watch
+        )
         table.count(done.applied)
     findings.tell(head)
 
@@ -90,8 +95,8 @@ class Findings:
             found = self.bad.setdefault(f"features {name!r} of", [])
             found += [file for file, is_fine in zip(files, fine, strict=True) if not is_fine]
 
-    def gradients(self, engine: Any) -> None:
-        for name, parameter in engine.module.named_parameters():
+    def gradients(self, model_engine: Any) -> None:
+        for name, parameter in model_engine.module.named_parameters():
             gradient = zero.gradient(parameter)
             if gradient is not None:
                 self.norms[name] = float(gradient.float().norm())

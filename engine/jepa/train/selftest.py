@@ -204,17 +204,19 @@ def step(device: str) -> Iterator[Finding]:
     try:
         images = SyntheticImages(64, config.data.crop_size, seed=1)
         loader = Loader(images, config.method.views(config), batch_size=8, device=place, num_workers=1)
-        engine, teacher = start_model(config, place)
-        before = [p.detach().float().clone() for p in engine.module.parameters()]
-        table = ScheduleTable(Schedules(config, loader.steps_per_epoch), 0, 2, zero.schedule_device(engine))
+        model_engine, teacher = start_model(config, place)
+        before = [p.detach().float().clone() for p in model_engine.module.parameters()]
+        table = ScheduleTable(Schedules(config, loader.steps_per_epoch), 0, 2, zero.schedule_device(model_engine))
         batches, losses, applied = loader.batches(0, 2), [], []
         for number in range(2):
-            zero.schedule(engine, table.next())
-            done = take_step(config, ranks, engine, teacher, batches, number)
+            zero.schedule(model_engine, table.next())
+            done = take_step(config, ranks, model_engine, teacher, batches, number)
             table.count(done.applied)
             losses.append(float(done.losses[0][0]))
             applied.append(bool(done.applied))
-        moved = any(bool((p.float() != old).any()) for p, old in zip(engine.module.parameters(), before, strict=True))
+        moved = any(
+            bool((p.float() != old).any()) for p, old in zip(model_engine.module.parameters(), before, strict=True)
+        )
     finally:
         dist.destroy_process_group()
     said = (

@@ -42,16 +42,16 @@ def start_model(
         encoder = copies["encoder"]
         assert isinstance(encoder, VisionTransformer)
         in_fp8 = fp8.Encoder(encoder, compiled)
-    engine = zero.start(model, config)
+    model_engine = zero.start(model, config)
     if compiled:
-        compile_blocks(engine.module, *copies.values())
-    return engine, Teacher(copies, engine, in_fp8) if copies else None
+        compile_blocks(model_engine.module, *copies.values())
+    return model_engine, Teacher(copies, model_engine, in_fp8) if copies else None
 
 
-def encoder_of(config: Config, engine: Any, teacher: Teacher | None) -> nn.Module:
+def encoder_of(config: Config, model_engine: Any, teacher: Teacher | None) -> nn.Module:
     """The encoder that the run is for: its average, or without one the trained encoder. Every rank calls it. At ZeRO 3
     it is a copy, with whole weights: each rank may then run it as often as it likes."""
-    trained = engine.module.encoder
+    trained = model_engine.module.encoder
     if teacher is not None and "encoder" in teacher.averages:
         return teacher.averages["encoder"]
     if config.engine.zero_stage < 3:
@@ -88,14 +88,14 @@ class Watch(Protocol):
 
     def micro_batch(self, files: list[str], output: Output) -> None: ...
 
-    def gradients(self, engine: Any) -> None:
+    def gradients(self, model_engine: Any) -> None:
         """All are accumulated, and the weights not yet updated."""
 
 
 def take_step(
     config: Config,
     ranks: Ranks,
-    engine: Any,
+    model_engine: Any,
     teacher: Teacher | None,
     batches: Iterator[tuple[int, int, Batch]],
     step: int,
@@ -107,7 +107,7 @@ def take_step(
     """Takes step `step`, all its micro-batches, with the schedule values last given to `zero.schedule`, and updates the
     teacher. `whole`: its features are to be of whole images. `at` is called with each thing about to be done.
     """
-    method: Method = engine.module
+    method: Method = model_engine.module
     losses, files, replaced, accumulation = [], [], 0, config.batch(ranks.world_size).accumulation
     for micro in range(accumulation):
         at(step, "waiting for images")
@@ -118,16 +118,16 @@ def take_step(
         targets: Any = partial(method.targets, teacher, batch.views, layout)
         if ranks.world_size == 1:  # else called later, so that its weights' all-gather overlaps the encoder
             targets = targets()
-        output: Output = engine(batch.views, layout, targets)
-        engine.backward(poison(output.loss))
+        output: Output = model_engine(batch.views, layout, targets)
+        model_engine.backward(poison(output.loss))
         losses.append(torch.stack([output.loss.detach(), *output.terms]))
         files += batch.files
         replaced += batch.replaced
         if watch is not None:
             watch.micro_batch(batch.files, output)
             if micro == accumulation - 1:
-                watch.gradients(engine)
-        outcome = zero.step(engine, config.optimization.clip_grad)
+                watch.gradients(model_engine)
+        outcome = zero.step(model_engine, config.optimization.clip_grad)
     assert outcome is not None  # the last micro-batch ended the step
     if teacher is not None:
         teacher.follow()

@@ -22,13 +22,13 @@ class Teacher:
     """`copies`: of the averaged submodules, by name, made before DeepSpeed wrapped the model; they become the averages.
     `in_fp8`: the forward of the encoder's in fp8, if that is to make the targets."""
 
-    def __init__(self, copies: dict[str, nn.Module], engine: Any, in_fp8: Encoder | None = None) -> None:
+    def __init__(self, copies: dict[str, nn.Module], model_engine: Any, in_fp8: Encoder | None = None) -> None:
         self.in_fp8, self.written = in_fp8, True
         self._averages = nn.ModuleDict(copies).requires_grad_(False).eval()
-        self.optimizer = engine.basic_optimizer
-        self.averaged = [flat for flat in flats(engine) if flat.group["ema"] and flat.weight.numel()]
+        self.optimizer = model_engine.basic_optimizer
+        self.averaged = [flat for flat in flats(model_engine) if flat.group["ema"] and flat.weight.numel()]
         self.weights = dict(self._averages.named_parameters())
-        self.sharded = engine.zero_optimization_stage() > 0
+        self.sharded = model_engine.zero_optimization_stage() > 0
         self.gathered = [self._adopt(flat) for flat in self.averaged] if self.sharded else []
         if self.sharded:
             self.parts = [buffer[dist.get_rank()] for buffer, _ in self.gathered]

@@ -73,13 +73,13 @@ def start(model: Method, config: Config) -> Any:
     groups, device = param_groups(model, config.optimization.lr), next(model.parameters()).device
     optimizer: Any = make_optimizer(config, groups, device)
     settings = deepspeed_config(config, dist.get_world_size(), sum(p.numel() for p in model.parameters()))
-    engine = wrap(model, optimizer, settings)
+    model_engine = wrap(model, optimizer, settings)
     if config.engine.zero_stage in (1, 2):
         if dist.get_world_size() == 1:
-            send_nothing(engine.optimizer)
+            send_nothing(model_engine.optimizer)
         if optimizer.reads_tensors:
-            join_passes(engine)
-    return engine
+            join_passes(model_engine)
+    return model_engine
 
 
 def wrap(model: torch.nn.Module, optimizer: Any, settings: dict[str, Any]) -> Any:
@@ -95,11 +95,11 @@ def wrap(model: torch.nn.Module, optimizer: Any, settings: dict[str, Any]) -> An
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.utils.logger.setLevel(logging.ERROR)  # hides warnings about the custom optimizer and skipped steps
     with contextlib.redirect_stdout(sys.stderr):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        model_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     optimizer.state.clear()
     for group in optimizer.param_groups:
         group.pop("step", None)
-    return engine
+    return model_engine
 
 
 class Update(NamedTuple):
@@ -111,38 +111,40 @@ class Update(NamedTuple):
     """The gradient norm before clipping, 0-d; None if DeepSpeed does not report it."""
 
 
-def schedule_device(engine: Any) -> torch.device:
+def schedule_device(model_engine: Any) -> torch.device:
     """Where to look up the schedules: on the model's device if the optimizer gates steps and reads its hyperparameters
     there, else on the CPU."""
-    optimizer = engine.basic_optimizer
+    optimizer = model_engine.basic_optimizer
     on_device = optimizer.gated and optimizer.reads_tensors
-    return next(engine.module.parameters()).device if on_device else torch.device("cpu")
+    return next(model_engine.module.parameters()).device if on_device else torch.device("cpu")
 
 
-def schedule(engine: Any, numbers: Tensor) -> None:
+def schedule(model_engine: Any, numbers: Tensor) -> None:
     """Sets learning rate, weight decay and momentum (`numbers`, float64 [3]) for the next step."""
-    optimizer = engine.basic_optimizer
+    optimizer = model_engine.basic_optimizer
     lr, weight_decay, momentum = numbers.unbind() if optimizer.reads_tensors else numbers.tolist()
     for group in optimizer.param_groups:
         rate = lr if group["rate"] is None else group["rate"]
         group |= {"lr": rate, "momentum": momentum, "weight_decay": weight_decay if group["decays"] else 0.0}
 
 
-def step(engine: Any, clip_grad: float | None = None) -> Update | None:
+def step(model_engine: Any, clip_grad: float | None = None) -> Update | None:
     """Ends a micro-batch. After the last one of an accumulation, clips the gradient to the norm `clip_grad`, updates
     the weights unless the gradient is non-finite, and returns the outcome; before that, returns None."""
-    if not engine.is_gradient_accumulation_boundary():
-        engine.step()
+    if not model_engine.is_gradient_accumulation_boundary():
+        model_engine.step()
         return None
-    if not engine.basic_optimizer.gated:
-        engine.step()
-        norm = engine.get_global_grad_norm()
+    if not model_engine.basic_optimizer.gated:
+        model_engine.step()
+        norm = model_engine.get_global_grad_norm()
         norm = None if norm is None else torch.as_tensor(float(norm))
-        return Update(torch.as_tensor(engine.was_step_applied() and (norm is None or bool(norm.isfinite()))), norm)
-    norm = _gradient_norm(engine)
+        return Update(
+            torch.as_tensor(model_engine.was_step_applied() and (norm is None or bool(norm.isfinite()))), norm
+        )
+    norm = _gradient_norm(model_engine)
     scale = (clip_grad / (norm + 1e-6)).clamp(max=1.0) if clip_grad else None
-    engine.basic_optimizer.gate(scale, (~norm.isfinite()).float())
-    engine.step()
+    model_engine.basic_optimizer.gate(scale, (~norm.isfinite()).float())
+    model_engine.step()
     return Update(norm.isfinite(), norm)
 
 
@@ -161,11 +163,13 @@ def weight(parameter: torch.nn.Parameter) -> Tensor:
     return safe_get_full_fp32_param(parameter)
 
 
-def _gradient_norm(engine: Any) -> Tensor:
+def _gradient_norm(model_engine: Any) -> Tensor:
     """The 2-norm of the whole gradient, fp32 on the device, equal on all ranks; non-finite if any element is."""
-    if engine.zero_optimization_stage() == 0:
-        return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).float()
-    mine = [grad.flatten() for group in engine.optimizer.averaged_gradients.values() for grad in group]
+    if model_engine.zero_optimization_stage() == 0:
+        return torch.nn.utils.get_total_norm(
+            [p.grad for p in model_engine.module.parameters() if p.grad is not None]
+        ).float()
+    mine = [grad.flatten() for group in model_engine.optimizer.averaged_gradients.values() for grad in group]
     squares = torch.stack(torch._foreach_norm(mine, dtype=torch.float32)).square().sum()
     dist.all_reduce(squares)
     return squares.sqrt()

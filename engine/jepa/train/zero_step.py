@@ -28,7 +28,7 @@ def send_nothing(wrapper: Any) -> None:
     wrapper.buffered_reduce_fallback = lambda *args, **kwargs: None
 
 
-def join_passes(engine: Any) -> None:
+def join_passes(model_engine: Any) -> None:
     """ZeRO 1 and 2: AdamWEMA reads the gradient in its own dtype and also writes the model's training weights.
 
     DeepSpeed's own step first copies a 16-bit gradient to fp32, and afterwards reads the fp32 weights again to cast
@@ -36,7 +36,7 @@ def join_passes(engine: Any) -> None:
     """
     from deepspeed.runtime.utils import all_gather_dp_groups
 
-    wrapper = engine.optimizer
+    wrapper = model_engine.optimizer
 
     @torch.no_grad()
     def step(closure: None = None) -> None:
@@ -59,6 +59,6 @@ def join_passes(engine: Any) -> None:
 
     assert not (wrapper.cpu_offload or wrapper.loss_scaler.dynamic or wrapper.clip_grad)
     wrapper.step, wrapper.passes_joined = step, True
-    for flat in flats(engine):
+    for flat in flats(model_engine):
         flat.weight.grad_dtype = wrapper.dtype
-        engine.basic_optimizer.set_copies(flat.weight, weight=flat.training_weight)
+        model_engine.basic_optimizer.set_copies(flat.weight, weight=flat.training_weight)
