@@ -21,7 +21,7 @@ from jepa.data.synthetic import SyntheticImages
 from jepa.probes.online import OnlineProbe
 from jepa.ranks import distributed
 from jepa.ranks.distributed import Ranks
-from jepa.ranks.stop import RANK_LOST, STOPPED, StopRequest
+from jepa.ranks.stop import RANK_LOST, STOPPED, StopRequest, minutes
 from jepa.ranks.terminal import outlive_the_terminal
 from jepa.ranks.watchdog import Watchdog
 from jepa.state.checkpoint import Saver
@@ -196,7 +196,7 @@ def arguments() -> argparse.Namespace:
         "--accept-changes", action="store_true", help="resume even if a step would compute something different"
     )
     parser.add_argument(
-        "--max-minutes", type=float, metavar="M", help=f"save and exit with code {STOPPED} after M minutes"
+        "--max-minutes", type=minutes, metavar="M", help=f"save and exit with code {STOPPED} after M minutes"
     )
     parser.add_argument(
         "--replay-step",

@@ -69,7 +69,7 @@ def train(job: Job, args: argparse.Namespace, files: str = "files", stop: StopRe
 @pytest.mark.parametrize(
     "words",
     ["--batch 0", "--save-every 0", "--size 0", "--steps -3", "--steps 0", "--workers -1", "--lr 0", "--lr nan",
-     "--epochs 0", "--scale 0 2", "--warmup -1", "--drop-path 1", "--weight-decay inf", "--seed -1", "--max-minutes 0"],
+     "--epochs 0", "--scale 0 2", "--warmup -1", "--drop-path 1", "--weight-decay inf", "--seed -1"],
 )  # fmt: skip
 def test_numbers_that_mean_nothing_are_named(words: str) -> None:
     flag, value = words.split()[:2]

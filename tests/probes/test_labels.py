@@ -1,5 +1,6 @@
 """Labels: classes of folders and columns of labels.csv, and every way in which they can be wrong."""
 
+import argparse
 import csv
 import os
 import random
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jepa.probes import labels
 from jepa.probes.labels import open_labelled
 
 Table = list[list[str]]
@@ -49,6 +51,25 @@ def test_folders_are_classes_by_name_in_both_sets(tmp_path: Path) -> None:
     sets = open_labelled(*pictures(tmp_path, {"a": ["10/x.png", "9/x.png", "9/y.png"], "b": ["9/z.png", "10/z.png"]}))
     for source, y in ((sets.train, sets.train_y["class"]), (sets.val, sets.val_y["class"])):
         assert [int(Path(source.name(i)).parent.name) for i in range(len(source))] == [[9, 10][label] for label in y]
+
+
+def test_suffixes_choose_the_images(tmp_path: Path) -> None:
+    names = {split: [f"{folder}/{i}.png" for folder in "pq" for i in range(4)] for split in "ab"}
+    folders = pictures(tmp_path, names)
+    kept = [[name for i, name in enumerate(given) if i % 4 == 0 or random.random() < 0.5] for given in names.values()]
+    for folder, some in zip(folders, kept, strict=True):
+        for name in some:
+            (folder / name).rename((folder / name).with_suffix(".PIC"))
+    parser = argparse.ArgumentParser()
+    labels.arguments(parser)
+    for given in ("pic", ".Pic"):
+        args = parser.parse_args(["--train", str(folders[0]), "--val", str(folders[1]), "--suffix", given])
+        sets = open_labelled(args.train, args.val, args.label, args.suffixes)
+        for source, folder, some in zip((sets.train, sets.val), folders, kept, strict=True):
+            found = {
+                Path(source.name(i)).relative_to(folder).with_suffix(".png").as_posix() for i in range(len(source))
+            }
+            assert found == set(some)
 
 
 def test_columns_follow_the_images_whatever_the_order_of_the_rows_and_the_way_to_the_folder(

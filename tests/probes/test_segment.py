@@ -229,7 +229,9 @@ def test_the_result_does_not_depend_on_the_picture(monkeypatch, root, tmp_path, 
     assert "segment.png could not be drawn (RuntimeError: no fonts)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["--size 0", "--steps 0", "--lr 0", "--classes 256", "--channels 0", "--warmup 40"])
+@pytest.mark.parametrize(
+    "words", ["--size 0", "--steps 0", "--lr 0", "--classes 256", "--channels 0", "--warmup 40", "--batch 1"]
+)
 def test_options_that_mean_nothing_are_named(words, root, tmp_path):
     given = root, "--steps", 40, *words.split()
     with pytest.raises(ValueError, match=f"^{words}: wanted"):

@@ -1,5 +1,6 @@
 """Stopping on request, by signals and a time limit: on all ranks after the same step, and resumed bit for bit."""
 
+import argparse
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch.distributed as dist
 from deepspeed.launcher.runner import fetch_hostfile
 
+from jepa.ranks.stop import minutes
 from processes import ROOT, start, write_config, write_images
 from soak import bytes_that_differ, log_of
 
@@ -26,6 +28,13 @@ CLUSTER = ROOT / "engine/cluster"
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stop")
     return write_config(folder / "config.yaml", write_images(folder / "images"))
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon", ""])
+def test_a_time_limit_that_means_nothing_is_named(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^{text!r}: wanted a number of minutes above 0$"):
+        minutes(text)
+    assert minutes("0.5") == 0.5
 
 
 def test_one_rank_s_signal_and_the_clock_stop_all_and_nothing_is_lost(config: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from jepa.data.sources import ImageSource, open_images
 from jepa.model.vit import VisionTransformer
 
 from .job import Job, Progress, Result, Row, Subject
+from .labels import suffixes_argument
 
 BROKEN = "the features contain NaN or infinity: a broken encoder cannot be probed"
 PENDING, DONE, BAD = 0, 1, 2  # of an image
@@ -85,6 +86,7 @@ class Features:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", action="append", required=True, metavar="IMAGES", help="may be repeated")
+    suffixes_argument(parser)
     parser.add_argument("--patches", action="store_true", help="every patch's features instead of their mean")
     shared_arguments(parser)
 
@@ -98,7 +100,7 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(job: Job, args: argparse.Namespace) -> Result:
     """Stores the features; the figures are the usable images in percent."""
-    sources = [open_images(path) for path in args.images]
+    sources = [open_images(path, args.suffixes) for path in args.images]
     rows: list[Row] = []
     for subject in job.subjects:
         found = [features(job, subject, source, args, pooled=not args.patches) for source in sources]

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from jepa.ranks.distributed import require_alike
-from jepa.ranks.stop import STOPPED, StopRequest
+from jepa.ranks.stop import STOPPED, StopRequest, minutes
 
 from .job import Job
 
@@ -46,7 +46,7 @@ ASIDE = {
     "checkpointing",
 }
 
-POSITIVE = ("lr", "epochs", "scale", "max_minutes")
+POSITIVE = ("lr", "epochs", "scale")
 # Of the other numbers, by their options' names: the least, and the most.
 RANGES = {
     "batch": (1, math.inf),
@@ -83,7 +83,7 @@ def arguments(parser: argparse.ArgumentParser, weight_decay: float, warmup: int)
         metavar="STEPS",
         help="between states of unfinished training (default: 1000)",
     )
-    parser.add_argument("--max-minutes", type=float, help="stop after this time with everything saved, exit code 75")
+    parser.add_argument("--max-minutes", type=minutes, help="stop after this time with everything saved, exit code 75")
 
 
 def check(args: argparse.Namespace) -> None:

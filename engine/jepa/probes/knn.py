@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(job: Job, args: argparse.Namespace) -> Result:
     """Figures: accuracy by label, and by k where several are asked for. The ranks share the queries."""
-    sets, ks = labels.open_labelled(args.train, args.val, args.label), args.k or [20]
+    sets, ks = labels.open_labelled(args.train, args.val, args.label, args.suffixes), args.k or [20]
     if min(ks) < 1 or args.temperature <= 0:
         raise ValueError(f"--k {ks}, --temperature {args.temperature}: wanted at least 1 and more than 0")
     rows = []

@@ -32,15 +32,35 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label", action="append", metavar="COLUMN", help="a column of labels.csv in both folders; may be repeated"
     )
+    suffixes_argument(parser)
 
 
-def open_labelled(train: str | Path, val: str | Path, columns: Sequence[str] | None = None) -> Labelled:
+def suffixes_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suffix",
+        action="append",
+        dest="suffixes",
+        metavar="SUFFIX",
+        type=suffix,
+        help="how the images' names end, like .jpg, if not in a usual way; may be repeated (data.suffixes in a config)",
+    )
+
+
+def suffix(text: str) -> str:
+    """`jpg` or `.JPG`, as in data.suffixes."""
+    return "." + text.lower().removeprefix(".")
+
+
+def open_labelled(
+    train: str | Path, val: str | Path, columns: Sequence[str] | None = None, suffixes: Sequence[str] | None = None
+) -> Labelled:
     """The images and their labels: the classes of the sources or, if `columns` are given, those of labels.csv.
+    `suffixes`: as of jepa.data.sources.open_images.
 
     Raises ValueError, in one line, for labels that are missing or empty, for classes of one set that the other lacks,
     and for numbers written in several ways (1, 1.0, " 1"), which would be several classes.
     """
-    sources = open_images(train), open_images(val)
+    sources = open_images(train, suffixes), open_images(val, suffixes)
     paths, train_y, val_y = (str(train), str(val)), {}, {}
     for name in columns or [CLASS]:
         texts = [_column(source, name) if columns else _classes(source) for source in sources]

@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(job: Job, args: argparse.Namespace) -> Result:
     """Figures: accuracy by label. quick: the ranks share the strengths; paper: the images."""
-    sets = labels.open_labelled(args.train, args.val, args.label)
+    sets = labels.open_labelled(args.train, args.val, args.label, args.suffixes)
     return Result(rows_of(job, sets, args), classified(sets) if args.form == "paper" else None)
 
 

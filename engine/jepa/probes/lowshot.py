@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(job: Job, args: argparse.Namespace) -> Result:
     """Figures: accuracy by label, named after the labels' number where the classes are the label ("1%")."""
-    sets = labels.open_labelled(args.train, args.val, args.label)
+    sets = labels.open_labelled(args.train, args.val, args.label, args.suffixes)
     ((name, train_y), *others) = sets.train_y.items()
     if others:
         raise ValueError("--label: given several; the images are chosen by the classes of one")

@@ -70,6 +70,9 @@ def run(job: Job, args: argparse.Namespace) -> Result:
     args.lr = lr if args.lr is None else args.lr
     args.warmup = fit.warmup(args.warmup, WARMUP, args.steps)
     args.size = -(-args.size // patch) * patch
+    shares = 1 if job.ranks.device.type == "cuda" else job.ranks.world_size  # jepa.probes.fit, of batch norm
+    if args.head == "upernet" and args.batch < 2 * shares:
+        raise ValueError(f"--batch {args.batch}: wanted {2 * shares} or more: UPerNet's batch norm needs two images")
     files = fingerprint(job, [path for pair in train for path in (pair.image, pair.annotation)])
     sample = Annotated(train, args.classes, augmentation(args.size, job.config.data.mean))
     judged = Annotated(val, args.classes)

@@ -9,6 +9,8 @@ Exit codes of engine/train.py, besides 0 (finished), 1 (an error, with a message
 `deepspeed` passes the code on; torchrun turns every nonzero code into 1.
 """
 
+import argparse
+import math
 import os
 import signal
 import socket
@@ -27,6 +29,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 RELAYED = 2.0  # seconds within which a second signal counts as the first, relayed by a launcher
 PULSE = 1.0  # seconds between two heartbeats, at most
+
+
+def minutes(text: str) -> float:
+    """The value of an option --max-minutes, for argparse."""
+    try:
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: wanted a number of minutes above 0")
 
 
 class StopRequest:
