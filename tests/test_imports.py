@@ -96,6 +96,16 @@ def test_the_ops_are_found():
     assert {"gather", "covariance"} <= {path.stem for path in KERNELS if is_op(path)}
 
 
+def test_training_says_how_to_wait_before_torch_is_loaded():
+    """jepa/__init__.py sets what libgomp reads when it is loaded."""
+    assert imports_of_others(ROOT / "engine/train.py")[0].top == "jepa"
+    assert not imports_of_others(ROOT / "engine/jepa/__init__.py")
+
+
+def imports_of_others(path: Path) -> list[Import]:
+    return [i for i in imports(path) if i.top not in sys.stdlib_module_names]
+
+
 @named(ENGINE)
 def test_the_engine_takes_public_names_of_the_kernels(path):
     assignment = next(n for n in tree(ROOT / "kernels/jepa_kernels/__init__.py").body if isinstance(n, ast.Assign))
