@@ -8,12 +8,18 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: setup demo doctor quick test test-cuda test-eval soak lint bench bench-gpu bench-wheels sanitize clean
 
+# uv looks for a driver: the build of torch for its CUDA, or for the CPU where there is none. Without a way to torch's
+# own index, pip's choice.
+FIRST = -c constraints.txt torch triton numpy setuptools
+TORCH_THAT_FITS = UV_HTTP_RETRIES=1 $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=auto $(FIRST)
+
 setup: .venv/installed
 
 .venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt torch triton setuptools
+	$(BIN)/pip install --quiet -c constraints.txt uv
+	$(TORCH_THAT_FITS) 2> .venv/uv.log || $(BIN)/pip install --quiet $(FIRST)
 	cuda=`$(BIN)/python -c 'import torch; print((torch.version.cuda or "13")[:2])'` && \
 		$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[engine-cu$$cuda,test]"
 	touch $@
