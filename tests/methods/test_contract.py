@@ -113,7 +113,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def log(engine: Copy, folder: str = "run") -> list[dict[str, Any]]:
     """Without times."""
-    clocks = ("images_per_second", "step_ms", "data_wait_ms")
+    clocks = ("images_per_second", "step_ms", "data_wait_ms", "cpu_ms")
     return [{key: value for key, value in row.items() if key not in clocks} for row in rows(engine.root / folder)]
 
 

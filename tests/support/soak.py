@@ -37,7 +37,7 @@ from jepa.train import zero
 from processes import Run, rows, start, write_config, write_images
 from small import run_ranks, whole_weights
 
-CLOCKS = ("images_per_second", "step_ms", "data_wait_ms")
+CLOCKS = ("images_per_second", "step_ms", "data_wait_ms", "cpu_ms")
 Place = tuple[int, int]
 PLACES: tuple[Place, ...] = tuple(itertools.product((1, 2), (0, 1, 2, 3)))  # ranks, ZeRO stage
 UNFINISHED = ".jepa-step*.partial/*"  # what a kill leaves while a checkpoint is being written

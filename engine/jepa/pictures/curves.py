@@ -24,7 +24,9 @@ class Panel(NamedTuple):
     noisy: bool = False
 
 
-TIMES = Panel("Step time (ms)", {"step_ms": "all", "data_wait_ms": "waiting for images"}, noisy=True)
+TIMES = Panel(
+    "Step time (ms)", {"step_ms": "all", "data_wait_ms": "waiting for images", "cpu_ms": "of processors"}, noisy=True
+)
 LOSS = Panel("Loss", {"loss": ""}, noisy=True)
 OTHERS = (
     Panel("Teacher distance", {"teacher_distance": ""}),

@@ -90,8 +90,8 @@ class RunLog:
         return (int(epoch) - 1) * self.steps_per_epoch + int(iteration)
 
     def restart_clock(self) -> None:
-        """Excludes the time since the last step (a checkpoint, an evaluation) from the images per second."""
-        self.last_mark = self._mark()
+        """Excludes the time since the last step (a checkpoint, an evaluation) from the rates."""
+        self.last_mark, self.last_processor = self._mark(), time.process_time()
 
     def step(
         self,
@@ -121,7 +121,8 @@ class RunLog:
         bad_images = round(sum(table[:, -1].tolist()))
         values = (table[:, :-1] / dist.get_world_size()).tolist()
         seconds = [self._seconds(*span) for span in pairwise((self.last_mark, *marks))]
-        self.last_mark = marks[-1]
+        processor, now = self.last_processor, time.process_time()
+        self.last_mark, self.last_processor = marks[-1], now
         if not self.writes:
             return
         rows = {}
@@ -134,6 +135,7 @@ class RunLog:
             "images_per_second": self.global_batch * len(steps) / sum(seconds),
             "step_ms": 1000 * sum(seconds) / len(steps),
             "data_wait_ms": 1000 * sum(waits) / len(steps),
+            "cpu_ms": 1000 * (now - processor) / len(steps),
             "context_tokens": contexts[-1] or None,
             "bad_images": bad_images,
             **more,
