@@ -146,14 +146,10 @@ def points_of(log: Path, global_batch: int) -> list[Point]:
 
 def baselines(config: Config) -> dict[str, dict[str, float]]:
     """The same probes of an untrained encoder and of raw pixels."""
-
-    def pixels(images: torch.Tensor) -> torch.Tensor:
-        return Pixels().features(images, [0])[0]
-
     device = torch.device("cpu")
     probe = OnlineProbe(config, 0, 1, device)
     torch.manual_seed(config.engine.seed)
-    return {"untrained encoder": probe(build_encoder(config).eval()), "pixels": probe(pixels)}
+    return {"untrained encoder": probe(build_encoder(config).eval()), "pixels": probe(Pixels())}
 
 
 def table(runs: Sequence[Run], base: Mapping[str, Mapping[str, float]], wanted: float) -> list[list[str]]:

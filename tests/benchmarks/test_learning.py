@@ -92,7 +92,7 @@ def test_it_goes_on_and_draws_what_it_measured(data: Path, tmp_path: Path) -> No
         assert np.allclose(
             drawn["SimSiam, small"].get_ydata(), [100 * p.row["linear"] for p in logs["SimSiam-small-0"]]
         )
-        dashed = sorted(line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--")
+        dashed = sorted(float(np.asarray(line.get_ydata())[0]) for line in axes.lines if line.get_linestyle() == "--")
         assert np.allclose(dashed, sorted(100 * found["linear"] for found in result["baselines"].values()))
     x = np.mean([[p.hours for p in logs[f"I-JEPA-{seed}"]] for seed in (0, 1)], axis=0)
     assert np.allclose({line.get_label(): line for line in over_hours.lines}["I-JEPA"].get_xdata(), x)

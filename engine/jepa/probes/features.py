@@ -44,9 +44,13 @@ class Pixels(nn.Module):
     embed_dim = 768
     blocks = (None,)
 
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> [B, 1, 768]."""
+        return F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2) / 255.0, 16).flatten(1)[:, None]
+
     def features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """uint8 [B, H, W, 3] -> [B, 1, 768] for each layer asked for."""
-        return [F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2) / 255.0, 16).flatten(1)[:, None]] * len(layers)
+        """The same for each layer asked for."""
+        return [self(images)] * len(layers)
 
 
 def pixels() -> Subject:
