@@ -3,7 +3,7 @@
 PYTHON ?= python3
 DEVICE ?= auto
 BIN := .venv/bin
-SOURCES := kernels engine benchmarks tests setup.py
+SOURCES := kernels engine benchmarks docs tests setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: setup demo doctor quick test test-cuda test-eval soak lint bench bench-gpu bench-wheels sanitize clean

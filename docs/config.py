@@ -33,8 +33,8 @@ HEAD = """\
 `python docs/config.py > docs/config.md` writes this page from the schema and the shipped files. How keys are given, in
 a file or on the command line, is in [training](training.md#configs).
 
-Numbers may be written as `1e-3`, lists as `[0.3, 1.0]`. `null` unsets a key that can be unset. A path may begin with `~`
-and name `$VARIABLES`. A key without a default must be given. Values that exclude each other are refused, with the
+Numbers may be written as `1e-3`, lists as `[0.3, 1.0]`. `null` unsets a key that can be unset. A path may begin with
+`~` and name `$VARIABLES`. A key without a default must be given. Values that exclude each other are refused, with the
 reason, before anything starts; `--dry-run` shows what a config resolves to.
 """
 
@@ -168,7 +168,7 @@ def alternatives(kind: Any, metadata: Sequence[Any] = ()) -> Iterator[str]:
     elif kind is NoneType:
         yield "`null`"
     else:
-        yield f"{ {int: 'whole number', float: 'number'}[kind]} {limits(metadata)}".strip()
+        yield f"{ {int: 'whole number', float: 'number'}[kind] } {limits(metadata)}".strip()
 
 
 def limits(metadata: Sequence[Any]) -> str:
