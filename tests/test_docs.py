@@ -113,12 +113,12 @@ class Checkout:
         self.forks.stdin.flush()
         return json.loads(self.forks.stdout.readline()), outputs[0].read_text()
 
-    def type(self, text: str) -> str:
-        """What a command prints, made smaller. It must succeed."""
+    def type(self, text: str, code: int = 0) -> str:
+        """What a command prints, made smaller. It must end with 0, or with `code`."""
         for pattern, smaller in SMALLER.items():
             text = re.sub(pattern, smaller, text)
         codes, printed = self.run(program_of(os.path.expandvars(text.replace("~", str(self.root / "home")))))
-        assert not any(codes), f"{text}\nended with {codes}:\n{printed}"
+        assert {*codes} <= {0, code}, f"{text}\nended with {codes}:\n{printed}"
         return printed
 
 
@@ -182,12 +182,14 @@ def test_its_program_understands_it(command: Command, checkout: Checkout) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_its_commands_run(page: Path, checkout: Checkout) -> None:
-    """In the page's order. What is said to be printed is, but for numbers."""
+    """In the page's order. What is said to be printed is, but for numbers; of runs that would be longer, it is not."""
     printed: dict[tuple[str, ...], str] = {}
     for command in pages.commands(page):
         if command.needs or command.text in ELSEWHERE:
             continue
-        printed[command.prints] = printed.get(command.prints, "") + checkout.type(command.text)
+        if "engine/train.py" in command.text:
+            command = command._replace(prints=())
+        printed[command.prints] = printed.get(command.prints, "") + checkout.type(command.text, command.code)
     for documented, found in printed.items():
         assert not pages.not_printed(documented, found), found
 

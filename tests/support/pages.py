@@ -1,7 +1,7 @@
 """The pages of the documentation as data: the commands that a reader types, what they are said to print, and links.
 
 A command stands in an `sh` block. A comment at its end that begins with `needs` says what a machine may lack: then it
-is not run. A `text` block is what the commands of the `sh` block before it print, in part. A `yaml` block that begins
+is not run. One that says `exit code N` says how it ends. A `text` block is what the commands of the `sh` block before it print, in part. A `yaml` block that begins
 with a comment `# NAME.yaml` is that file.
 """
 
@@ -23,6 +23,8 @@ class Command(NamedTuple):
     needs: str
     prints: tuple[str, ...]
     """The lines of the `text` block behind its own block."""
+    code: int = 0
+    """Its exit code."""
 
     def __str__(self) -> str:
         return f"{self.page}: {self.text}"
@@ -52,8 +54,11 @@ def commands(path: Path) -> Iterator[Command]:
         behind = every[at + 1] if at + 1 < len(every) and every[at + 1].kind == "text" else Fence("", [])
         for line in "\n".join(fence.lines).replace("\\\n", " ").splitlines():
             text, _, comment = re.split(r"(\s# |$)", line, maxsplit=1)[:3]
-            needs = comment.strip().removeprefix("needs ") if comment.strip().startswith("needs ") else ""
-            yield Command(name, " ".join(text.split()), needs, tuple(behind.lines))
+            needs = re.match(r"\s*needs (.*)", comment)
+            code = re.search(r"exit code (\d+)", comment)
+            yield Command(
+                name, " ".join(text.split()), needs[1] if needs else "", tuple(behind.lines), int(code[1]) if code else 0
+            )
 
 
 def files(path: Path) -> dict[str, str]:
