@@ -1,8 +1,8 @@
 """The pages of the documentation as data: the commands that a reader types, what they are said to print, and links.
 
 A command stands in an `sh` block. A comment at its end that begins with `needs` says what a machine may lack: then it
-is not run. One that says `exit code N` says how it ends. A `text` block is what the commands of the `sh` block before it print, in part. A `yaml` block that begins
-with a comment `# NAME.yaml` is that file.
+is not run. One that says `exit code N` says how it ends. A `text` block is what the commands of the `sh` block before
+it print, in part. A `yaml` block that begins with a comment `# NAME.yaml` is that file.
 """
 
 import re
@@ -57,7 +57,11 @@ def commands(path: Path) -> Iterator[Command]:
             needs = re.match(r"\s*needs (.*)", comment)
             code = re.search(r"exit code (\d+)", comment)
             yield Command(
-                name, " ".join(text.split()), needs[1] if needs else "", tuple(behind.lines), int(code[1]) if code else 0
+                name,
+                " ".join(text.split()),
+                needs[1] if needs else "",
+                tuple(behind.lines),
+                int(code[1]) if code else 0,
             )
 
 

@@ -62,7 +62,10 @@ def walk(page: Path, where: Path, whole: bool) -> list[str]:
             continue
         begun = time.monotonic()
         code, output = typed(command, where)
-        print(f"{'ok' if code == command.code else f'exit {code}'} {time.monotonic() - begun:5.0f} s  {command}", flush=True)
+        print(
+            f"{'ok' if code == command.code else f'exit {code}'} {time.monotonic() - begun:5.0f} s  {command}",
+            flush=True,
+        )
         printed[command.prints] = printed.get(command.prints, "") + output
         if code != command.code:
             wrong.append(f"{command}: exit code {code}")
