@@ -46,6 +46,7 @@ SMALLER = {  # what the commands are run with instead, so that each takes second
     r"(throughput\.py .*)": r"\1 --steps 2 --warmup 2 data.batch_size=8",
     r"(synthetic\.py data/demo .*)": r"\1 --train 128 --val 64",
     r"--epochs 2": "--epochs 1",
+    r"--nproc_per_node 2": "--nproc_per_node 1",
 }
 
 
