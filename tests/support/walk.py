@@ -2,8 +2,8 @@
 
     python tests/support/walk.py [--in CHECKOUT] [--pages NAME ...] [--all]
 
-Clones the last commit into a new folder and works there, from the front page on, as a reader would: each page in a
-shell of its own, with the clone's environment once there is one. Commands that need what this machine may lack are
+Clones the last commit into a new folder and works there, from the front page on, as a reader would: each command in a
+shell, with the clone's environment once there is one. Commands that need what this machine may lack are
 named and left out; so are the test suites, which are typed by .ci/run, unless --all. What a page says that a command
 prints must be printed, line by line, but for numbers: both are shown, and percentages may be 15 points apart. `--in`
 goes on in a checkout that has been walked before, without cloning.
@@ -87,16 +87,24 @@ def typed(command: Command, where: Path) -> tuple[int, str]:
             text = text.replace(theirs, drawn)
             if not (where / drawn).exists():
                 subprocess.run(DRAW, shell=True, cwd=where, env=environment, check=True)
-    shell = ["bash", "-c", text]
-    out = subprocess.STDOUT
-    done = subprocess.run(shell, cwd=where, env=environment, stdout=subprocess.PIPE, stderr=out, errors="replace")
-    return done.returncode, done.stdout if isinstance(done.stdout, str) else ""
+    run = subprocess.Popen(
+        ["bash", "-c", text],
+        cwd=where,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    output, _ = run.communicate()
+    return run.returncode, output
 
 
 def compare(documented: tuple[str, ...], output: str) -> list[str]:
     """Shows the numbers of documented lines beside the printed ones; returns the percentages that are far apart. Of
     lines with the same words the n-th is compared with the n-th."""
-    far, seen = [], {}  # type: ignore[var-annotated]
+    far: list[str] = []
+    seen: dict[str, int] = {}
     lines = output.splitlines()
     for line in documented:
         same = [found for found in lines if shape(found) == shape(line)]
