@@ -3,12 +3,12 @@
     python tests/support/walk.py [--in CHECKOUT] [--pages NAME ...] [--all]
 
 Clones the last commit into a new folder and works there, from the front page on, as a reader would: each command in a
-shell, with the clone's environment once there is one. Commands that need what this machine may lack are
-named and left out; so are the test suites, which are typed by .ci/run, unless --all. What a page says that a command
-prints must be printed, line by line, but for numbers: both are shown, and percentages may be 15 points apart. `--in`
-goes on in a checkout that has been walked before, without cloning.
+shell, with the clone's environment once there is one. Commands that need what this machine may lack are named and left
+out; so are the test suites, which are typed by .ci/run, unless --all. What a page says that a command prints must be
+printed, line by line, but for numbers: both are shown, and percentages may be 15 points apart. `--in` works in a
+checkout that has the environment and the demo already, and none of the pages' other runs.
 
-Takes about an hour on two cores. Exit code 1 if a command failed or printed something else.
+Takes an hour or more on two cores. Exit code 1 if a command failed or printed something else.
 """
 
 import argparse
