@@ -3,10 +3,10 @@
 PYTHON ?= python3
 DEVICE ?= auto
 BIN := .venv/bin
-SOURCES := kernels engine benchmarks tests setup.py
+SOURCES := kernels engine benchmarks docs tests setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo doctor quick test test-cuda test-eval soak lint bench bench-gpu bench-wheels sanitize clean
+.PHONY: setup demo doctor quick test test-cuda test-eval walk soak lint bench bench-gpu bench-wheels sanitize clean
 
 # uv looks for a driver: the build of torch for its CUDA, or for the CPU where there is none. Without a way to torch's
 # own index, pip's choice.
@@ -78,6 +78,10 @@ test-eval: setup $(CUDA_ENV)/installed
 	$(CUDA_ENV)/bin/pip install --quiet -c $(CUDA_ENV)/constraints.txt hypothesis torchvision timm torchmetrics pycocotools
 	OMP_NUM_THREADS=1 $(CUDA_ENV)/bin/python -m pytest --numprocesses 2 --dist loadfile \
 		tests/probes/test_finetune.py tests/probes/test_segment.py tests/probes/test_detect.py
+
+# Types every command of README.md and docs/ on a clone of the last commit, an hour; WALK="--pages health" some of them.
+walk: setup
+	PYTHONPATH=tests/support $(BIN)/python tests/support/walk.py $(WALK)
 
 # Fault injection in real runs, seven to ten minutes: kills, damaged files, moves to other numbers of ranks.
 soak: setup
