@@ -216,6 +216,7 @@ def through_loader(name: str, views: list[View], args: argparse.Namespace, threa
         uniform_BVK = plain.uniform(0, 0)
         ours, theirs = [], []
         for v, view in enumerate(views):
+            assert view.scale
             work = Work(encoded, random_boxes(sizes_of(encoded), uniform_BVK[:, v], view.scale))
             ours.append(batch.views[v].cpu().numpy().reshape(len(encoded), -1))
             theirs.append(with_pillow(work, view.size).reshape(len(encoded), -1))

@@ -146,8 +146,7 @@ def points_of(log: Path, global_batch: int) -> list[Point]:
 
 def baselines(config: Config) -> dict[str, dict[str, float]]:
     """The same probes of an untrained encoder and of raw pixels."""
-    device = torch.device("cpu")
-    probe = OnlineProbe(config, 0, 1, device)
+    probe = OnlineProbe(config, distributed.start("cpu"))
     torch.manual_seed(config.engine.seed)
     return {"untrained encoder": probe(build_encoder(config).eval()), "pixels": probe(Pixels())}
 
@@ -287,7 +286,6 @@ def main() -> None:
     words = {run.folder.name: words_of(run, args.data, probes) for run in runs}
     ended = dict.fromkeys(words, False)
     configs = {run.folder.name: load_config(run.arm.config, words[run.folder.name]) for run in runs}
-    distributed.start("cpu")
     base = baselines(configs[runs[0].folder.name])
 
     def go_on(run: Run) -> Run:

@@ -56,6 +56,7 @@ def parser_of(protocol: str | None) -> argparse.ArgumentParser:
             sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         if module:
             module.arguments(sub)
+            sub.set_defaults(command=sub)
     return parser
 
 
@@ -84,8 +85,10 @@ def evaluate(args: argparse.Namespace) -> None:
     try:
         job = jobs.open_job(args, ranks)
         result = protocol.run(job, args)
-        settings = {name: value for name, value in vars(args).items() if name not in ("protocol", "weights")}
-        content = record(args.protocol, job, result, settings)
+        aside = ("protocol", "weights", "command")
+        settings = {name: value for name, value in vars(args).items() if name not in aside}
+        defaults = {name: args.command.get_default(name) for name in settings}
+        content = record(args.protocol, job, result, settings, defaults)
         path = job.out / file_name(content)
         job.first_only(lambda: write(path, content))
         if ranks.is_first:

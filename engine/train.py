@@ -108,7 +108,7 @@ def train(
     schedules = Schedules(config, loader.steps_per_epoch)
     all_steps = config.optimization.epochs * loader.steps_per_epoch
     last_step = min(all_steps, config.engine.max_steps or all_steps)
-    probe = OnlineProbe(config, ranks.rank, ranks.world_size, ranks.device) if config.eval.every else None
+    probe = OnlineProbe(config, ranks) if config.eval.every else None
 
     watchdog.at(None, "building the model")
     model_engine, teacher = start_model(config, ranks.device)

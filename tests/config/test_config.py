@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -525,6 +526,16 @@ def test_the_train_folder_is_taken_beside_val_and_is_a_class_elsewhere(tmp_path:
 )
 def test_the_published_keys_of_augmentation_make_a_view(given: list[str], wanted: View) -> None:
     assert parse_config(small(), [f"data.{one}" for one in given]).data.view == wanted
+
+
+@pytest.mark.parametrize("name", ["lejepa", "simsiam", "vicreg"])
+def test_the_published_keys_of_augmentation_hold_for_every_method(name: str) -> None:
+    mapping = small() | {"loss": {"objective": name}}
+    usual = parse_config(mapping)
+    keys = ["data.use_gaussian_blur=true", "data.use_color_distortion=true", "data.color_jitter_strength=0.5"]
+    config = parse_config(mapping, keys)
+    for view, before in zip(config.method.views(config), usual.method.views(usual), strict=True):
+        assert view == replace(before, blur=0.5, jitter=(0.4, 0.4, 0.4, 0.1))
 
 
 def test_synthetic_images_need_no_path() -> None:

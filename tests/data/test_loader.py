@@ -224,6 +224,20 @@ def test_evaluation_resizes_the_shorter_side_and_takes_the_centre(tmp_path, crop
         assert_like_pillow(ours, np.asarray(resized.crop((left, top, left + crop, top + crop))))
 
 
+@pytest.mark.parametrize("crop", [32, 112])
+def test_a_view_without_a_random_crop_shows_what_evaluation_sees(tmp_path, crop):
+    """Also of images whose shape no random crop has, such as CLEVR's 480 x 320."""
+    for i, size in enumerate([(320, 480), (130, 190), (500, 120), (64, 64)]):
+        picture(*size).save(tmp_path / f"{i}.png")
+    seen = {n: x for some, numbers in eval_batches(open_images(tmp_path), crop_size=crop, batch_size=4)
+            for x, n in zip(some, numbers, strict=True)}  # fmt: skip
+    for flip in (0.0, 1.0):
+        made = loader(tmp_path, views=[View(crop, None, flip=flip)], seed=random.getrandbits(60))
+        (_, _, batch) = next(made.batches(0, 1))
+        for i, image in zip(batch.indices, batch.views[0], strict=True):
+            assert torch.equal(image, seen[i].flip(1) if flip else seen[i])
+
+
 def test_evaluation_keeps_the_order_asked_for_and_leaves_out_bad_files(tmp_path, caplog):
     for name in ("cat", "dog", "emu"):
         fill(tmp_path / name, 3)

@@ -100,7 +100,7 @@ def test_probe_and_evaluate(tmp_path: Path, ranks: distributed.Ranks, monkeypatc
     monkeypatch.setattr(linear, "STEPS", 3)
     monkeypatch.setattr(torch.linalg, "eigh", lambda x: (torch.ones(len(x)).to(x), torch.eye(len(x)).to(x)))  # cuSOLVER
     monkeypatch.setattr(online, "linear_probe", lambda *sets: float(all(x.is_cuda for x in sets)))  # labels are numbers
-    during = online.OnlineProbe(config, 0, 1, ranks.device)
+    during = online.OnlineProbe(config, ranks)
     found = during(build_encoder(config).to(ranks.device, config.dtype))
     assert 0 <= found["knn"] <= 1 and found["linear"] == 1
 

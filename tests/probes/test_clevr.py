@@ -27,7 +27,7 @@ def test_labels_are_those_of_the_scenes_that_were_drawn(tmp_path: Path) -> None:
             scene = int(Path(source.name(i)).stem)
             depth = min(DEPTH * distance for _, _, distance in scenes.objects[scene])
             assert labels["count"][i] == scenes.count[scene] - 1 == len(scenes.objects[scene]) - 1
-            assert labels["distance"][i] == sum(depth >= cut for cut in (8, 8.5, 9, 9.5, 10))
+            assert labels["distance"][i] == sum(depth > cut for cut in (8, 8.5, 9, 9.5, 10))
         assert len(np.unique(labels["distance"])) > 3
 
 
@@ -47,11 +47,22 @@ def write_set(root: Path, depths: dict[str, list[list[float]]]) -> Path:
     return root
 
 
-def test_the_nearest_object_counts_and_a_bin_begins_at_its_edge(tmp_path: Path) -> None:
-    depths = [[7.999, 12], [8.0], [12.0, 8.499], [8.5], [9.0, 9.0, 9.0], [9.5], [9.999], [10.0], [13.5, 14.0, 12.0]]
+def test_the_nearest_object_counts_and_a_bin_ends_with_its_edge(tmp_path: Path) -> None:
+    depths = [
+        [7.999, 12],
+        [8.0],
+        [12.0, 8.001],
+        [8.5],
+        [9.0, 9.0, 9.0],
+        [9.5],
+        [9.999],
+        [10.0],
+        [10.001],
+        [13.5, 14, 12],
+    ]
     _, labels = open_split(write_set(tmp_path, {"val": depths}), "val")
-    assert labels["distance"].tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 5]
-    assert labels["count"].tolist() == [1, 0, 1, 0, 2, 0, 0, 0, 2]
+    assert labels["distance"].tolist() == [0, 0, 1, 1, 2, 3, 4, 4, 5, 5]
+    assert labels["count"].tolist() == [1, 0, 1, 0, 2, 0, 0, 0, 0, 2]
 
 
 def test_the_thousand_are_vtabs(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,8 +70,8 @@ def test_the_thousand_are_vtabs(one_rank: None, tmp_path: Path, monkeypatch: pyt
     root = write_set(tmp_path / "set", {"train": [[8.2]] * 2005, "val": [[8.2], [9.2, 7]]})
     given: list[Any] = []
 
-    def rows_of(job: Any, sets: Any, args: Any, chosen: np.ndarray | None, crops: tuple[float, float]) -> list:
-        assert crops == (1.0, 1.0), "whole images"
+    def rows_of(job: Any, sets: Any, args: Any, chosen: np.ndarray | None, crops: tuple[float, float] | None) -> list:
+        assert crops is None
         given.append(chosen)
         return [{"features": "encoder", "count": 1.0}]
 

@@ -85,6 +85,14 @@ def of_set(encoder: Encoder, root: Path, out: Path, *words: str) -> list[dict[st
     return protocol.run(job_of(encoder, out), options(protocol, *folders, *words)).rows
 
 
+def test_a_rank_without_images_finds_nothing() -> None:
+    (train_x, train_y), (test_x, test_y) = blobs(20), blobs(1)
+    none = np.arange(0)
+    cosine, index = nearest(train_x, test_x, none, 3, CPU)
+    assert cosine.shape == index.shape == (0, 3)
+    assert vote(cosine, index, train_y, test_y[none], [1, 3], 0.07) == [0, 0]
+
+
 @pytest.mark.ranks
 def test_the_protocol_on_two_ranks_is_one_rank_and_the_oracle(tmp_path: Path) -> None:
     """Several k at once, of shades some of which are in the wrong class; two images are damaged."""

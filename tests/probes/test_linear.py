@@ -94,11 +94,28 @@ def test_it_is_scikit_learns_best_of_several_strengths(monkeypatch: pytest.Monke
     monkeypatch.setattr(linear, "STRENGTHS", (1.0, 0.1, 1e-3))
     (train_x, train_y), (test_x, test_y) = many
     a, b = standardised(train_x, test_x)
-    order = torch.randperm(1200, generator=torch.Generator().manual_seed(0))
-    held, fitted = order[:240], order[240:]
+    held, fitted = linear.held_out(train_y, torch.randperm(1200, generator=torch.Generator().manual_seed(0)))
     scores = {s: by_scikit_learn(a[fitted], train_y[fitted], s).score(a[held], train_y[held]) for s in linear.STRENGTHS}
     model = by_scikit_learn(a, train_y, max(scores, key=lambda strength: scores[strength]))
     assert abs(linear_probe(train_x, train_y, test_x, test_y) - model.score(b, test_y.numpy())) <= 0.005
+
+
+def test_a_fifth_of_each_class_is_held_out() -> None:
+    y = torch.cat([torch.full((count,), label) for label, count in enumerate((1, 2, 4, 9, 10, 50, 0, 1))])
+    y = y[torch.randperm(len(y))]
+    order = torch.randperm(len(y))
+    held, fitted = linear.held_out(y, order)
+    assert sorted(torch.cat([held, fitted]).tolist()) == list(range(len(y)))
+    assert torch.bincount(y[held], minlength=8).tolist() == [0, 1, 1, 1, 2, 10, 0, 0]
+    first = {label: [i for i in order.tolist() if y[i] == label] for label in range(8)}
+    assert all(i in first[int(y[i])][:10] for i in held.tolist())
+
+
+def test_one_image_of_each_class_is_enough() -> None:
+    corners = 3 * torch.randn(6, 16)
+    test_y = torch.randint(0, 6, (300,))
+    test_x = corners[test_y] + 0.3 * torch.randn(300, 16)
+    assert linear_probe(corners, torch.arange(6), test_x, test_y) > 0.9
 
 
 @pytest.fixture

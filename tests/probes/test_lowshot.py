@@ -14,6 +14,12 @@ from jepa.probes.lowshot import drawn, listed
 from probing import Encoder, job_of, options, pixels_of, write_shades
 
 
+def test_a_list_of_a_share_that_papers_report_is_named_after_it() -> None:
+    """SimCLR's list has 12,811 of ImageNet's 1,281,167 images."""
+    assert lowshot.share_of(12_811, 1_281_167) == "1%" and lowshot.share_of(128_116, 1_281_167) == "10%"
+    assert lowshot.share_of(random.randint(2, 8) * 1000, 100_000) is None
+
+
 @pytest.mark.parametrize("wanted", ["1%", "10%", "2.5%", "100%", "1", "7"])
 def test_each_class_gets_its_share(wanted: str) -> None:
     sizes, seed = [7, 100, 49, 250], random.getrandbits(31)

@@ -4,18 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from jepa.data.sources import open_images
 from jepa.probes import linear, online
 from jepa.probes.knn import knn
 from jepa.probes.linear import linear_probe
 from jepa.probes.online import OnlineProbe, evenly
-from probing import alone, config_of, pixels_of, write_shades
+from probing import alone, config_of, pixels_of, ranks_up, write_shades
 from small import run_ranks
-
-CPU = torch.device("cpu")
-
 
 Found = tuple[dict[str, float], int, list[torch.Tensor]]
 
@@ -23,7 +19,7 @@ Found = tuple[dict[str, float], int, list[torch.Tensor]]
 def probed(train: Path, val: Path, *words: str) -> Found:
     """A rank's accuracies with every fourth pixel as features, how many images it saw, and what was classified."""
     overrides = "eval.every=1", f"eval.train_path={train}", f"eval.val_path={val}", "eval.knn_k=3", *words
-    probe, seen = OnlineProbe(config_of(*overrides), dist.get_rank(), dist.get_world_size(), CPU), []
+    probe, seen = OnlineProbe(config_of(*overrides), ranks_up()), []
     given: list[torch.Tensor] = []
 
     def pixels(images: torch.Tensor) -> torch.Tensor:
@@ -87,19 +83,19 @@ def test_it_is_the_probes_on_the_features_of_the_images_chosen(
     assert found["knn"] < 1
 
 
-def test_mistakes_are_found_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_found_before_the_run(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shades(tmp_path, {"train": 2, "val": 2})
     (tmp_path / "val/light").rename(tmp_path / "val/bright")
     config = config_of("eval.every=1", f"eval.train_path={tmp_path / 'train'}", f"eval.val_path={tmp_path / 'val'}")
     with pytest.raises(ValueError, match=r"'class': 1 of 3 classes are in .*train and not in"):
-        OnlineProbe(config, 0, 1, CPU)
+        OnlineProbe(config, ranks_up())
 
     def missing() -> None:
         raise ValueError("no DALI here")
 
     monkeypatch.setattr(online, "dali", missing)
     with pytest.raises(ValueError, match="no DALI here"):
-        OnlineProbe(config, 0, 1, CPU)
+        OnlineProbe(config, ranks_up())
 
 
 def test_evenly_spreads_without_repeats() -> None:

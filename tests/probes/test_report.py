@@ -15,11 +15,18 @@ from probing import options
 
 
 def result(
-    protocol: str, digest: str, rows: list[dict], *, day: int = 1, task: str | None = None, **model: Any
+    protocol: str,
+    digest: str,
+    rows: list[dict],
+    *,
+    day: int = 1,
+    task: str | None = None,
+    settings: dict | None = None,
+    **model: Any,
 ) -> dict:
     about = {"objective": "cjepa", "name": "vit_base", "patch_size": 16, "crop_size": 224, "epochs": 100}
-    content = {"protocol": protocol, "task": task, "data": "photos", "form": "", "rows": rows}
-    content |= {"weights": f"runs/{digest}"}
+    content: dict[str, Any] = {"protocol": protocol, "task": task, "data": "photos", "form": "", "rows": rows}
+    content |= {"weights": f"runs/{digest}", "settings": settings or {}}
     return content | {"model": {**about, "digest": digest, **model}, "date": f"2026-01-{day:02}T00:00:00+00:00"}
 
 
@@ -110,3 +117,17 @@ def test_a_folder_without_results_says_what_was_looked_for(tmp_path: Path) -> No
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no results; looked for linear\*\.json, .*knn\*\.json.* at any depth"):
         report.run(options(report, tmp_path))
+
+
+def test_encoders_of_the_same_weights_have_rows_of_their_own() -> None:
+    parts = {"target_encoder": "fp32", "encoder": "bf16"}
+    found = {part: round(random.uniform(10, 90), 1) for part in parts}
+    results = [
+        result("knn", "a", [{"features": part, "class": found[part]}], settings={"part": part, "precision": precision})
+        for part, precision in parts.items()
+    ]
+    _, rows = arranged(results)
+    assert [row[3:] for row in rows] == [
+        ["runs/a", str(found["target_encoder"])],
+        ["runs/a, encoder, bf16", str(found["encoder"])],
+    ]

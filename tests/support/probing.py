@@ -70,14 +70,18 @@ def config_of(*overrides: str) -> Config:
     return small_config(*size, f"meta.num_heads={HEADS}", *overrides)
 
 
+def ranks_up() -> Ranks:
+    """Those of the process group that is up."""
+    group = dist.group.WORLD
+    assert group is not None
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.HashStore(), group)
+
+
 def job_of(encoder: nn.Module, out: Path, config: Config | None = None) -> Job:
     """With one subject, on the ranks of the process group that is up."""
     out.mkdir(parents=True, exist_ok=True)
-    group = dist.group.WORLD
-    assert group is not None
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.HashStore(), group)
     judged = Subject("encoder", cast(VisionTransformer, encoder), digest(encoder))
-    return Job("weights", [judged], config or config_of(), ranks, out)
+    return Job("weights", [judged], config or config_of(), ranks_up(), out)
 
 
 def options(protocol: ModuleType, *words: object) -> argparse.Namespace:

@@ -42,7 +42,8 @@ class View:
     """
 
     size: int  # pixels a side
-    scale: tuple[float, float]  # area of the random crop, as a fraction of the image's
+    scale: tuple[float, float] | None  # area of the random crop, as a fraction of the image's; None: no random crop but
+    # the part that evaluation sees (jepa.data.loader.eval_batches)
     flip: float = 0.0  # probability of a horizontal flip
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # strengths as torchvision's ColorJitter has them:
     # of brightness, contrast, saturation and hue (at most 0.5, half a turn)

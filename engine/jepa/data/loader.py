@@ -54,6 +54,18 @@ def _random_words(seed: int, stream: int, index: int, first: int, number: int, v
     return np.random.Philox(key=[seed, index], counter=[first // 4, 0, view, stream]).random_raw(number)
 
 
+def usual_resize(crop: int) -> int:
+    """What the shorter side is resized to before a centre crop: ImageNet evaluation's ratio, 256 / 224, or below 96
+    pixels (CIFAR and the like, whose subjects fill the frame) the crop itself."""
+    return crop if crop < 96 else round(crop * 256 / 224)
+
+
+def centre_frame(sizes_B2: np.ndarray, crop: int, resize: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `Crops.frame` returns for a centre crop of images of these sizes."""
+    whole_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1).astype(np.int32)
+    return whole_B4, centre_views(sizes_B2, crop, resize)
+
+
 def centre_views(sizes_B2: np.ndarray, crop: int, resize: int) -> np.ndarray:
     """The box that torchvision's Resize(resize) and CenterCrop(crop) keep, in pixels of the original: [B, 4]."""
     resized_B2 = resize * sizes_B2 // sizes_B2.min(axis=1, keepdims=True)
@@ -123,7 +135,10 @@ def _crops(view: View, uniform_BnK: np.ndarray) -> Crops:
     uniform_NK = uniform_BnK.swapaxes(0, 1).reshape(-1, uniform_BnK.shape[2])
 
     def frame(sizes_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        box_N4 = random_boxes(np.tile(sizes_B2, (number, 1)), uniform_NK, view.scale)
+        sizes_N2 = np.tile(sizes_B2, (number, 1))
+        if view.scale is None:
+            return centre_frame(sizes_N2, view.size, usual_resize(view.size))
+        box_N4 = random_boxes(sizes_N2, uniform_NK, view.scale)
         return box_N4, (box_N4 * [0, 0, 1, 1]).astype(np.float32)
 
     flip_N = (uniform_NK[:, FLIP] < view.flip).astype(np.int32) if view.flip else None
@@ -293,20 +308,17 @@ def eval_batches(
 
     Yields (images uint8 [b, S, S, 3] on `device`, their b indices in the source), in the order of `indices` (default:
     all). b is batch_size, or less in the last batch or if files are bad: those are named and skipped. `resize` defaults
-    to crop_size * 256 / 224, the usual ratio of ImageNet evaluation, or below 96 pixels (CIFAR and the like, whose
-    subjects fill the frame) to crop_size.
+    to `usual_resize`.
     Raises ValueError if `resize` is smaller than `crop_size`, and like Decoder.
     """
     if resize is None:
-        resize = crop_size if crop_size < 96 else round(crop_size * 256 / 224)
+        resize = usual_resize(crop_size)
     if resize < crop_size:
         raise ValueError(f"resize: given {resize}; wanted at least the crop size, {crop_size}")
     decode = Decoder(decoder, device, num_workers)
     read = _Reader(source, decode.threads)
 
-    def frame(sizes_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        whole_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1).astype(np.int32)
-        return whole_B4, centre_views(sizes_B2, crop_size, resize)
+    frame = partial(centre_frame, crop=crop_size, resize=resize)
 
     def is_good(index: int) -> bool:
         try:

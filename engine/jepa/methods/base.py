@@ -119,7 +119,8 @@ def augmented(
 ) -> View:
     """A view with the colour augmentation of joint-embedding methods (MoCo v2, BYOL, VICReg): `jitter` with probability
     0.8, greyscale with 0.2, `blur` and `solarize` with theirs; and a flip. With data.use_color_distortion the jitter is
-    the config's. `size` in pixels and `scale`: the config's if not given."""
+    the config's, and with data.use_gaussian_blur the probability of blur. `size` in pixels and `scale`: the config's if
+    not given."""
     own = config.data.view
     return View(
         size or own.size,
@@ -128,6 +129,6 @@ def augmented(
         jitter=own.jitter if config.data.use_color_distortion else jitter,
         jitter_probability=0.8,
         grey=0.2,
-        blur=blur,
+        blur=own.blur if config.data.use_gaussian_blur else blur,
         solarize=solarize,
     )

@@ -49,8 +49,8 @@ def run(job: Job, args: argparse.Namespace) -> Result:
     # The distances of a set need not reach all the ranges, so a class may be missing from either.
     sets = Labelled(train, val, train_y, val_y)
     task = "CLEVR" if len(val) == TASK_IMAGES and chosen is None and args.form == "paper" else None
-    # Whole images, flipped: a crop would cut off what is to be counted.
-    return Result(linear.rows_of(job, sets, args, chosen, crops=(1.0, 1.0)), task)
+    # Centre crops, flipped: a random crop would cut off what is to be counted.
+    return Result(linear.rows_of(job, sets, args, chosen, crops=None), task)
 
 
 def open_split(data: Path, split: str) -> tuple[ImageSource, dict[str, np.ndarray]]:
@@ -79,4 +79,4 @@ def open_split(data: Path, split: str) -> tuple[ImageSource, dict[str, np.ndarra
             f"{table} has no scene for {len(lost)} of {len(names)} images in {images}/, for example {lost[0]}"
         )
     counts, depths = (np.array([scenes[name][i] for name in names]) for i in (0, 1))
-    return source, {"count": counts - 1, "distance": np.searchsorted(CUTS, depths, side="right")}
+    return source, {"count": counts - 1, "distance": np.searchsorted(CUTS, depths, side="left")}

@@ -13,7 +13,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -242,7 +242,7 @@ class Shuffled(Dataset):
             return self.data[_order(self.seed, turn, len(self.data))[place]]
 
 
-@cache
+@lru_cache(2)  # that of the pass before, whose last batch ends in this one, too
 def _order(seed: int, turn: int, total: int) -> np.ndarray:
     return np.random.default_rng([seed, turn]).permutation(total)
 

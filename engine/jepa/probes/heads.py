@@ -122,7 +122,7 @@ def lars(weight: Tensor, slope: Tensor, speed: Tensor, factor: float, grid: list
 
 
 def train(
-    job: Job, subject: Subject, sets: Labelled, args: argparse.Namespace, crops: tuple[float, float] = CROPS
+    job: Job, subject: Subject, sets: Labelled, args: argparse.Namespace, crops: tuple[float, float] | None = CROPS
 ) -> Row:
     """Trains the heads and returns the best accuracy of each label; all accuracies go to a file beside the state.
 
@@ -143,6 +143,7 @@ def train(
         device=job.ranks.device,
         decoder=config.decoder,
         num_workers=config.data.num_workers,
+        max_bad_fraction=config.data.max_bad_fraction,
     )
     depths = sorted({1, min(4, len(subject.encoder.blocks))})
     grid = list(itertools.product(args.lr, args.weight_decay))

@@ -25,7 +25,7 @@ from jepa.config.file import load_config
 from jepa.config.schema import Config
 from jepa.model.vit import VisionTransformer, build_encoder
 from jepa.ranks.distributed import Ranks
-from jepa.state.encoder import load_encoder
+from jepa.state.encoder import open_encoder
 
 Row = dict[str, str | float]
 T = TypeVar("T")
@@ -54,13 +54,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Job:
-    """`config`: what the encoders were trained with. `out`: an existing folder for results and unfinished work."""
+    """`config`: what the encoders were trained with. `out`: an existing folder for results and unfinished work.
+    `epochs`: how long the first was trained, if its file says so."""
 
     weights: str
     subjects: list[Subject]
     config: Config
     ranks: Ranks
     out: Path
+    epochs: int | None = None
 
     def say(self, line: str) -> None:
         """Progress, on stderr, once for all ranks."""
@@ -126,7 +128,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def open_job(args: argparse.Namespace, ranks: Ranks) -> Job:
     """Loads the encoders and makes the output folder. Raises ValueError, CheckpointError and OSError."""
     config = load_config(args.config) if args.config else None
-    encoder, config = load_encoder(args.weights, args.part, config)
+    encoder, config, epochs = open_encoder(args.weights, args.part, config)
     name = "target encoder" if args.part == "target_encoder" and "encoder" in config.method.averaged else "encoder"
     encoders = {name: encoder}
     if not args.only:
@@ -137,7 +139,7 @@ def open_job(args: argparse.Namespace, ranks: Ranks) -> Job:
     for name, module in encoders.items():
         key = digest(module, f"{config.data.mean} {config.data.std}") + ("-bf16" if args.precision == "bf16" else "")
         subjects.append(Subject(name, module.requires_grad_(False).to(ranks.device, dtype), key))
-    job = Job(args.weights, subjects, config, ranks, args.out or Path("eval") / _stem(Path(args.weights)))
+    job = Job(args.weights, subjects, config, ranks, args.out or Path("eval") / _stem(Path(args.weights)), epochs)
     job.first_only(lambda: _make(job.out))
     return job
 

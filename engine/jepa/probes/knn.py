@@ -69,7 +69,7 @@ def nearest(
     first; fewer if there are fewer. Memory holds 1024 x 65536 cosines and the samples compared."""
     k = min(k, len(train))
     best, where = torch.full((len(chosen), k), -math.inf), torch.zeros(len(chosen), k, dtype=torch.int64)
-    for block in np.array_split(np.arange(len(chosen)), max(1, -(-len(chosen) // BLOCK))):
+    for block in np.array_split(np.arange(len(chosen)), -(-len(chosen) // BLOCK)) if len(chosen) else ():
         x = F.normalize(test[chosen[block]].float().to(device), dim=1)
         for first in range(0, len(train), KEYS):
             keys = F.normalize(train[first : first + KEYS].float().to(device), dim=1)

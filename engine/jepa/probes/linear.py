@@ -3,7 +3,7 @@
     python engine/evaluate.py linear runs/demo/jepa-latest --train data/demo/train --val data/demo/val
 
 --form quick (default): logistic regression on stored features. The strength of its penalty is chosen on a held-out
-fifth of the training images.
+fifth of each class's training images.
 --form paper: the I-JEPA paper's. The encoder sees new crops and flips of the training images in each of 50 epochs, and
 24 heads learn side by side: on the last block or the last four, with and without batch norm, by LARS at three learning
 rates and two weight decays. As in the paper, the best of them on --val is reported, which flatters a little.
@@ -23,6 +23,7 @@ from .job import Job, Progress, Result, Row, quiet
 from .papers import classified
 
 STRENGTHS = tuple(10.0**e for e in range(0, -9, -1))  # of the L2 penalty, strongest first
+UNJUDGED = 1e-2  # the strength where every class has a single image, and none can be held out to judge it
 EPOCHS, STEPS, BATCH = 10, 1500, 512  # at least so many epochs, steps, and samples in a step
 LONG = 256  # steps of an epoch, at most, where more samples in a step make that possible
 RATE, MOMENTUM = 0.5, 0.9
@@ -48,10 +49,10 @@ def rows_of(
     sets: labels.Labelled,
     args: argparse.Namespace,
     chosen: np.ndarray | None = None,
-    crops: tuple[float, float] = heads.CROPS,
+    crops: tuple[float, float] | None = heads.CROPS,
 ) -> list[Row]:
     """A row for each encoder, and one for pixels in the quick form. `chosen`: the training images that may be used;
-    `crops`: areas of the paper form's random crops."""
+    `crops`: areas of the paper form's random crops; None: centre crops."""
     if args.form == "paper":
         if chosen is not None:
             labelled = {name: y[chosen] for name, y in sets.train_y.items()}
@@ -84,16 +85,26 @@ def linear_probe(
     classes = int(torch.cat([train_y, test_y]).max()) + 1
     axes, train_y, test_y = Axes(train_x, device), train_y.to(device), test_y.to(device)
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))
-    held, fitted = order[: len(train_x) // 5], order[len(train_x) // 5 :]
+    held, fitted = held_out(train_y.cpu(), order)
     x, mine = axes.rotated(train_x), STRENGTHS[rank::world]
     scores = [0.0] * len(STRENGTHS)
-    if mine:
+    if mine and len(held):
         scores[rank::world] = accuracy(fit(x, train_y, fitted, axes, mine, classes, say=say), x, train_y, held)
     if job:
         scores = np.sum(job.gather(scores), axis=0).tolist()
-    best = STRENGTHS[scores.index(max(scores))]
+    best = STRENGTHS[scores.index(max(scores))] if len(held) else UNJUDGED
     solved = fit(x, train_y, order, axes, [best], classes, say=say)
     return accuracy(solved, axes.rotated(test_x), test_y, torch.arange(len(test_x)))[0]
+
+
+def held_out(y: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """The first fifth of each class's samples in `order`, at least one of two or more, and the rest: indices of the
+    labels int64 [S]."""
+    by_class = order[y[order].argsort(stable=True)]
+    counts = torch.bincount(y)
+    place = torch.arange(len(y)) - (counts.cumsum(0) - counts)[y[by_class]]
+    held = place < torch.where(counts > 1, (counts // 5).clamp_min(1), 0)[y[by_class]]
+    return by_class[held], by_class[~held]
 
 
 class Axes:

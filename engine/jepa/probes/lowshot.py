@@ -55,8 +55,15 @@ def run(job: Job, args: argparse.Namespace) -> Result:
                 rows.append({"features": subject.name, name: accuracy})
     else:
         rows = linear.rows_of(job, sets, argparse.Namespace(**vars(args) | {"form": "quick"}), chosen)
-    figure = f"{name} {args.labels or args.list.name}" if name != labels.CLASS else args.labels or args.list.name
+    figure = args.labels or share_of(len(chosen), len(sets.train)) or args.list.name
+    if name != labels.CLASS:
+        figure = f"{name} {figure}"
     return Result([{"features": row["features"], figure: row[name]} for row in rows], classified(sets))
+
+
+def share_of(some: int, whole: int) -> str | None:
+    """1% or 10%, the shares that papers report, if it is one of them within half a thousandth."""
+    return next((f"{share}%" for share in (1, 10) if abs(some / whole - share / 100) <= 0.0005), None)
 
 
 def drawn(y: np.ndarray, wanted: str, seed: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from jepa.config.schema import Config
 from jepa.data.decode import dali
 from jepa.data.loader import eval_batches
+from jepa.ranks.distributed import Ranks
 
 from .knn import knn
 from .labels import CLASS, open_labelled
@@ -22,12 +23,12 @@ class OnlineProbe:
     folders have no labels, their classes differ, or DALI is missing.
     """
 
-    def __init__(self, config: Config, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, config: Config, ranks: Ranks) -> None:
         dali()  # if it is missing, say so now, not at the first probe
-        self.config, self.device = config, device
+        self.config, self.ranks, self.device = config, ranks, ranks.device
         self.sets = open_labelled(str(config.eval.train_path), str(config.eval.val_path))
         sizes = len(self.sets.train), len(self.sets.val)
-        self.indices = [evenly(size, config.eval.max_images)[rank::world_size].tolist() for size in sizes]
+        self.indices = [evenly(size, config.eval.max_images)[ranks.rank :: ranks.world_size].tolist() for size in sizes]
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
         """{"knn": accuracy in 0..1, "linear": that of jepa.probes.linear}. Every rank calls it, and gets the same."""
@@ -48,11 +49,11 @@ class OnlineProbe:
                 with torch.no_grad():
                     features.append(encoder(images).float().mean(1).cpu())
                 numbers += some
-            ranks: list[tuple[Tensor, list[int]]] = [(torch.empty(0), [])] * dist.get_world_size()
-            dist.all_gather_object(ranks, (torch.cat(features), numbers))
-            together = np.concatenate([some for _, some in ranks]).astype(int)
+            shares: list[tuple[Tensor, list[int]]] = [(torch.empty(0), [])] * self.ranks.world_size
+            dist.all_gather_object(shares, (torch.cat(features), numbers), group=self.ranks.cpu_group)
+            together = np.concatenate([some for _, some in shares]).astype(int)
             order = np.argsort(together)  # the same on any number of ranks: the linear probe's figure depends on it
-            sets += [torch.cat([rows for rows, _ in ranks])[order], torch.from_numpy(labels[together[order]])]
+            sets += [torch.cat([rows for rows, _ in shares])[order], torch.from_numpy(labels[together[order]])]
         train_x, train_y, val_x, val_y = (x.to(self.device) for x in sets)
         found = knn(train_x, train_y, val_x, val_y, k=self.config.eval.knn_k)
         return {"knn": found, "linear": linear_probe(train_x, train_y, val_x, val_y)}

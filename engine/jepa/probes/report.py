@@ -12,6 +12,8 @@ from typing import Any
 
 from jepa.pictures.tables import draw_table
 
+from .results import unusual
+
 # In the order of the papers' tables: classification, then low-level tasks, then dense ones.
 WORDS = ("method", "model", "epochs", "weights")  # the first columns
 ORDER = ("linear", "lowshot", "finetune", "knn", "clevr", "davis", "segment", "detect")
@@ -67,7 +69,14 @@ def arranged(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
             for number, row in enumerate(result["rows"]):
                 if row is paper:
                     continue
-                key = model["objective"], shape, str(model["epochs"] or "?"), result["weights"], model["digest"]
+                weights = ", ".join([result["weights"], *unusual(result)])
+                key = (
+                    model["objective"],
+                    shape,
+                    "?" if model["epochs"] is None else str(model["epochs"]),
+                    weights,
+                    model["digest"],
+                )
                 if number:  # what a model is compared with is told apart by its shape alone
                     key = row["features"], shape if row["features"] != "pixels" else "", "", "", ""
                 line = rows.setdefault(key, {})

@@ -10,28 +10,33 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from jepa.state.encoder import is_huggingface
-
 from .job import Job, Result
 from .papers import reported
 
-FORMS = ("form", "head", "labels", "thousand", "preset")  # options that make another figure of the same protocol
+FORMS = ("form", "head", "labels", "thousand", "preset")  # of a protocol, named whatever they are
+# Options that make no other figure, or are told elsewhere.
+ASIDE = {
+    *("config", "out", "only", "device", "store", "encoder_batch", "workers", "save_every", "max_minutes"),
+    *("checkpointing", "suffixes", "data", "images", "train", "val", "part", "precision", "label", "k"),
+}
 PARTS = ("train", "val", "valid", "validation", "test", "images")
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "jepa-kernels", "torchmetrics", "pycocotools")
 
 
-def record(protocol: str, job: Job, result: Result, settings: dict[str, Any]) -> dict[str, Any]:
-    """What is written: rows, the paper's figures, the model, the settings, versions, commit and date (UTC)."""
+def record(
+    protocol: str, job: Job, result: Result, settings: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What is written: rows, the paper's figures, the model, the settings, versions, commit and date (UTC).
+    `defaults`: of the settings; what differs from them is told in the form."""
     config, size = job.config, job.config.vit
     rows = list(result.rows)
-    epochs = None if is_huggingface(Path(job.weights)) else config.optimization.epochs
-    if paper := reported(protocol, result.task, config, epochs):
+    if paper := reported(protocol, result.task, config, job.epochs):
         rows.append({"features": "paper", **paper})
     return {
         "protocol": protocol,
         "task": result.task,
         "data": data_of(settings),
-        "form": form_of(settings),
+        "form": form_of(settings, settings if defaults is None else defaults),
         "rows": rows,
         "weights": job.weights,
         "model": {
@@ -41,7 +46,7 @@ def record(protocol: str, job: Job, result: Result, settings: dict[str, Any]) ->
             "depth": size.depth,
             "patch_size": config.mask.patch_size,
             "crop_size": config.data.crop_size,
-            "epochs": epochs,
+            "epochs": job.epochs,
             "digest": job.subjects[0].key.partition("-")[0],
         },
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
@@ -53,15 +58,35 @@ def record(protocol: str, job: Job, result: Result, settings: dict[str, Any]) ->
 
 
 def file_name(content: dict[str, Any]) -> str:
-    """PROTOCOL-FORM-DATA.json: results of other data or in another form do not replace one another."""
+    """PROTOCOL-FORM-DATA.json: results of other data, in another form or of another encoder of the same weights do not
+    replace one another."""
     parts = [content[key] for key in ("protocol", "form", "data") if content[key]]
+    for name in ("label", "k"):  # their figures have names of their own
+        if given := content["settings"].get(name):
+            parts += [name, *map(str, given)]
+    parts += unusual(content)
     return re.sub(r"[^\w.%]+", "-", "-".join(parts)) + ".json"
 
 
-def form_of(settings: dict[str, Any]) -> str:
+def unusual(content: dict[str, Any]) -> list[str]:
+    """What tells encoders with the same weights apart: --part and --precision, where they are not the usual ones."""
+    given = content["settings"].get("part"), content["settings"].get("precision")
+    return [value for value, usual in zip(given, ("target_encoder", "fp32"), strict=True) if value not in (None, usual)]
+
+
+def form_of(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
     """What tells figures of one protocol and data set apart; a preset only where something is fine-tuned."""
     tuned = settings.get("form") in (None, "finetune")
-    return "-".join(str(settings[name]) for name in FORMS if settings.get(name) and (tuned or name != "preset"))
+    given = {name: settings[name] for name in FORMS if settings.get(name) and (tuned or name != "preset")}
+    words = [name if value is True else str(value) for name, value in given.items()]
+    for name, value in settings.items():
+        if name not in (*FORMS, *ASIDE) and value != defaults.get(name):
+            words.append(f"{name} " + (" ".join(map(_short, value)) if isinstance(value, list) else _short(value)))
+    return "-".join(words)
+
+
+def _short(value: object) -> str:
+    return Path(value).name if isinstance(value, Path) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def data_of(settings: dict[str, Any]) -> str:

@@ -50,8 +50,10 @@ class Watchdog:
         except RuntimeError as error:
             self._end(f"another rank was lost at startup: {error}")
         self.clock = 0.0  # stops while this process is suspended: suspending the whole run loses no rank
-        for work in (self._keep_watch, self._keep_time):
-            threading.Thread(target=work, name="jepa-watchdog", daemon=True).start()
+        works = self._keep_watch, self._keep_time
+        self.threads = [threading.Thread(target=work, name="jepa-watchdog", daemon=True) for work in works]
+        for thread in self.threads:
+            thread.start()
         return self
 
     def at(self, step: int | None, doing: str) -> None:
@@ -73,6 +75,9 @@ class Watchdog:
                 self.store.set("verdict", _failed(0, self.me))
                 time.sleep(3 * self.pulse)
         self.over.set()
+        # A thread that is still in a request to the store when Python ends makes C++ abort the process.
+        for thread in self.threads:
+            thread.join(3 * self.pulse)
 
     def _wait_for_the_verdict(self, error: Exception) -> None:
         """A broken connection means that a rank is gone, but not which one: its missing heartbeat will tell."""
@@ -147,8 +152,7 @@ class Watchdog:
         self._end(verdict)
 
     def _lost_the_store(self, error: Exception) -> None:
-        time.sleep(SUSPICIOUS * self.pulse)  # a run that has just ended needs no verdict
-        if not self.over.is_set():
+        if not self.over.wait(SUSPICIOUS * self.pulse):  # a run that has just ended needs no verdict
             self._end(f"rank 0, or the launcher that hosts the store, is gone: {error}")
 
     def _end(self, verdict: str) -> None:

@@ -19,7 +19,14 @@ from .restore import CheckpointError
 def load_encoder(
     path: str | Path, which: str = "target_encoder", config: Config | None = None
 ) -> tuple[VisionTransformer, Config]:
-    """The encoder at `path`, in fp32, and the config it was trained with.
+    """`open_encoder` without the epochs."""
+    return open_encoder(path, which, config)[:2]
+
+
+def open_encoder(
+    path: str | Path, which: str = "target_encoder", config: Config | None = None
+) -> tuple[VisionTransformer, Config, int | None]:
+    """The encoder at `path`, in fp32, the config it was trained with, and for how many epochs, if the file says so.
 
     `path`: a checkpoint, an exported safetensors file, a `.pth.tar` of the published code with its `config`, or the
     Hugging Face folder of an IJepaModel, whose only encoder stands for either. `which`: "target_encoder" (the EMA: what
@@ -30,6 +37,7 @@ def load_encoder(
         raise ValueError(f"which: given {which!r}, wanted one of {list(ENCODERS)}")
     path = Path(path)
     tensors: Iterable[tuple[str, Tensor]]
+    epochs = None
     if is_huggingface(path):
         if config is not None:
             raise ValueError(f"{path}: a config is given, but the folder has its own")
@@ -40,13 +48,13 @@ def load_encoder(
         weights = open_weights(path, config)
         if which not in weights.shapes:
             raise CheckpointError(f"{path} has no {which}; it has {', '.join(weights.shapes)}")
-        config, tensors = weights.config, weights.tensors(which)
+        config, tensors, epochs = weights.config, weights.tensors(which), weights.trained.get("epoch")
     encoder = build_encoder(config)
     parameters = dict(encoder.named_parameters())
     with torch.no_grad():
         for name, values in tensors:
             parameters[name].copy_(values)
-    return encoder.eval(), config
+    return encoder.eval(), config, epochs
 
 
 def is_huggingface(path: Path) -> bool:
