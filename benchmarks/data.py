@@ -33,7 +33,7 @@ from machine import provenance
 from PIL import Image
 
 from jepa.data.augment import View, random_boxes
-from jepa.data.decode import Crops, Decoder
+from jepa.data.decode import Decoder
 from jepa.data.loader import Loader
 from jepa.data.sources import open_images
 from jepa.ranks.device import choose
@@ -158,7 +158,7 @@ def imperative(works: list[Work], expected: np.ndarray, threads: int, share: flo
 
     def make(work: Work) -> torch.Tensor:
         whole = (work.boxes * [0, 0, 1, 1]).astype(np.float32)
-        return decoder(work.encoded, [Crops(crop, lambda sizes: (work.boxes, whole))])[0]
+        return decoder(work.encoded, crop, lambda sizes: (work.boxes, whole))
 
     name = "imperative" if share is None else f"imperative, GPU {share:.0%} engine"
     run = lambda: sum(len(make(work)) for work in works)  # noqa: E731

@@ -11,7 +11,7 @@ from PIL import Image
 
 from jepa.data import apart
 from jepa.data.augment import View
-from jepa.data.decode import Crops, Decoder
+from jepa.data.decode import Decoder
 from jepa.data.encoded import LARGEST, require_plausible
 from jepa.data.loader import Loader, eval_batches
 from jepa.data.sources import open_images
@@ -33,7 +33,7 @@ def whole(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def decoded(*files: bytes, side: int) -> np.ndarray:
     """uint8 [B, side, side, 3]; nothing is resampled in images of that side."""
     encoded = [np.frombuffer(bytearray(file), np.uint8) for file in files]
-    return Decoder("cpu", "cpu", 2)(encoded, [Crops(side, whole)])[0].numpy()
+    return Decoder("cpu", "cpu", 2)(encoded, side, whole).numpy()
 
 
 def packed(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -162,8 +162,8 @@ def test_a_jpeg_2000_cut_anywhere_is_a_bad_image_and_the_next_is_good():
     for cut in [200, len(file) - 1, *(random.randrange(13, len(file)) for _ in range(40))]:
         encoded = np.frombuffer(bytearray(file[:cut]), np.uint8)
         with pytest.raises(OSError, match="damaged; Pillow"):
-            decoder([encoded], [Crops(60, whole)])
-    again = decoder([np.frombuffer(bytearray(file), np.uint8)], [Crops(60, whole)])[0].numpy()
+            decoder([encoded], 60, whole)
+    again = decoder([np.frombuffer(bytearray(file), np.uint8)], 60, whole).numpy()
     assert np.array_equal(again, good)
 
 
