@@ -120,7 +120,7 @@ def features(
 
     `pooled`: the mean over an image's patches, as in I-JEPA; else all N patches in a row of N * D numbers.
     `args`: those of `shared_arguments`. Every rank calls it. Raises ValueError for more layers than there are blocks,
-    for features that are not finite, and for a folder that cannot be written.
+    for features that are not finite, for images of which none can be decoded, and for a folder that cannot be written.
     """
     depth = len(subject.encoder.blocks)
     if args.encoder_batch is not None and args.encoder_batch < 1:
@@ -145,7 +145,11 @@ def features(
     if len(pending):
         _fill(job, subject, source, args, store, np.array_split(pending, job.ranks.world_size)[job.ranks.rank], pooled)
     dist.barrier(group=job.ranks.cpu_group)
-    return store.read() if chosen is None else store.read().only(chosen)
+    found = store.read() if chosen is None else store.read().only(chosen)
+    if not len(found):
+        number = len(source) if chosen is None else len(chosen)
+        raise ValueError(f"none of the {number} images of {source.path} can be decoded")
+    return found
 
 
 def _fill(

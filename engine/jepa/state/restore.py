@@ -230,6 +230,8 @@ def read_state(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         found = "is a file; meta.init_from starts from other programs' weights" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {found}; wanted a checkpoint's folder")
+    if not file.exists() and (inside := sorted(path.glob("*/state.json"))):
+        raise CheckpointError(f"{path} is a folder of checkpoints; wanted one of them, such as {inside[-1].parent}")
     try:
         # Opening a named pipe would otherwise wait for a writer.
         with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:
