@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 from jepa.ranks import machine
 from jepa.ranks.machine import Finding, contained
 from jepa.ranks.program import Parser, run_program
+from jepa.ranks.terminal import require_shown
 
 ENGINE = Path(__file__).resolve().parent
 SECONDS = 60  # for all parts together, on a machine that does nothing else
@@ -285,6 +286,7 @@ def work() -> int:
         print(json.dumps({"wrong": wrong, "findings": rows} | ({"data": counts} if args.data else {}), indent=2))
     else:
         print(f"wrong: {', '.join(wrong)}" if wrong else "nothing is wrong")
+    require_shown()
     return 1 if wrong else 0
 
 

@@ -76,6 +76,31 @@ def test_a_tiff_of_grey_and_alpha(mode, compression):
     assert np.array_equal(decoded(file, side=40)[0], np.asarray(Image.open(io.BytesIO(file)).convert("RGB")))
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_tiff_of_floats_is_a_bad_image_and_not_a_white_one(compression):
+    with pytest.raises(OSError, match="floating-point numbers.*wanted 8 or 16 bits"):
+        decoded(packed(noise().convert("F"), "TIFF", compression=compression), side=40)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_tiff_of_floats_in_three_channels(order):
+    """Its sample formats are three numbers, which do not stand in the directory itself."""
+    side, begin = 8, 200
+    pixels = rng.random((side, side, 3)).astype(f"{order}f4").tobytes()
+    tags = {256: side, 257: side, 258: (32, 32, 32), 259: 1, 262: 2, 273: begin, 277: 3, 278: side, 279: len(pixels)}
+    tags[339] = (3, 3, 3)
+    file, behind = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags)), b""
+    for tag, value in tags.items():
+        if isinstance(value, tuple):
+            file += struct.pack(f"{order}HHII", tag, 3, 3, 150 + len(behind))
+            behind += struct.pack(f"{order}3H", *value)
+        else:
+            file += struct.pack(f"{order}HHII", tag, 4, 1, value)
+    file = (file.ljust(150, b"\0") + behind).ljust(begin, b"\0") + pixels
+    with pytest.raises(OSError, match="floating-point numbers"):
+        decoded(file, side=side)
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16"])
 def test_jpeg_2000_is_decoded(mode):
     if mode == "I;16":
