@@ -78,7 +78,7 @@ def test_a_tiff_of_grey_and_alpha(mode, compression):
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 def test_a_tiff_of_floats_is_a_bad_image_and_not_a_white_one(compression):
-    with pytest.raises(OSError, match="floating-point numbers.*wanted 8 or 16 bits"):
+    with pytest.raises(OSError, match=r"floating-point numbers.*wanted 8 or 16 bits"):
         decoded(packed(noise().convert("F"), "TIFF", compression=compression), side=40)
 
 

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     ("program", "work"), [(evaluate, "evaluate"), (export, "export"), (visualize, "draw"), (doctor, "examine")]
 )
 def test_programs_outlive_their_terminal_and_end_quietly_at_ctrl_c(
-    program: object, work: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    program: Any, work: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGHUP)  # ends the process, unless it is ignored
