@@ -88,6 +88,8 @@ TABLE: list[tuple[str, ...]] = [
     (f"{T} logging.folder=run --replay-step 9999", "--replay-step: given 9999", "0 to 19"),
     (f"{T} logging.folder=new meta.init_from=nowhere.pth", "nowhere.pth"),
     (f"{T} logging.folder=new meta.init_from=images/class0/00.jpg", "meta.init_from", "00.jpg"),
+    (f"{T} logging.folder=new meta.init_from=run", "run is a folder of checkpoints", "run/jepa-"),
+    (f"{T} data.root_path=latin-\udcfc", "data.root_path", "not in UTF-8"),
     (f"{T} logging.folder=new meta.load_checkpoint=true", "meta.load_checkpoint", "new"),
     # how a run is started
     (f"{T} engine.device=cuda", "can use no GPU", "engine.device=cpu"),

@@ -199,7 +199,10 @@ class Store:
                         with open(path, "wb") as file:
                             file.truncate(size)
         except OSError as error:
-            raise ValueError(f"{self.folder} cannot be written ({error.strerror}); choose another --store") from error
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> ValueError:
+        return ValueError(f"{self.folder} cannot be written ({error.strerror}); choose another --store")
 
     def state(self) -> np.ndarray:
         """uint8 [layers, images]."""
@@ -214,9 +217,12 @@ class Store:
         for layer, x in zip(self.layers, rows, strict=True):
             if not x.isfinite().all():
                 raise ValueError(BROKEN)
-            with open(self._rows(layer), "r+b", buffering=0) as file:
-                for number, row in zip(numbers, x.numpy(), strict=True):
-                    os.pwrite(file.fileno(), row.tobytes(), 4 * number * self.width)
+            try:
+                with open(self._rows(layer), "r+b", buffering=0) as file:
+                    for number, row in zip(numbers, x.numpy(), strict=True):
+                        os.pwrite(file.fileno(), row.tobytes(), 4 * number * self.width)
+            except OSError as error:
+                raise self._refusal(error) from error
         self.mark(numbers, DONE)
 
     def mark(self, numbers: Sequence[int], state: int) -> None:
