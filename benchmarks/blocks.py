@@ -34,6 +34,7 @@ from jepa.config.schema import MODELS as MODELS
 from jepa.config.schema import ConfigError
 from jepa.model.attention import attend, require
 from jepa.ranks.device import choose
+from jepa.ranks.program import Parser, run_program
 
 SPLITS = (4, 16)
 CHECKED = 2  # sequences compared with float64
@@ -252,7 +253,7 @@ def _best(times: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU if there is one"
     )
@@ -304,4 +305,4 @@ def write(result: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, ValueError, OSError))

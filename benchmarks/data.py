@@ -33,10 +33,11 @@ from machine import provenance
 from PIL import Image
 
 from jepa.data.augment import View, random_boxes
-from jepa.data.decode import Crops, Decoder
+from jepa.data.decode import Decoder
 from jepa.data.loader import Loader
 from jepa.data.sources import open_images
 from jepa.ranks.device import choose
+from jepa.ranks.program import Parser, run_program
 
 SCALE = (0.3, 1.0)  # as in the published recipe
 LARGEST_DIFFERENCE = 1.0  # mean grey levels of an image, against Pillow's (GPU: another IDCT)
@@ -65,7 +66,7 @@ class Line:
 
 def main() -> int:
     cores = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--images", required=True, help="a folder, a .txt list or tars")
     parser.add_argument("--crop", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="images (default: %(default)s)")
@@ -158,7 +159,7 @@ def imperative(works: list[Work], expected: np.ndarray, threads: int, share: flo
 
     def make(work: Work) -> torch.Tensor:
         whole = (work.boxes * [0, 0, 1, 1]).astype(np.float32)
-        return decoder(work.encoded, [Crops(crop, lambda sizes: (work.boxes, whole))])[0]
+        return decoder(work.encoded, crop, lambda sizes: (work.boxes, whole))
 
     name = "imperative" if share is None else f"imperative, GPU {share:.0%} engine"
     run = lambda: sum(len(make(work)) for work in works)  # noqa: E731
@@ -290,4 +291,4 @@ def show(rows: list[dict[str, Any]], model_rate: float | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, ValueError, OSError))

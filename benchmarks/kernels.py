@@ -14,7 +14,6 @@ profiler's on a CPU. `host ms`, for ops over many tensors, is the host time of a
 few elements. In the roofline a copied element counts as one operation. The files are written after each op.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -30,6 +29,7 @@ from contenders import OPS, SIZES, Size
 from machine import ROOT, ceilings, hardware, milliseconds, peak_bytes, provenance
 
 from jepa.ranks.device import choose
+from jepa.ranks.program import Parser, run_program
 
 
 def host_milliseconds(op: str, size: Size, device: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
@@ -39,7 +39,7 @@ def host_milliseconds(op: str, size: Size, device: str, dtype: torch.dtype, seco
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU if there is one"
     )
@@ -158,4 +158,4 @@ def roofline(report: dict[str, Any], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main, ValueError, OSError))

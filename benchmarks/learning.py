@@ -11,7 +11,6 @@ Accuracies are those of the run's own probes, k-NN and a linear classifier on fr
 training steps, which other processes on the machine change little. Writes OUT.json, OUT.md and OUT.png after each run.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -40,6 +39,7 @@ from jepa.pictures.style import PALETTE, STYLE, write
 from jepa.probes.features import Pixels
 from jepa.probes.online import OnlineProbe
 from jepa.ranks import distributed
+from jepa.ranks.program import Parser, run_program
 from jepa.ranks.stop import STOPPED
 
 SHOWN = {"knn": "k-NN", "linear": "linear"}
@@ -269,8 +269,8 @@ def save(runs: Sequence[Run], ended: Mapping[str, bool], base: dict[str, dict[st
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(description=__doc__)
     parser.add_argument("plan", type=Path, metavar="PLAN", help="such as benchmarks/learning.yaml")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with labelled train/ and val/")
     parser.add_argument("--budget-hours", type=float, default=1.0, metavar="H", help="of this call (default: 1)")
@@ -304,7 +304,8 @@ def main() -> None:
                 print(f"{run.folder.name}: linear {100 * run.points[-1].row['linear']:.1f} %", flush=True)
                 text = save(runs, ended, base, args)
     print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main, ValueError, OSError))

@@ -7,7 +7,6 @@ timed, C++ and the specification must draw the same masks. Contenders take turns
 the turns, each turn a mean over new steps, because block sizes vary from step to step.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from machine import provenance
 from published import checkout
 
 from jepa.data.masks import MODES, Masks, MaskSpec, sample_masks, sample_masks_ref
+from jepa.ranks.program import Parser, run_program
 
 SEED = 0
 
@@ -68,7 +68,7 @@ def check(specs: dict[str, MaskSpec], batch: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--grid", type=int, nargs=2, default=(16, 16), metavar=("H", "W"), help="patches (ViT-H/14: 16 16)"
     )
@@ -128,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main, ValueError, OSError))

@@ -9,7 +9,6 @@ only estimates, are negligible. If a figure is off by more than 5 %, the program
 ranks that share a parameter hold its whole gradient: negligible in a large model, 4 % of this one's memory on 4 ranks.)
 """
 
-import argparse
 import gc
 import itertools
 import os
@@ -32,6 +31,7 @@ from jepa.config.file import load_config, parse_config
 from jepa.config.schema import Config
 from jepa.data.masks import sample_masks
 from jepa.model.layout import Layout
+from jepa.ranks.program import Parser, run_program
 from jepa.train import memory, zero
 from jepa.train.budget import longest_tokens
 from jepa.train.step import start_model
@@ -171,7 +171,7 @@ def measured(worlds: list[int], cases: list[tuple[int, str, int]]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--measure", action="store_true", help="measure a small model on CPU ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="with --measure")
     parser.add_argument("--quick", action="store_true", help="with --measure: only bf16 and two micro-batches")
@@ -185,4 +185,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, ValueError, OSError))

@@ -23,12 +23,13 @@ from jepa.config.file import parse_config
 from jepa.config.schema import ConfigError
 from jepa.methods import build
 from jepa.model.layout import Layout
+from jepa.ranks.program import Parser, run_program
 
 TOLERANCE = 1e-5
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--reference", type=Path, required=True, metavar="PATH", help="the checkout")
     parser.add_argument(
         "--model", default="vit_small", help="vit_tiny, vit_small, vit_base, ... (default: %(default)s)"
@@ -128,4 +129,4 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, ValueError, OSError))

@@ -8,7 +8,6 @@ is taken. Times are printed after the neighbours have been found equal to scikit
 accurate.
 """
 
-import argparse
 import json
 import multiprocessing
 import resource
@@ -28,6 +27,7 @@ from machine import provenance
 from jepa.probes.features import DONE, Store
 from jepa.probes.knn import nearest
 from jepa.probes.linear import STRENGTHS, Axes, accuracy, fit
+from jepa.ranks.program import Parser, run_program
 
 CPU = torch.device("cpu")
 CHUNK = 8192
@@ -120,7 +120,7 @@ def _alone(send: Any, work: Callable[..., dict[str, Any]], args: tuple) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for the features; kept, and read by the next run")
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=1280)
@@ -162,4 +162,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, ValueError, OSError))

@@ -17,7 +17,6 @@ GPU is min(NVLink, adapters x InfiniBand). Defaults: data sheets of NVIDIA A100 
 fraction of a link's rate that a collective reaches, is an assumption.
 """
 
-import argparse
 import importlib
 import itertools
 import json
@@ -45,6 +44,7 @@ from jepa.config.file import load_config, parse_config
 from jepa.config.schema import Config
 from jepa.methods import build
 from jepa.ranks import distributed
+from jepa.ranks.program import Parser, run_program
 from jepa.train import zero
 from jepa.train.budget import flops_per_image, parameters
 from jepa.train.step import start_model, take_step
@@ -263,7 +263,7 @@ def model(config: Config, cluster: Cluster, ranks: int, stage: int) -> dict[str,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", default=str(ROOT / "engine/configs/in1k_vith14_ep300_ijepa.yaml"), metavar="YAML")
     parser.add_argument("--peak", type=float, default=312, help="TFLOP/s per GPU (default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.5, help="fraction of the peak that compute reaches (assumed)")
@@ -327,4 +327,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, ValueError, OSError))

@@ -63,7 +63,7 @@ from jepa.config.schema import Config, ConfigError
 from jepa.config.words import command_line
 from jepa.data.masks import sample_masks
 from jepa.ranks import distributed
-from jepa.ranks.terminal import outlive_the_terminal
+from jepa.ranks.program import Parser, program, run_program
 from jepa.train.budget import flops_per_image
 from train import open_loader
 
@@ -383,7 +383,7 @@ def run_train(args: argparse.Namespace, config: Config, ranks: distributed.Ranks
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, metavar="YAML")
     parser.add_argument("--mode", action="append", choices=MODES, help="repeatable (default: model)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: engine.device of the config")
@@ -414,6 +414,8 @@ def arguments() -> argparse.Namespace:
         if kind != "reference" or not path:
             parser.error(f"--against {args.against}: expected reference=PATH")
         args.reference = Path(path).expanduser()
+        if not (args.reference / "src/models").is_dir():
+            parser.error(f"--against {args.against}: no checkout of facebookresearch/ijepa (no src/models)")
         args.references["published code"] = (False, False)
         if args.reference_sdpa or args.reference_compile:
             added = " + ".join(
@@ -473,13 +475,13 @@ def write(result: dict[str, Any], out: Path, title: str) -> None:
 
 
 def main() -> int:
-    outlive_the_terminal()
+    mistakes = (distributed.NotMet, BenchmarkError, ValueError, OSError)
+    return run_program(work, *mistakes, name=lambda: f"{program()}, rank {os.environ.get('RANK', '0')}")
+
+
+def work() -> int:
     try:
-        args = arguments()
-        result = run(args)
-    except (distributed.NotMet, BenchmarkError, ValueError) as error:
-        print(f"benchmarks/throughput.py, rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
-        return 1
+        result = run(arguments())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -5,8 +5,9 @@
 
 Every line is ok, note (worth knowing) or wrong, with the cure. A scan reads and decodes all images on all cores, goes
 on after an interruption, and then knows which cannot be read and which are the same; --list writes the others to a list
-that data.root_path takes. --json prints the same for programs. Exit codes: 0 nothing is wrong, 1 something is, 2 the
-command cannot be understood, 130 interrupted.
+that data.root_path takes. --json prints the same for programs, --debug also all that the parts print.
+
+Exit codes: 0 nothing is wrong, 1 something is, 2 the command cannot be understood, 130 interrupted.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from typing import Any, NoReturn
 
 from jepa.ranks import machine
 from jepa.ranks.machine import Finding, contained
+from jepa.ranks.program import Parser, run_program
+from jepa.ranks.terminal import require_shown
 
 ENGINE = Path(__file__).resolve().parent
 SECONDS = 60  # for all parts together, on a machine that does nothing else
@@ -229,7 +232,7 @@ def show(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="to test (default: %(default)s)"
     )
@@ -240,7 +243,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, metavar="N", help="processes of a scan (default: cores, at most 16)")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier scan of the same --data has seen")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument("--debug", action="store_true", help="show everything that the parts print")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.list and not args.data:
@@ -254,38 +256,43 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+class Senseless(ValueError):
+    """A command that cannot be followed."""
+
+    exit_code = 2
+
+
+def work() -> int:
     args = arguments()
     if args.part:
         be_part(args.part, args.device, args.debug)
     print_now: Callable[[Iterable[Finding]], list[Finding]] = list if args.json else show
     counts: dict[str, Any] = {}
-    try:
-        if args.data:
-            try:
-                source = open_data(args)
-            except ValueError as error:
-                print(f"engine/doctor.py: {error}", file=sys.stderr)
-                return 2
+    if args.data:
+        try:
+            source = open_data(args)
+        except ValueError as error:
+            raise Senseless(str(error)) from error
+        try:
             found, counts = look_at_data(args, source)
-            found = print_now(found)
-        else:
-            found = print_now(examine(args.device, args.debug))
-    except KeyboardInterrupt:
-        print("engine/doctor.py: interrupted" + ("; the same command goes on" if args.data else ""), file=sys.stderr)
-        return 130
-    except Exception as error:  # a package that the scan needs is broken, the storage fails, the disk is full
-        if args.debug:
-            raise
-        print(f"engine/doctor.py: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt("interrupted; the same command goes on") from stop
+        found = print_now(found)
+    else:
+        found = print_now(examine(args.device, args.debug))
     wrong = [finding.name for finding in found if finding.level == "wrong"]
     if args.json:
         rows = [finding._asdict() for finding in found]
         print(json.dumps({"wrong": wrong, "findings": rows} | ({"data": counts} if args.data else {}), indent=2))
     else:
         print(f"wrong: {', '.join(wrong)}" if wrong else "nothing is wrong")
+    require_shown()
     return 1 if wrong else 0
+
+
+def main() -> int:
+    # Any exception: a package that the scan needs is broken, the storage fails, the disk is full.
+    return run_program(work, Exception)
 
 
 if __name__ == "__main__":

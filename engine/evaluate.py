@@ -16,14 +16,14 @@ import importlib
 import sys
 from types import ModuleType
 
-import torch
 import torch.distributed as dist
+from torch import OutOfMemoryError, __version__
 
-from jepa.config.schema import ConfigError
 from jepa.config.words import command_line
 from jepa.probes import job as jobs
 from jepa.probes.results import file_name, record, table, write
 from jepa.ranks.distributed import NotMet, start
+from jepa.ranks.program import Parser, program, run_program
 from jepa.state.restore import CheckpointError
 
 PROTOCOLS = {
@@ -43,14 +43,11 @@ DEFAULT = "linear"  # where the first word is no protocol
 
 def parser_of(protocol: str | None) -> argparse.ArgumentParser:
     """The command line. Only the protocol in use is imported: some need packages that others do not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     chosen = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL")
     for name, summary in PROTOCOLS.items():
         module = module_of(name) if name == protocol else None
-        kind = argparse.RawDescriptionHelpFormatter
-        sub = chosen.add_parser(
-            name, help=summary, description=module.__doc__ if module else summary, formatter_class=kind
-        )
+        sub = chosen.add_parser(name, help=summary, description=module.__doc__ if module else summary)
         if module and name != "report":
             jobs.arguments(sub)
             sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -72,7 +69,7 @@ def module_of(protocol: str) -> ModuleType:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"needs a package that cannot be imported ({reason}); pip install -e '.[eval]', with a torchvision that is "
-            f"built for torch {torch.__version__}"
+            f"built for torch {__version__}"
         ) from error
 
 
@@ -85,7 +82,7 @@ def evaluate(args: argparse.Namespace) -> None:
     try:
         job = jobs.open_job(args, ranks)
         result = protocol.run(job, args)
-        aside = ("protocol", "weights", "command")
+        aside = ("protocol", "weights", "command", "debug")
         settings = {name: value for name, value in vars(args).items() if name not in aside}
         defaults = {name: args.command.get_default(name) for name in settings}
         content = record(args.protocol, job, result, settings, defaults)
@@ -99,18 +96,27 @@ def evaluate(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def main() -> int:
-    named = ""
-    try:
-        words = command_line(sys.argv[1:])
-        if words and words[0] not in PROTOCOLS and not words[0].startswith("-"):
-            words.insert(0, DEFAULT)
-        named = next((word for word in words if word in PROTOCOLS), "")
-        evaluate(parser_of(named).parse_args(words))
-    except (ValueError, ConfigError, CheckpointError, NotMet, OSError) as error:
-        print(f"engine/evaluate.py {named}".rstrip() + f": {error}", file=sys.stderr)
-        return 1
+def words() -> list[str]:
+    """The command line, with the protocol that it may leave out. Raises ValueError like `command_line`."""
+    given = command_line(sys.argv[1:])
+    if given and given[0] not in PROTOCOLS and not given[0].startswith("-"):
+        given.insert(0, DEFAULT)
+    return given
+
+
+def protocol_in(given: list[str]) -> str | None:
+    return next((word for word in given if word in PROTOCOLS), None)
+
+
+def work() -> int:
+    given = words()
+    evaluate(parser_of(protocol_in(given)).parse_args(given))
     return 0
+
+
+def main() -> int:
+    mistakes = (CheckpointError, NotMet, ValueError, OSError, OutOfMemoryError)
+    return run_program(work, *mistakes, name=lambda: f"{program()} {protocol_in(sys.argv[1:]) or ''}".rstrip())
 
 
 if __name__ == "__main__":

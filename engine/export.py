@@ -18,14 +18,12 @@ code. A `.pth.tar` does not say which model it holds: give its --config, overrid
 Only plain tensors are unpickled. Peak memory is about the size of the output.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from jepa.config.file import load_config
-from jepa.config.schema import ConfigError
 from jepa.config.words import command_line
-from jepa.ranks.terminal import outlive_the_terminal
+from jepa.ranks.program import Parser, run_program
 from jepa.state import interop
 from jepa.state.restore import CheckpointError
 
@@ -59,9 +57,8 @@ def export(
     return f"{out}: {', '.join(parts)} of {weights.config.meta.model_name} in {dtype}{trained}"
 
 
-def main() -> int:
-    outlive_the_terminal()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def work() -> int:
+    parser = Parser(description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint, a .safetensors or a .pth.tar")
     parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="must not exist yet")
@@ -69,13 +66,13 @@ def main() -> int:
     parser.add_argument("--dtype", choices=list(interop.DTYPES), default="fp32")
     parser.add_argument("--config", metavar="YAML", help="config of the model in a .pth.tar")
     parser.add_argument("changes", nargs="*", metavar="section.key=value", help="overrides of --config")
-    try:
-        args = parser.parse_intermixed_args(command_line(sys.argv[1:]))
-        print(export(args.source, args.to, args.out, args.part, args.dtype, args.config, args.changes))
-    except (CheckpointError, ConfigError, ValueError, OSError) as error:
-        print(f"engine/export.py: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    args = parser.parse_intermixed_args(command_line(sys.argv[1:]))
+    print(export(args.source, args.to, args.out, args.part, args.dtype, args.config, args.changes))
     return 0
+
+
+def main() -> int:
+    return run_program(work, CheckpointError, ValueError, OSError)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ Any config key can be overridden on the command line as section.key=value. torch
 
 import argparse
 import os
-import signal
 import sys
 from itertools import pairwise
 from pathlib import Path
+
+from torch import OutOfMemoryError
 
 from jepa.config.file import load_config
 from jepa.config.schema import Config
@@ -21,8 +22,8 @@ from jepa.data.synthetic import SyntheticImages
 from jepa.probes.online import OnlineProbe
 from jepa.ranks import distributed
 from jepa.ranks.distributed import Ranks
-from jepa.ranks.stop import RANK_LOST, STOPPED, StopRequest, minutes
-from jepa.ranks.terminal import outlive_the_terminal
+from jepa.ranks.program import Parser, program, run_program
+from jepa.ranks.stop import STOPPED, StopRequest, minutes
 from jepa.ranks.watchdog import Watchdog
 from jepa.state.checkpoint import Saver
 from jepa.state.initial import start_from
@@ -180,7 +181,7 @@ def due(taken: int, every: int) -> bool:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, metavar="YAML", help="a file like those in engine/configs")
     parser.add_argument("--dry-run", action="store_true", help="validate, print what the run would need, and stop")
     parser.add_argument("--world-size", type=int, metavar="N", help="number of ranks to assume for --dry-run")
@@ -210,32 +211,32 @@ def arguments() -> argparse.Namespace:
         if word == "--resume" and is_override(following) and not os.path.exists(following):
             words[at] = "--resume=latest"  # argparse would take the override for a checkpoint
     args = parser.parse_intermixed_args(words)
+    if args.world_size is not None and args.world_size < 1:
+        parser.error(f"--world-size: given {args.world_size}; wanted more than 0")
+    if args.world_size and not args.dry_run:
+        parser.error("--world-size is for --dry-run; the launcher says how many ranks a run has")
     if args.resume == "":
         parser.error("--resume: given no checkpoint's name, such as an unset variable; wanted one, latest or auto")
     return args
 
 
+def work() -> int:
+    args = arguments()
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        print(report(config, args.world_size or distributed.number(os.environ, "WORLD_SIZE", 1)))
+        print(f"\n{images_of(config)}")
+        return 0
+    if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
+        args.resume = config.resumed
+    elif args.resume:
+        args.resume = config.checkpoint(args.resume)
+    return run(config, args)
+
+
 def main() -> int:
-    outlive_the_terminal()
-    try:
-        args = arguments()
-        config = load_config(args.config, args.overrides)
-        if args.dry_run:
-            print(report(config, args.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
-            print(f"\n{images_of(config)}")
-            return 0
-        if config.meta.load_checkpoint and not args.resume and args.replay_step is None:
-            args.resume = config.resumed
-        elif args.resume:
-            args.resume = config.checkpoint(args.resume)
-        return run(config, args)
-    except (CheckpointError, Diverged, distributed.NotMet, ValueError, OSError) as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"engine/train.py, rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
-        return RANK_LOST if isinstance(error, distributed.NotMet) else 1
-    except KeyboardInterrupt:  # before training: later it saves (jepa.ranks.stop)
-        print("engine/train.py: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    mistakes = (CheckpointError, Diverged, distributed.NotMet, ValueError, OSError, OutOfMemoryError)
+    return run_program(work, *mistakes, name=lambda: f"{program()}, rank {os.environ.get('RANK', '0')}")
 
 
 if __name__ == "__main__":

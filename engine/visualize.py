@@ -20,7 +20,7 @@ from jepa.pictures.attention import attention_maps
 from jepa.pictures.curves import training_curves
 from jepa.pictures.masks import masks_on_images
 from jepa.pictures.pca import feature_pca
-from jepa.ranks.terminal import outlive_the_terminal
+from jepa.ranks.program import Parser, run_program
 from jepa.state.encoder import load_encoder
 from jepa.state.restore import CheckpointError
 
@@ -57,7 +57,10 @@ def draw(args: argparse.Namespace) -> list[Path]:
     if args.count < 1:
         raise ValueError(f"--count: given {args.count}, wanted at least 1")
     is_new = not args.out.exists()
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: given {args.out}, which cannot be a folder ({error.strerror}); wanted one") from error
     try:
         paths = draw_encoder(args.checkpoint, args.images, args.count, args.out) if args.checkpoint else []
         if args.log:
@@ -71,7 +74,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint or exported .safetensors")
     parser.add_argument("--images", metavar="FOLDER", help="a folder tree, a .txt list, or WebDataset tars")
     parser.add_argument("--log", metavar="FILE.jsonl", help="the log of a run")
@@ -80,15 +83,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args(command_line(sys.argv[1:]))
 
 
-def main() -> int:
-    outlive_the_terminal()
-    try:
-        for path in draw(arguments()):
-            print(path)
-    except (CheckpointError, OSError, ValueError) as error:
-        print(f"engine/visualize.py: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+def work() -> int:
+    for path in draw(arguments()):
+        print(path)
     return 0
+
+
+def main() -> int:
+    return run_program(work, CheckpointError, ValueError, OSError)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from PIL import Image
 
 from jepa.data import apart
 from jepa.data.augment import View
-from jepa.data.decode import Crops, Decoder
+from jepa.data.decode import Decoder
 from jepa.data.encoded import LARGEST, require_plausible
 from jepa.data.loader import Loader, eval_batches
 from jepa.data.sources import open_images
@@ -33,7 +33,7 @@ def whole(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def decoded(*files: bytes, side: int) -> np.ndarray:
     """uint8 [B, side, side, 3]; nothing is resampled in images of that side."""
     encoded = [np.frombuffer(bytearray(file), np.uint8) for file in files]
-    return Decoder("cpu", "cpu", 2)(encoded, [Crops(side, whole)])[0].numpy()
+    return Decoder("cpu", "cpu", 2)(encoded, side, whole).numpy()
 
 
 def packed(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -74,6 +74,31 @@ def test_a_tiff_of_grey_and_alpha(mode, compression):
     image.putalpha(Image.fromarray(rng.integers(0, 256, (40, 40), np.uint8)))
     file = packed(image, "TIFF", compression=compression)
     assert np.array_equal(decoded(file, side=40)[0], np.asarray(Image.open(io.BytesIO(file)).convert("RGB")))
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_tiff_of_floats_is_a_bad_image_and_not_a_white_one(compression):
+    with pytest.raises(OSError, match=r"floating-point numbers.*wanted 8 or 16 bits"):
+        decoded(packed(noise().convert("F"), "TIFF", compression=compression), side=40)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_tiff_of_floats_in_three_channels(order):
+    """Its sample formats are three numbers, which do not stand in the directory itself."""
+    side, begin = 8, 200
+    pixels = rng.random((side, side, 3)).astype(f"{order}f4").tobytes()
+    tags = {256: side, 257: side, 258: (32, 32, 32), 259: 1, 262: 2, 273: begin, 277: 3, 278: side, 279: len(pixels)}
+    tags[339] = (3, 3, 3)
+    file, behind = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags)), b""
+    for tag, value in tags.items():
+        if isinstance(value, tuple):
+            file += struct.pack(f"{order}HHII", tag, 3, 3, 150 + len(behind))
+            behind += struct.pack(f"{order}3H", *value)
+        else:
+            file += struct.pack(f"{order}HHII", tag, 4, 1, value)
+    file = (file.ljust(150, b"\0") + behind).ljust(begin, b"\0") + pixels
+    with pytest.raises(OSError, match="floating-point numbers"):
+        decoded(file, side=side)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16"])
@@ -162,8 +187,8 @@ def test_a_jpeg_2000_cut_anywhere_is_a_bad_image_and_the_next_is_good():
     for cut in [200, len(file) - 1, *(random.randrange(13, len(file)) for _ in range(40))]:
         encoded = np.frombuffer(bytearray(file[:cut]), np.uint8)
         with pytest.raises(OSError, match="damaged; Pillow"):
-            decoder([encoded], [Crops(60, whole)])
-    again = decoder([np.frombuffer(bytearray(file), np.uint8)], [Crops(60, whole)])[0].numpy()
+            decoder([encoded], 60, whole)
+    again = decoder([np.frombuffer(bytearray(file), np.uint8)], 60, whole).numpy()
     assert np.array_equal(again, good)
 
 

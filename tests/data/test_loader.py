@@ -22,7 +22,7 @@ from PIL import Image
 
 from jepa.data import sources, tars
 from jepa.data.augment import CROP_WORDS, View, random_boxes, random_colour, recolour
-from jepa.data.decode import Crops, Decoder
+from jepa.data.decode import Decoder
 from jepa.data.loader import COLOUR, CROP, ORDER, Batch, Loader, _random_words, eval_batches
 from jepa.data.sources import open_images
 
@@ -171,14 +171,14 @@ def test_every_format_becomes_the_rgb_that_pillow_sees(name):
     height, width, side = 97, 83, 41
     file = FORMATS[name](picture(height, width))
     top, left = random.randint(0, height - side), random.randint(0, width - side)
-    image = Decoder("cpu", "cpu", 2)([file], [Crops(side, part((top, left, side, side)))])[0]
+    image = Decoder("cpu", "cpu", 2)([file], side, part((top, left, side, side)))
     expected = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))[top : top + side, left : left + side]
     assert np.array_equal(image[0].numpy(), expected), (top, left)
 
 
 def test_sixteen_bits_keep_their_upper_eight():
     grey = rng.integers(0, 65536, (50, 50)).astype(np.uint16)
-    image = Decoder("cpu", "cpu", 1)([encoded(Image.fromarray(grey), "PNG")], [Crops(50, part((0, 0, 50, 50)))])[0]
+    image = Decoder("cpu", "cpu", 1)([encoded(Image.fromarray(grey), "PNG")], 50, part((0, 0, 50, 50)))
     expected = np.repeat(grey[:, :, None] / 257, 3, axis=2)  # 65535 -> 255
     assert np.abs(image[0].numpy() - expected).max() <= 1
 
@@ -204,7 +204,7 @@ def test_crop_and_resize_are_pillows(side):
         height, width = rng.integers(np.array(size) // 4, size)
         top, left = random.randint(0, size[0] - height), random.randint(0, size[1] - width)
         for file in (encoded(picture(*size), "JPEG", quality=90), encoded(picture(*size), "PNG")):
-            ours = Decoder("cpu", "cpu", 2)([file], [Crops(side, part((top, left, height, width)))])[0][0].numpy()
+            ours = Decoder("cpu", "cpu", 2)([file], side, part((top, left, height, width)))[0].numpy()
             image = Image.open(io.BytesIO(file)).crop((left, top, left + width, top + height))
             assert_like_pillow(ours, np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)))
 
@@ -310,7 +310,7 @@ def views_of(files: list[str], views: list[View], seed: int, step: int, first: i
             content = np.fromfile(file, np.uint8)
             width, height = Image.open(file).size
             box = torchvision_box(iter(numbers.tolist()).__next__, height, width, view.scale)
-            image = Decoder("cpu", "cpu", 1)([content], [Crops(view.size, part(box))])[0]
+            image = Decoder("cpu", "cpu", 1)([content], view.size, part(box))
             if numbers[22] < view.flip:
                 image = image.flip(2)
             recolour(image, random_colour(view, others[None]))

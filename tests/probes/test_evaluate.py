@@ -72,7 +72,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def here(monkeypatch: pytest.MonkeyPatch, *words: object, code: int = 0) -> None:
     """In this process."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["engine/evaluate.py", *map(str, words)])
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -246,7 +246,7 @@ def test_mistakes_are_one_line_and_not_a_traceback(
     refused("is not in CLEVR's layout: looked for", "clevr", trained.weights, "--data", none, *out)
     refused("no results; looked for", "report", tmp_path / "empty")
     for words in (["--help"], ["knn"], ["knn", none, "--layers", "two"], ["nonsense"]):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["engine/evaluate.py", *map(str, words)])
         with pytest.raises(SystemExit) as stopped:
             evaluate.main()
         assert stopped.value.code == (0 if words == ["--help"] else 2)

@@ -1,5 +1,6 @@
 """Stored features against the encoder computed directly, and when they are computed, taken and refused."""
 
+import errno
 import json
 import os
 import random
@@ -224,6 +225,24 @@ def test_features_that_are_not_finite_are_refused_and_not_taken_later(
     encoder.norm.bias.data[3] = 0.5
     found = features(job, job.subjects[0], open_images(images), args)
     torch.testing.assert_close(found[:].double(), encoder.plain(good_pixels(images)).mean(1), **CLOSE)
+
+
+def test_a_disk_that_fills_up_is_told_and_images_of_which_none_is_usable(
+    one_rank: None, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    job, args = job_of(Encoder(), tmp_path / "out"), options(protocol, "--images", images)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); choose another --store"):
+            features(job, job.subjects[0], open_images(images), args)
+    assert len(features(job, job.subjects[0], open_images(images), args)) == 9, "what was not written is done now"
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk/1.jpg").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"none of the 1 images of .*junk can be decoded"):
+        features(job, job.subjects[0], open_images(tmp_path / "junk"), args)
 
 
 def test_mistakes_are_found_before_the_work(one_rank: None, images: Path, tmp_path: Path) -> None:

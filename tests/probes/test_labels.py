@@ -72,17 +72,18 @@ def test_suffixes_choose_the_images(tmp_path: Path) -> None:
             assert found == set(some)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_columns_follow_the_images_whatever_the_order_of_the_rows_and_the_way_to_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a spreadsheet saves it: with a byte-order mark, further columns and rows of images that are not there."""
+    """As a spreadsheet saves it: with a byte-order mark, more columns, rows twice or of images that are gone."""
     monkeypatch.chdir(tmp_path)
     values = {split: [*random.choices(["red", "green", "blue"], k=9), "red", "green", "blue"] for split in ("t", "v")}
     folders = pictures(tmp_path, {split: [f"{i % 2}/{i}.png" for i in range(12)] for split in values})
     for folder, colours in zip(folders, values.values(), strict=True):
         rows = [[f"{i % 2}/{i}.png", colour, "x"] for i, colour in enumerate(colours)]
-        rows += [["gone.png", "violet", "x"]]
-        write_table(folder, [["image", "colour", "note"], *random.sample(rows, len(rows))], "utf-8-sig")
+        rows += [["gone.png", "violet", "x"], rows[0], [], [*rows[1], "", " "]]
+        write_table(folder, [["image", " colour ", "note"], *random.sample(rows, len(rows))], encoding)
     sets = open_labelled(os.path.relpath("t"), "v/../v", ["colour"])
     for source, y, split in ((sets.train, sets.train_y, "t"), (sets.val, sets.val_y, "v")):
         numbers = [int(Path(source.name(i)).stem) for i in range(12)]
@@ -138,3 +139,13 @@ def test_wrong_labels_are_one_line_that_says_which(tmp_path: Path) -> None:
     refused(*given, r"v/labels\.csv has no row for 1 images, for example .*v/001\.png", ["kind"])
     (given[1] / "labels.csv").write_text("")
     refused(*given, r"v/labels\.csv has only the columns \(none\)", ["kind"])
+    for content, said in {
+        "file;kind\n000.png;y\n": "has only the columns file;kind; wanted commas between them, not ';'",
+        "file,kind,kind\n000.png,y,y\n": "has several columns of that name",
+        "file,kind\n000.png,y\n001.png,x\n000.png,x\n": "gives 000.png both 'y' and 'x'",
+        "file,kind\n000.png,y\n001.png,x, or y\n": "has more values than columns in line 3",
+        "file,kind\n000.png,\0y\n001.png," + "x" * 200_000: "is no CSV in UTF-8",
+        "file,kind\n000.png,s\xfcd\n": "is no CSV in UTF-8",
+    }.items():
+        (given[1] / "labels.csv").write_bytes(content.encode("latin-1"))
+        refused(*given, rf"--label kind: \S*v/labels\.csv {re.escape(said)}", ["kind"])

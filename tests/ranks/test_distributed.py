@@ -38,6 +38,18 @@ def test_torchrun_and_deepspeed_are_taken_as_they_are() -> None:
     assert launch_environment(given | {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) == given
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"RANK": "2"}, {"RANK": "-1"}, {"RANK": ""}, {"WORLD_SIZE": "two"}, {"LOCAL_RANK": "x"}, {"MASTER_PORT": "http"}],
+)
+def test_what_no_launcher_sets_is_told(wrong: dict[str, str]) -> None:
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1234"}
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* in the environment.*wanted"):
+        launch_environment(given | wrong)
+    with pytest.raises(ValueError, match="RANK=3 and WORLD_SIZE=1 in the environment"):
+        launch_environment({"RANK": "3"})
+
+
 def test_srun_s_names_are_translated_alike_on_all_ranks() -> None:
     job = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n[08-09]", "SLURM_JOB_ID": "4711007"}
     ranks = [launch_environment(job | {"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r % 2)}) for r in range(4)]
@@ -89,6 +101,11 @@ def test_mpirun_s_ranks_meet(names: tuple[str, ...]) -> None:
         rank(3, 4, 1, 2)
     assert rank(3, 4, 3, 4, gpus=1, CUDA_VISIBLE_DEVICES="3")["LOCAL_RANK"] == "0"  # a wrapper shows it this one
     assert rank(0, 1, 0, 1)["WORLD_SIZE"] == "1"
+    bare = dict(zip(names[:2], ("1", "2"), strict=True))
+    with pytest.raises(ValueError, match=rf"2 ranks \({names[1]}\).*{names[2]}"):
+        launch_environment(bare)  # not two runs of one rank
+    task = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
+    assert launch_environment(bare | task | {"SLURM_JOB_NODELIST": "n"})["RANK"] == "1"  # srun --mpi=pmi2
 
 
 @pytest.mark.slow

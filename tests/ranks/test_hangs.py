@@ -130,7 +130,7 @@ def test_ranks_that_never_come_are_named(config: Path, tmp_path: Path) -> None:
     one = start(3, tmp_path / "one", *words, fault=never_come)
     other = start(2, tmp_path / "other", *words, fault=nobody_to_come_to)
     assert one.wait(seconds=60) == [LOST, 3, LOST] and other.wait(seconds=60) == [3, LOST]
-    missing = r"NotMet: 2 of 3 ranks joined at \S+ within 6 s; missing: rank 1\n"
+    missing = r"rank \d: 2 of 3 ranks joined at \S+ within 6 s; missing: rank 1\n"
     for rank in (0, 2):
         assert re.search(missing, one.text(rank)), one.text(rank)
     assert "rank 0, or the launcher, cannot be reached at" in other.text(1)

@@ -66,7 +66,7 @@ def test_a_disk_that_is_full_on_one_rank_stops_all_and_harms_nothing(config: Pat
     run = start(2, tmp_path / "run", *words, "engine.max_steps=8", "--resume", fault=files_stay_small)
     assert run.wait() == [1, 1]
     for rank in (0, 1):
-        assert re.search(r"CheckpointError: .*step00000006 could not be written \(rank 1: .*\)", run.text(rank))
+        assert re.search(r"the checkpoint \S+step00000006 could not be written \(rank 1: .*\)", run.text(rank))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
     run = start(2, tmp_path / "run", *words, "engine.max_steps=8", "--resume")
     assert run.wait() == [0, 0] and "at step 4\n" in run.text()
@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(config: P
     (tmp_path / "file").touch()
     run = start(2, tmp_path / "unused", "--config", config, f"logging.folder={tmp_path / 'file' / 'run'}")
     assert run.wait() == [1, 1]
-    assert all(re.search(r"CheckpointError: logging.folder \S+ cannot be used", run.text(r)) for r in (0, 1))
+    assert all(re.search(r"rank \d: logging.folder \S+ cannot be used", run.text(r)) for r in (0, 1))
 
 
 def listing_fails(rank: int) -> None:

@@ -204,6 +204,7 @@ def _explain(detail: Any) -> Iterator[str]:
     kinds = {
         "model_type": "must be a mapping of keys to values",
         "string_type": "must be a string; quote it if YAML reads it as another type",
+        "string_unicode": "is not in UTF-8; rename it, or give a link to it",
         "tuple_type": "must be a list",
     }
     yield f"{name} = {show(detail['input'])}: {kinds.get(detail['type'], reason)}"

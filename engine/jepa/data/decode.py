@@ -21,6 +21,8 @@ from .apart import Apart
 from .augment import Colour, recolour
 from .encoded import prepare, require_plausible
 
+Frame = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
 
 class Crops(NamedTuple):
     """One crop or more of each of B images, all of one size: N = B times their number, the first of every image first.
@@ -31,7 +33,7 @@ class Crops(NamedTuple):
     """
 
     size: int
-    frame: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    frame: Frame
     flip: np.ndarray | None = None
     colour: Colour | None = None
 
@@ -91,11 +93,11 @@ def _nearest(images: Sequence[np.ndarray], box_N4: np.ndarray, size: int) -> Ten
 class Stack(_Delivery):
     """Delivers images that are pixels already, uint8 [size, size, 3] (jepa.data.synthetic.SyntheticImages).
 
-    Called like a Decoder, but the first crop of an image is the whole of it, others are resized to the nearest pixel,
-    and nothing is flipped or recoloured.
+    Like a Decoder's, but the first crop of an image is the whole of it, others are resized to the nearest pixel, and
+    nothing is flipped or recoloured.
     """
 
-    def __call__(self, images: Sequence[np.ndarray], wanted: Sequence[Crops]) -> list[Tensor]:
+    def crops(self, images: Sequence[np.ndarray], wanted: Sequence[Crops]) -> list[Tensor]:
         sizes = np.array([image.shape[:2] for image in images])
         boxes = [crops.frame(sizes)[0] for crops in wanted]
         boxes[0][: len(images)] = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
@@ -136,7 +138,12 @@ class Decoder(_Delivery):
             with ndd.Device("cpu"):
                 self._context = ndd.EvalContext(num_threads=self.threads)
 
-    def __call__(self, encoded: Sequence[np.ndarray], wanted: Sequence[Crops]) -> list[Tensor]:
+    def __call__(self, encoded: Sequence[np.ndarray], size: int, frame: Frame) -> Tensor:
+        """Decodes B images and resizes a part of each: uint8 [B, size, size, 3]. Otherwise as `crops`."""
+        (images,) = self.crops(encoded, [Crops(size, frame)])
+        return images
+
+    def crops(self, encoded: Sequence[np.ndarray], wanted: Sequence[Crops]) -> list[Tensor]:
         """Decodes B images and resizes parts of each, antialiased bilinear: uint8 [N, size, size, 3] for each `wanted`.
 
         An image is decoded once, as far as all its boxes need. Raises RuntimeError if any image cannot be decoded, and

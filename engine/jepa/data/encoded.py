@@ -12,7 +12,8 @@ import numpy as np
 
 LARGEST = 178_956_970  # pixels of an image: Pillow's bound, and so that of torchvision's loaders
 JPEG_2000 = "JPEG 2000"
-SAMPLES_PER_PIXEL = 277  # a tag of TIFF
+SAMPLES_PER_PIXEL, SAMPLE_FORMAT = 277, 339  # tags of TIFF
+FLOATS = 3  # a sample format
 STARTS = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -53,7 +54,9 @@ def prepare(encoded: np.ndarray, apart: Callable[[np.ndarray], np.ndarray]) -> n
     kind = kind_of(encoded)
     if kind == "PNM":
         return _prepare_pnm(encoded)
-    if kind == JPEG_2000 or (kind == "TIFF" and _samples_per_pixel(encoded) == 2):
+    if kind == "TIFF" and _tag(encoded, SAMPLE_FORMAT) == FLOATS:
+        raise OSError("a TIFF of floating-point numbers, which does not say what is white; wanted 8 or 16 bits")
+    if kind == JPEG_2000 or (kind == "TIFF" and _tag(encoded, SAMPLES_PER_PIXEL) == 2):
         return _pnm(apart(encoded))
     return encoded
 
@@ -70,17 +73,19 @@ def _claim(width: int, height: int, reason: str) -> str:
     return f"its header claims {width} x {height} pixels; {reason}"
 
 
-def _samples_per_pixel(encoded: np.ndarray) -> int:
-    """Of the first image in a TIFF; 1 if it does not say, or in a BigTIFF."""
+def _tag(encoded: np.ndarray, wanted: int) -> int:
+    """A number about the first image in a TIFF; 1 if it does not say, or in a BigTIFF."""
     tiff = encoded.data
     order = "<" if tiff[0] == ord("I") else ">"
     try:
         version, first = struct.unpack_from(f"{order}HI", tiff, 2)
         (entries,) = struct.unpack_from(f"{order}H", tiff, first) if version == 42 else (0,)
         for entry in range(entries):
-            tag, _, _, value = struct.unpack_from(f"{order}HHIH", tiff, first + 2 + 12 * entry)
-            if tag == SAMPLES_PER_PIXEL:
-                return int(value)
+            at = first + 2 + 12 * entry
+            tag, _, values = struct.unpack_from(f"{order}HHI", tiff, at)
+            if tag == wanted:  # the first of its values, which are elsewhere if there are more than two
+                (at,) = struct.unpack_from(f"{order}I", tiff, at + 8) if values > 2 else (at + 8,)
+                return int(struct.unpack_from(f"{order}H", tiff, at)[0])
     except struct.error:
         pass  # beyond the end: the decoder will say so
     return 1

@@ -47,11 +47,16 @@ def read_list(path: str, suffixes: tuple[str, ...] | None) -> tuple[list[str], l
     return files, classes, found
 
 
-def _lines(path: str) -> Iterator[str]:
+def encoding_of(path: str | os.PathLike[str]) -> str:
+    """Of a text file: what its byte-order mark says, or UTF-8."""
     with open(path, "rb") as file:
         start = file.read(4)
-    encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
-    errors = "surrogateescape" if encoding == "utf-8" else "strict"  # a file's name may be no UTF-8
+    return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8-sig")
+
+
+def _lines(path: str) -> Iterator[str]:
+    encoding = encoding_of(path)
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"  # a file's name may be no UTF-8
     try:
         with open(path, encoding=encoding, errors=errors) as lines:
             for line in lines:

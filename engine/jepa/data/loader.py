@@ -262,7 +262,7 @@ class Loader:
             view: _crops(view, uniform_BVK[:, [v for v, other in enumerate(self.views) if other == view]])
             for view in self.views
         }
-        made = self._decode(self._read(indices), list(wanted.values()))
+        made = self._decode.crops(self._read(indices), list(wanted.values()))
         rest = {view: iter(images.split(len(indices))) for view, images in zip(wanted, made, strict=True)}
         return [next(rest[view]) for view in self.views]
 
@@ -322,7 +322,7 @@ def eval_batches(
 
     def is_good(index: int) -> bool:
         try:
-            decode(read([index]), [Crops(crop_size, frame)])
+            decode(read([index]), crop_size, frame)
             return True
         except (OSError, RuntimeError) as error:
             decode.raise_unless_bad(error, lambda: read([index]))
@@ -331,10 +331,10 @@ def eval_batches(
 
     def load(chunk: list[int]) -> tuple[list[int], Tensor | None]:
         try:
-            return chunk, decode(read(chunk), [Crops(crop_size, frame)])[0]
+            return chunk, decode(read(chunk), crop_size, frame)
         except (OSError, RuntimeError):
             good = [index for index in chunk if is_good(index)]
-            return good, decode(read(good), [Crops(crop_size, frame)])[0] if good else None
+            return good, decode(read(good), crop_size, frame) if good else None
 
     wanted = list(range(len(source))) if indices is None else [int(i) for i in indices]
     chunks = ((wanted[i : i + batch_size],) for i in range(0, len(wanted), batch_size))

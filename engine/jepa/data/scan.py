@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .decode import Crops, Decoder, dali
+from .decode import Decoder, dali
 from .encoded import LARGEST
 from .sources import ImageSource, open_images
 
@@ -365,7 +365,7 @@ def _look_at_one(part: ImageSource, i: int) -> Seen:
     if not fault:
         try:
             if _decoder:
-                _decoder([np.frombuffer(data, np.uint8)], [Crops(SHOWN, _whole)])
+                _decoder([np.frombuffer(data, np.uint8)], SHOWN, _whole)
             else:
                 _decode_by_pillow(data)
         except Exception as error:  # as above; DALI raises RuntimeError

@@ -169,6 +169,8 @@ def open_images(path: str | os.PathLike[str], suffixes: Sequence[str] | None = N
     if os.path.exists(path):
         _refuse(path, "is neither a file nor a folder")
     shards = [found for name in _expand_braces(path) for found in _expand_stars(name)]
+    if os.path.islink(path):
+        _refuse(path, f"is a link to {os.readlink(path)!r}, where nothing is", Nowhere)
     if not shards or shards == [path]:
         _refuse(path, "does not exist" if shards else "matches no file", Nowhere)
     missing = [shard for shard in shards if not os.path.isfile(shard)]

@@ -67,7 +67,7 @@ def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
     """Plots a run's JSONL log over the steps, one panel for each quantity that it holds.
 
     Raises ValueError for a log without numbers and, naming the line, for one that is not JSONL; a truncated last line
-    is still being written and is left out. Raises OSError if the file cannot be read.
+    is still being written and is left out; and for a file that cannot be read.
     """
     rows = _read_log(Path(log_path))
     drawn = []
@@ -96,7 +96,10 @@ def training_curves(log_path: str | Path, out_path: str | Path) -> Figure:
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--log: {path} cannot be read ({error}); wanted the .jsonl in a run's folder") from error
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -126,7 +126,7 @@ def features(
 
     `pooled`: the mean over an image's patches, as in I-JEPA; else all N patches in a row of N * D numbers.
     `args`: those of `shared_arguments`. Every rank calls it. Raises ValueError for more layers than there are blocks,
-    for features that are not finite, and for a folder that cannot be written.
+    for features that are not finite, for images of which none can be decoded, and for a folder that cannot be written.
     """
     depth = len(subject.encoder.blocks)
     if args.encoder_batch is not None and args.encoder_batch < 1:
@@ -151,7 +151,11 @@ def features(
     if len(pending):
         _fill(job, subject, source, args, store, np.array_split(pending, job.ranks.world_size)[job.ranks.rank], pooled)
     dist.barrier(group=job.ranks.cpu_group)
-    return store.read() if chosen is None else store.read().only(chosen)
+    found = store.read() if chosen is None else store.read().only(chosen)
+    if not len(found):
+        number = len(source) if chosen is None else len(chosen)
+        raise ValueError(f"none of the {number} images of {source.path} can be decoded")
+    return found
 
 
 def _fill(
@@ -201,7 +205,10 @@ class Store:
                         with open(path, "wb") as file:
                             file.truncate(size)
         except OSError as error:
-            raise ValueError(f"{self.folder} cannot be written ({error.strerror}); choose another --store") from error
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> ValueError:
+        return ValueError(f"{self.folder} cannot be written ({error.strerror}); choose another --store")
 
     def state(self) -> np.ndarray:
         """uint8 [layers, images]."""
@@ -216,9 +223,12 @@ class Store:
         for layer, x in zip(self.layers, rows, strict=True):
             if not x.isfinite().all():
                 raise ValueError(BROKEN)
-            with open(self._rows(layer), "r+b", buffering=0) as file:
-                for number, row in zip(numbers, x.numpy(), strict=True):
-                    os.pwrite(file.fileno(), row.tobytes(), 4 * number * self.width)
+            try:
+                with open(self._rows(layer), "r+b", buffering=0) as file:
+                    for number, row in zip(numbers, x.numpy(), strict=True):
+                        os.pwrite(file.fileno(), row.tobytes(), 4 * number * self.width)
+            except OSError as error:
+                raise self._refusal(error) from error
         self.mark(numbers, DONE)
 
     def mark(self, numbers: Sequence[int], state: int) -> None:

@@ -7,9 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jepa.data.lists import encoding_of
 from jepa.data.sources import ImageSource, open_images
 
 CLASS = "class"  # the label that folder names give
@@ -105,12 +107,13 @@ def _column(source: ImageSource, name: str) -> list[str]:
     table = Path(source.path) / "labels.csv"
     if not table.is_file():
         raise ValueError(f"--label {name}: there is no {table}; wanted its first column to name the images")
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, restval="")
-        columns = list(rows.fieldnames or [])
-        if name not in columns:
-            raise ValueError(f"--label {name}: {table} has only the columns {', '.join(columns) or '(none)'}")
-        values = {os.path.abspath(Path(source.path, row[columns[0]])): row[name] for row in rows}
+    try:
+        with table.open(newline="", encoding=encoding_of(table)) as file:
+            values = _values(csv.reader(file), name, source.path)
+    except (csv.Error, UnicodeError) as error:
+        raise ValueError(f"--label {name}: {table} is no CSV in UTF-8 ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"--label {name}: {table} {error}") from error
     images = [os.path.abspath(source.name(i)) for i in range(len(source))]
     if missing := [image for image in images if image not in values]:
         raise ValueError(f"--label {name}: {table} has no row for {len(missing)} images, for example {missing[0]}")
@@ -120,6 +123,26 @@ def _column(source: ImageSource, name: str) -> list[str]:
             f"--label {name}: {table} has no value for {len(empty)} of {len(images)} images, for example {empty[0]}"
         )
     return found
+
+
+def _values(rows: Any, name: str, folder: str) -> dict[str, str]:
+    """What a column of a table says of each image, by its path. Raises ValueError that says what the table does."""
+    columns = [column.strip() for column in next(rows, [])]
+    if columns.count(name) != 1:
+        if name in columns:
+            raise ValueError("has several columns of that name")
+        apart = next((f"; wanted commas between them, not {c!r}" for c in ";\t|" if c in "".join(columns)), "")
+        raise ValueError(f"has only the columns {', '.join(columns) or '(none)'}{apart}")
+    at, values = columns.index(name), dict[str, str]()
+    for row in rows:
+        if not row:
+            continue
+        if any(cell.strip() for cell in row[len(columns) :]):
+            raise ValueError(f"has more values than columns in line {rows.line_num}; quote a value with a comma in it")
+        image, value = os.path.abspath(Path(folder, row[0])), row[at] if at < len(row) else ""
+        if values.setdefault(image, value) != value:
+            raise ValueError(f"gives {row[0]} both {values[image]!r} and {value!r}")
+    return values
 
 
 def _is_number(text: str) -> bool:

@@ -10,6 +10,7 @@ import socket
 import time
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from .device import choose
 
+RANK_LOST = os.EX_UNAVAILABLE  # the exit code of a run without one of its ranks (jepa.ranks.stop lists them)
 MEETING = 10.0  # minutes within which all ranks must join; machines that start slowly need some
 LAUNCHER = rb"deepspeed.launcher.launch|torchrun|torch.distributed.run"
 
@@ -47,6 +49,8 @@ MPI_LAUNCHERS = (
 class NotMet(RuntimeError):
     """Ranks did not join or cannot be reached; the message names them."""
 
+    exit_code = RANK_LOST
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -71,6 +75,16 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
+def number(given: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """The variable of this name, or `default` if it is not set. Raises ValueError if it is no integer."""
+    if name not in given and default is not None:
+        return default
+    try:
+        return int(given[name])
+    except ValueError as error:
+        raise ValueError(f"{name}={given[name]!r} in the environment: wanted a number, or {name} unset") from error
+
+
 def launch_environment(given: dict[str, str], gpus: int = 0) -> dict[str, str]:
     """The five variables that torch.distributed and DeepSpeed read, from whatever the launcher set.
 
@@ -79,7 +93,14 @@ def launch_environment(given: dict[str, str], gpus: int = 0) -> dict[str, str]:
     """
     if "RANK" in given:
         names = {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-        return {"RANK": given["RANK"]} | {name: given.get(name, value) for name, value in names.items()}
+        found = {"RANK": given["RANK"]} | {name: given.get(name, value) for name, value in names.items()}
+        rank, size, *_ = (number(found, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+        if not 0 <= rank < size:
+            raise ValueError(
+                f"RANK={rank} and WORLD_SIZE={size} in the environment: wanted 0 <= RANK < WORLD_SIZE, as a launcher "
+                "sets them; unset RANK to run a single rank"
+            )
+        return found
     if (mpi := _mpi_environment(given, gpus)) is not None:
         return mpi
     if (tasks := int(given.get("SLURM_NTASKS", "1"))) > 1:
@@ -95,6 +116,11 @@ def launch_environment(given: dict[str, str], gpus: int = 0) -> dict[str, str]:
             "MASTER_ADDR": given.get("MASTER_ADDR") or first_host(given["SLURM_JOB_NODELIST"]),
             "MASTER_PORT": given.get("MASTER_PORT") or str(20000 + int(given["SLURM_JOB_ID"]) % 20000),
         }
+    if lost := [m for m in MPI_LAUNCHERS if m.rank in given and number(given, m.size, 1) > 1]:
+        raise ValueError(
+            f"an MPI launcher started {given[lost[0].size]} ranks ({lost[0].size}), but does not say which of its "
+            f"machine's this one is ({lost[0].local_rank}): set that for each, or use torchrun or srun"
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from .distributed import Ranks, launchers
 
-STOPPED, RANK_LOST = os.EX_TEMPFAIL, os.EX_UNAVAILABLE
+STOPPED = os.EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 RELAYED = 2.0  # seconds within which a second signal counts as the first, relayed by a launcher

@@ -9,20 +9,24 @@ from typing import TextIO, cast
 
 
 class _Shown:
-    """A text stream whose writes never fail: what cannot be written (EIO, EPIPE, ENOSPC) is lost."""
+    """A text stream whose writes never fail: what cannot be written (EIO, EPIPE, ENOSPC) is lost. `lost`: why."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except OSError:
+        except OSError as error:
+            self.lost = error
             return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             self._stream.flush()
+        except OSError as error:
+            self.lost = error
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
@@ -40,3 +44,11 @@ def outlive_the_terminal() -> None:
                 stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, cast(TextIO, _Shown(stream)))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def require_shown() -> None:
+    """Raises OSError if something that was printed could not be written; that a reader has seen enough is fine."""
+    sys.stdout.flush()
+    lost = getattr(sys.stdout, "lost", None)
+    if lost is not None and not isinstance(lost, BrokenPipeError):
+        raise lost

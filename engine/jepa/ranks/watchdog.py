@@ -13,8 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .distributed import Ranks
-from .stop import PULSE, RANK_LOST, say
+from .distributed import RANK_LOST, Ranks
+from .stop import PULSE, say
 
 SUSPICIOUS = 5  # missed heartbeats that prove a rank's death once a connection has broken
 

@@ -34,7 +34,7 @@ from .interop import (
     side_of,
     unpickled,
 )
-from .restore import CheckpointError
+from .restore import CheckpointError, refuse_run
 
 WANTED = (
     "wanted one of our checkpoints or exports, a .pth.tar of the published code, the Hugging Face folder of an "
@@ -95,6 +95,7 @@ def _open(path: Path) -> Initial:
         return _open_own(path, "our checkpoint")
     if (path / "config.json").is_file():
         return _open_huggingface(path)
+    refuse_run(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: found {'another folder' if path.is_dir() else 'no such file'}; {WANTED}")
     if not zipfile.is_zipfile(path):  # as torch.save writes it

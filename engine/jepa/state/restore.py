@@ -224,12 +224,20 @@ def kinds_in(state: dict[str, Any]) -> tuple[str, ...]:
     return KINDS if state["applied"] or state["moments"] else KINDS[:1]
 
 
+def refuse_run(path: Path) -> None:
+    """Raises CheckpointError if it is the folder of a run instead of one of its checkpoints."""
+    inside = sorted(path.glob("*/state.json"))
+    if inside and not (path / "state.json").exists():
+        raise CheckpointError(f"{path} is a folder of checkpoints; wanted one of them, such as {inside[-1].parent}")
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint. Raises CheckpointError for anything that `manifest.State` rejects."""
     file = path / "state.json"
     if not path.is_dir():
         found = "is a file; meta.init_from starts from other programs' weights" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {found}; wanted a checkpoint's folder")
+    refuse_run(path)
     try:
         # Opening a named pipe would otherwise wait for a writer.
         with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:

@@ -36,7 +36,10 @@ def replay(
     at: Callable[[int, str], None],
 ) -> None:
     """Prints what `step` does, starting from the checkpoint named by `which`, or by default from the newest intact one
-    that is not of a later step. Every rank calls it. Raises CheckpointError like `Saver.resume`."""
+    that is not of a later step. Every rank calls it. Raises ValueError for a step that the run does not have, and
+    CheckpointError like `Saver.resume`."""
+    if not 0 <= step < (steps := config.optimization.epochs * loader.steps_per_epoch):
+        raise ValueError(f"--replay-step: given {step}; wanted one of the run's steps, 0 to {steps - 1}")
     paths = _paths(config, loader, step, which)
     path, state = find_whole(paths)
     model_engine, teacher = start_model(config, ranks.device)

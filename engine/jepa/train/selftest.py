@@ -233,7 +233,7 @@ def jpeg(device: str) -> Iterator[Finding]:
     """A JPEG by DALI, on the device a run would use, against Pillow's decoder."""
     from PIL import Image
 
-    from jepa.data.decode import Crops, Decoder
+    from jepa.data.decode import Decoder
     from jepa.data.synthetic import noise
 
     place = choose(device)
@@ -250,8 +250,8 @@ def jpeg(device: str) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("note", "JPEG", "not tried: DALI cannot be imported", str(error).partition("Get it by ")[2])
         return
-    (pixels,) = decoder([np.frombuffer(encoded.getvalue(), np.uint8)], [Crops(96, whole)])
-    apart = np.abs(pixels[0].cpu().numpy().astype(int) - wanted).max()
+    pixels = decoder([np.frombuffer(encoded.getvalue(), np.uint8)], 96, whole)[0]
+    apart = np.abs(pixels.cpu().numpy().astype(int) - wanted).max()
     where = "the GPU" if decoder.on_gpu else "the CPU"
     said = f"decoded on {where} by DALI, at most {apart} of 255 levels from Pillow {metadata.version('pillow')}"
     if apart <= 4:
