@@ -17,7 +17,7 @@ import sys
 from types import ModuleType
 
 import torch.distributed as dist
-from torch import OutOfMemoryError, __version__
+from torch import __version__
 
 from jepa.config.words import command_line
 from jepa.probes import job as jobs
@@ -115,7 +115,7 @@ def work() -> int:
 
 
 def main() -> int:
-    mistakes = (CheckpointError, NotMet, ValueError, OSError, OutOfMemoryError)
+    mistakes = (CheckpointError, NotMet, ValueError, OSError)
     return run_program(work, *mistakes, name=lambda: f"{program()} {protocol_in(sys.argv[1:]) or ''}".rstrip())
 
 

@@ -11,8 +11,6 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from torch import OutOfMemoryError
-
 from jepa.config.file import load_config
 from jepa.config.schema import Config
 from jepa.config.words import command_line, is_override
@@ -23,7 +21,7 @@ from jepa.probes.online import OnlineProbe
 from jepa.ranks import distributed
 from jepa.ranks.distributed import Ranks
 from jepa.ranks.program import Parser, program, run_program
-from jepa.ranks.stop import STOPPED, StopRequest, minutes
+from jepa.ranks.stop import STOPPED, StopRequest, minutes_argument
 from jepa.ranks.watchdog import Watchdog
 from jepa.state.checkpoint import Saver
 from jepa.state.initial import start_from
@@ -196,9 +194,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--accept-changes", action="store_true", help="resume even if a step would compute something different"
     )
-    parser.add_argument(
-        "--max-minutes", type=minutes, metavar="M", help=f"save and exit with code {STOPPED} after M minutes"
-    )
+    minutes_argument(parser)
     parser.add_argument(
         "--replay-step",
         type=int,
@@ -235,7 +231,7 @@ def work() -> int:
 
 
 def main() -> int:
-    mistakes = (CheckpointError, Diverged, distributed.NotMet, ValueError, OSError, OutOfMemoryError)
+    mistakes = (CheckpointError, Diverged, distributed.NotMet, ValueError, OSError)
     return run_program(work, *mistakes, name=lambda: f"{program()}, rank {os.environ.get('RANK', '0')}")
 
 

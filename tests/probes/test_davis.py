@@ -395,7 +395,7 @@ def test_results_do_not_depend_on_the_picture(
     for folder in (job.out / "davis" / job.subjects[0].key).glob("*/"):
         shutil.rmtree(folder)
     assert davis.run(job, args) == first
-    assert "davis-masks.png could not be drawn (FileNotFoundError" in capsys.readouterr().err
+    assert "davis-masks.png could not be drawn (ValueError" in capsys.readouterr().err
 
 
 def taken(folder: Path) -> list[str]:

@@ -239,6 +239,28 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(
     assert trained(encoder, root, tmp_path / "out", "--epochs", 4)[0] == row and seen == []
 
 
+def test_it_stops_on_request_and_goes_on(
+    one_rank: None, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder()
+    whole = trained(encoder, root, tmp_path / "whole", "--epochs", 2)
+    for _ in range(3):
+        with pytest.raises(SystemExit) as stopped:
+            trained(encoder, root, tmp_path / "out", "--epochs", 2, "--max-minutes", "1e-9")
+        assert stopped.value.code == 75
+    seen: list[int] = []
+    batch = Loader.batch
+
+    def counted(loader: Loader, step: int, micro: int = 0) -> Any:
+        seen.append(step)
+        return batch(loader, step, micro)
+
+    monkeypatch.setattr(Loader, "batch", counted)
+    row, state = trained(encoder, root, tmp_path / "out", "--epochs", 2)
+    assert sorted(seen) == list(range(3, 20)), "a step was taken and kept each time"
+    assert row == whole[0] and all(torch.equal(value, whole[1][name]) for name, value in state.items())
+
+
 def test_the_state_of_other_settings_is_not_taken(one_rank: None, root: Path, tmp_path: Path) -> None:
     """Other weights, rates, batches, epochs, views, labels, and other images."""
     encoder, out = Encoder(), tmp_path / "out"

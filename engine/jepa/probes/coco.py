@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -18,6 +17,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
+
+from .picture_files import open_picture
 
 Target = dict[str, Tensor]
 SURE = 0.5  # probability from which on a pixel belongs to an object
@@ -82,8 +83,7 @@ class Images(Dataset):
     def __getitem__(self, number: int) -> Tensor:
         (about,) = self.coco.loadImgs(number)
         path = self.folder / about["file_name"]
-        with Image.open(path) as file:
-            image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+        image = torch.from_numpy(np.array(open_picture(path).convert("RGB"))).permute(2, 0, 1)
         H, W = image.shape[1:]
         if (about["height"], about["width"]) != (H, W):
             raise ValueError(

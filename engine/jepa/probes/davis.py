@@ -31,6 +31,7 @@ from jepa.pictures.video import Clip, masks_on_frames
 from .drawing import draw
 from .fingerprint import fingerprint
 from .job import Job, Result, Row, Subject
+from .picture_files import open_picture
 from .propagation import Propagation, track
 from .regions import contour_accuracy, region_similarity
 from .results import write
@@ -182,19 +183,19 @@ def read_frames(paths: list[Path], size: int, patch: int) -> Iterator[Tensor]:
     DINO rounds the longer side to a multiple of 64: 480 x 832 where patches of 16 give 480 x 848.
     """
     for path in paths:
-        with Image.open(path) as image:
-            scale = size // patch / min(image.size)
-            width, height = (max(1, round(side * scale)) * patch for side in image.size)
-            resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+        image = open_picture(path)
+        scale = size // patch / min(image.size)
+        width, height = (max(1, round(side * scale)) * patch for side in image.size)
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
         yield torch.from_numpy(np.array(resized))
 
 
 def indices(path: Path) -> tuple[np.ndarray, list[int] | None]:
     """The objects of an annotation, uint8 [H, W], and its palette."""
-    with Image.open(path) as image:
-        if image.mode not in ("P", "L"):
-            raise ValueError(f"{path}: a picture of mode {image.mode}; wanted indices of objects (P: with a palette)")
-        return np.array(image), image.getpalette()
+    image = open_picture(path)
+    if image.mode not in ("P", "L"):
+        raise ValueError(f"{path}: a picture of mode {image.mode}; wanted indices of objects (P: with a palette)")
+    return np.array(image), image.getpalette()
 
 
 def save(labels: Tensor, colours: list[int] | None, path: Path) -> None:
@@ -214,7 +215,7 @@ def picture(job: Job, videos: list[Video]) -> None:
     for i in np.unique(np.linspace(0, len(videos) - 1, SHOWN).round().astype(int)):
         video = videos[i]
         chosen = np.unique(np.linspace(0, len(video.frames) - 2, MOMENTS).round().astype(int)).tolist()
-        images = [np.asarray(Image.open(video.frames[t]).convert("RGB")) for t in chosen]
+        images = [np.asarray(open_picture(video.frames[t]).convert("RGB")) for t in chosen]
         masks: dict[str, list[Any]] = {"truth": [indices(video.truths[t])[0] for t in chosen]}
         for subject in job.subjects:
             folder = job.out / "davis" / subject.key

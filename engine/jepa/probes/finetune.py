@@ -39,7 +39,7 @@ from jepa.model.vit import LAYER_NORM_EPS
 from jepa.model.vit import VisionTransformer as Encoder
 from jepa.ranks.device import to_device
 from jepa.ranks.distributed import require_alike
-from jepa.ranks.stop import STOPPED, StopRequest, minutes
+from jepa.ranks.stop import STOPPED, StopRequest, minutes_argument
 from jepa.train.zero import BUCKET, wrap
 
 from . import labels
@@ -69,7 +69,7 @@ NAMED = 10  # broken images to name at once; more are counted
 def arguments(parser: argparse.ArgumentParser) -> None:
     labels.arguments(parser)
     settings_arguments(parser)
-    parser.add_argument("--max-minutes", type=minutes, help="stop after this time with everything saved, exit code 75")
+    minutes_argument(parser)
 
 
 def run(job: Job, args: argparse.Namespace) -> Result:

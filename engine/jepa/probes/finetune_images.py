@@ -6,7 +6,6 @@ on at any step. Legend: B images, S pixels a side.
 
 import io
 import random
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from jepa.config.schema import Config
 from jepa.data.sources import ImageSource
 
 from .finetune_settings import Settings
+from .picture_files import DAMAGED
 
 CROP = 224 / 256  # validation shows the middle of an image, this part of its shorter side
 UNKNOWN = -1  # the label of what is not to be counted
@@ -53,8 +53,7 @@ def decode(source: ImageSource, i: int) -> Image.Image | None:
         return None
     try:
         return Image.open(io.BytesIO(encoded)).convert("RGB")
-    # What Pillow raises for damaged files, besides OSError.
-    except (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, Image.DecompressionBombError):
+    except DAMAGED:
         return None
 
 

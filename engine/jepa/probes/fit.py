@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from jepa.ranks.distributed import require_alike
-from jepa.ranks.stop import STOPPED, StopRequest, minutes
+from jepa.ranks.stop import STOPPED, StopRequest, minutes_argument
 
 from .job import Job
 
@@ -83,7 +83,7 @@ def arguments(parser: argparse.ArgumentParser, weight_decay: float, warmup: int)
         metavar="STEPS",
         help="between states of unfinished training (default: 1000)",
     )
-    parser.add_argument("--max-minutes", type=minutes, help="stop after this time with everything saved, exit code 75")
+    minutes_argument(parser)
 
 
 def check(args: argparse.Namespace) -> None:

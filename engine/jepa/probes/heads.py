@@ -22,6 +22,7 @@ from torch import Tensor
 from jepa.data.augment import View
 from jepa.data.loader import Loader, eval_batches
 from jepa.ranks.distributed import require_alike
+from jepa.ranks.stop import STOPPED, StopRequest, minutes_argument
 
 from .features import BROKEN
 from .job import Job, Progress, Row, Subject
@@ -43,6 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     paper.add_argument("--lr", type=float, nargs="+", default=list(RATES), help="for 256 images in a step")
     paper.add_argument("--weight-decay", type=float, nargs="+", default=list(DECAYS))
+    minutes_argument(paper)
 
 
 class Group:
@@ -122,11 +124,17 @@ def lars(weight: Tensor, slope: Tensor, speed: Tensor, factor: float, grid: list
 
 
 def train(
-    job: Job, subject: Subject, sets: Labelled, args: argparse.Namespace, crops: tuple[float, float] | None = CROPS
+    job: Job,
+    subject: Subject,
+    sets: Labelled,
+    args: argparse.Namespace,
+    crops: tuple[float, float] | None = CROPS,
+    stop: StopRequest | None = None,
 ) -> Row:
     """Trains the heads and returns the best accuracy of each label; all accuracies go to a file beside the state.
 
-    Raises ValueError for settings that mean nothing and for features that are not finite.
+    Raises ValueError for settings that mean nothing and for features that are not finite; SystemExit(75), after saving,
+    if `stop` asks for it.
     """
     if args.epochs < 1 or args.head_batch < 1 or min(args.lr) <= 0 or min(args.weight_decay) < 0:
         raise ValueError("--epochs and --head-batch: wanted at least 1; --lr more than 0; --weight-decay 0 or more")
@@ -183,6 +191,8 @@ def train(
         parts.append((_outputs(subject, batch.images, max(depths)), torch.tensor(batch.indices)))
         if micro_batch + 1 < loader.accumulation:
             continue
+        if stop:
+            stop.ask()
         x_BLD, indices = torch.cat([x for x, _ in parts]), torch.cat([i for _, i in parts])
         parts.clear()
         factor = loader.global_batch_size / 256 * 0.1 ** (at // loader.steps_per_epoch // DROP)
@@ -190,10 +200,14 @@ def train(
             y = torch.from_numpy(sets.train_y[name])[indices].to(x_BLD.device)
             for group in of_label:
                 group.learn(x_BLD[:, -group.depth :].flatten(1), y, factor)
-        if (at + 1) % loader.steps_per_epoch == 0:
+        stopped = stop is not None and stop.agreed() and at + 1 < total
+        if stopped or (at + 1) % loader.steps_per_epoch == 0:
             content = {"step": at + 1, "groups": [group.state() for group in _all(groups)]}
             job.first_only(lambda content=content: _save(state, content))  # type: ignore[misc]
         progress.at(at + 1)
+        if stopped:
+            job.say(f"{subject.name}: stopped after step {at + 1} of {total}; the same command goes on")
+            raise SystemExit(STOPPED)
     scores = _evaluate(job, subject, sets, groups, max(depths), micro)
     job.first_only(lambda: _write(state.with_suffix(".json"), scores))
     row: Row = {"features": subject.name}

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa.ranks.stop import StopRequest
+
 from . import heads, labels
 from .features import Features, check, features, pixels, shared_arguments
 from .job import Job, Progress, Result, Row, quiet
@@ -57,7 +59,8 @@ def rows_of(
         if chosen is not None:
             labelled = {name: y[chosen] for name, y in sets.train_y.items()}
             sets = labels.Labelled(sets.train.take(chosen), sets.val, labelled, sets.val_y)
-        return [heads.train(job, subject, sets, args, crops) for subject in job.subjects]
+        with StopRequest(job.ranks, args.max_minutes) as stop:
+            return [heads.train(job, subject, sets, args, crops, stop) for subject in job.subjects]
     rows: list[Row] = []
     for subject in [*job.subjects, pixels()]:
         train = features(job, subject, sets.train, args, chosen=chosen)

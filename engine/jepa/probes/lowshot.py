@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa.data.sources import ImageSource
-from jepa.ranks.stop import StopRequest
+from jepa.ranks.stop import StopRequest, minutes_argument
 
 from . import labels, linear
 from .features import shared_arguments
@@ -33,6 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--form", choices=("linear", "finetune"), default="linear")
     shared_arguments(parser)
     settings_arguments(parser, preset="lowshot")
+    minutes_argument(parser)
 
 
 def run(job: Job, args: argparse.Namespace) -> Result:
@@ -49,7 +50,7 @@ def run(job: Job, args: argparse.Namespace) -> Result:
 
         settings = settings_of(args, job.config)
         rows: list[Row] = []
-        with StopRequest(job.ranks, None) as stop:
+        with StopRequest(job.ranks, args.max_minutes) as stop:
             for subject in job.subjects:
                 accuracy = finetune.fine_tune(job, subject, sets, name, chosen, settings, stop)
                 rows.append({"features": subject.name, name: accuracy})

@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassJaccardIndex
@@ -41,6 +40,7 @@ from .drawing import draw
 from .drop_path import drop_path
 from .fingerprint import fingerprint
 from .job import Job, Result, Row, Subject
+from .picture_files import open_picture
 from .upernet import Linear, UPerNet
 
 WARMUP = 1500
@@ -132,10 +132,8 @@ class Annotated(Dataset):
 
     def __getitem__(self, i: int) -> Sample:
         pair = self.pairs[i]
-        with Image.open(pair.image) as file:
-            image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-        with Image.open(pair.annotation) as file:
-            labels = torch.from_numpy(np.array(file))
+        image = torch.from_numpy(np.array(open_picture(pair.image).convert("RGB"))).permute(2, 0, 1)
+        labels = torch.from_numpy(np.array(open_picture(pair.annotation)))
         if labels.dtype != torch.uint8 or labels.shape != image.shape[1:]:
             raise ValueError(
                 f"{pair.annotation}: {labels.dtype} {list(labels.shape)}, wanted one 8-bit number for each of the "

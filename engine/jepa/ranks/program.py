@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from torch import OutOfMemoryError
+
 from .terminal import outlive_the_terminal
 
 DEBUG = "--debug"
@@ -33,17 +35,18 @@ def program() -> str:
 def run_program(work: Callable[[], int | None], *mistakes: type[Exception], name: Callable[[], str] = program) -> int:
     """Does a program's work, wherever its output goes, and returns its exit code.
 
-    One of `mistakes`, and Ctrl-C, end it with a message that begins with `name()`, on stderr; a traceback is before it
-    with --debug alone. Its code is the `exit_code` of the exception, or 1. Any other exception is the program's own
-    mistake, and raised.
+    One of `mistakes`, a GPU whose memory is full, and Ctrl-C end it with a message that begins with `name()`, on
+    stderr; a traceback is before it with --debug alone. Its code is the `exit_code` of the exception, or 1. Any other
+    exception is the program's own mistake, and raised.
     """
     outlive_the_terminal()
+    told: tuple[type[Exception], ...] = (*mistakes, OutOfMemoryError)
     error: BaseException
     try:
         return work() or 0
     except KeyboardInterrupt as stopped:
         error, message, code = stopped, str(stopped) or "interrupted", 128 + signal.SIGINT
-    except mistakes as mistake:
+    except told as mistake:
         kind = "" if isinstance(mistake, (ValueError, OSError, RuntimeError)) else f"{type(mistake).__name__}: "
         error, message, code = mistake, f"{kind}{mistake}", getattr(mistake, "exit_code", 1)
     if DEBUG in sys.argv:

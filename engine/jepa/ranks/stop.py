@@ -41,6 +41,15 @@ def minutes(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r}: wanted a number of minutes above 0")
 
 
+def minutes_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--max-minutes",
+        type=minutes,
+        metavar="M",
+        help=f"stop after M minutes with everything saved, exit code {STOPPED}",
+    )
+
+
 class StopRequest:
     """SIGTERM, SIGUSR1, Ctrl-C or the time limit, on any rank, stops all ranks after the same step.
 
