@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,17 +81,17 @@ TABLE: list[tuple[str, ...]] = [
     # folders, checkpoints and weights
     (f"{T} logging.folder=c.yaml/run", "logging.folder c.yaml/run cannot be used", "Not a directory"),
     (f"{T} logging.folder=run", "run already holds checkpoints", "add --resume"),
-    (f"{T} logging.folder=new --resume", "no checkpoint of 'jepa' in new", "start without"),
-    (f"{T} logging.folder=run --resume run/jepa-step9", "run/jepa-step9 does not exist"),
-    (f"{T} logging.folder=run --resume meta.depth=3", "holds a different model", "blocks.2"),
-    (f"{T} logging.folder=run --resume engine.seed=5", "engine.seed", "Restore the old value"),
-    (f"{T} logging.folder=run --resume data.crop_scale=[.5,1]", "data.crop_scale", "--accept-changes"),
-    (f"{T} logging.folder=run --replay-step 9999", "--replay-step: given 9999", "0 to 19"),
-    (f"{T} logging.folder=new meta.init_from=nowhere.pth", "nowhere.pth"),
-    (f"{T} logging.folder=new meta.init_from=images/class0/00.jpg", "meta.init_from", "00.jpg"),
-    (f"{T} logging.folder=new meta.init_from=run", "run is a folder of checkpoints", "run/jepa-"),
+    (f"{T} logging.folder=new1 --resume", "no checkpoint of 'jepa' in new", "start without"),
+    (f"{T} logging.folder=run1 --resume run/jepa-step9", "run/jepa-step9 does not exist"),
+    (f"{T} logging.folder=run2 --resume meta.depth=3", "holds a different model", "blocks.2"),
+    (f"{T} logging.folder=run3 --resume engine.seed=5", "engine.seed", "Restore the old value"),
+    (f"{T} logging.folder=run4 --resume data.crop_scale=[.5,1]", "data.crop_scale", "--accept-changes"),
+    (f"{T} logging.folder=run5 --replay-step 9999", "--replay-step: given 9999", "0 to 19"),
+    (f"{T} logging.folder=new2 meta.init_from=nowhere.pth", "nowhere.pth"),
+    (f"{T} logging.folder=new3 meta.init_from=images/class0/00.jpg", "meta.init_from", "00.jpg"),
+    (f"{T} logging.folder=new4 meta.init_from=run", "run is a folder of checkpoints", "run/jepa-"),
     (f"{T} data.root_path=latin-\udcfc", "data.root_path", "not in UTF-8"),
-    (f"{T} logging.folder=new meta.load_checkpoint=true", "meta.load_checkpoint", "new"),
+    (f"{T} logging.folder=new5 meta.load_checkpoint=true", "meta.load_checkpoint", "new"),
     # how a run is started
     (f"{T} engine.device=cuda", "can use no GPU", "engine.device=cpu"),
     (f"{T} --max-minutes 0", "--max-minutes: '0'", "minutes above 0"),
@@ -185,6 +186,8 @@ class Shell:
             words = shlex.split(command)
             given = dict(word.split("=", 1) for word in words if re.match("[A-Z_]+=", word))
             program, *rest = words[len(given) :]
+            if program == "engine/train.py" and "logging.folder=" not in command:
+                rest.append(f"logging.folder=runs{self.typed}")  # a folder has one run at a time
             files.append([self.folder / f"{kind}-{self.typed}" for kind in ("stdout", "stderr")])
             self.typed += 1
             work.append([str(ROOT / program), rest, given, *map(str, files[-1])])
@@ -220,7 +223,7 @@ def make_what_is_there(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    """With a run of two steps in `run`."""
+    """With a run of two steps in `run`, and copies of it."""
     folder = tmp_path_factory.mktemp("shell")
     make_what_is_there(folder)
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")
@@ -231,6 +234,8 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
         made = Shell(folder, forks)
         (trained,) = made.run(f"{T} logging.folder=run engine.max_steps=2")
         assert trained.code == 0, trained
+        for number in range(1, 6):  # one run per folder, and rows are typed side by side
+            shutil.copytree(folder / "run", folder / f"run{number}", symlinks=True)
         yield made
         assert forks.stdin
         forks.stdin.close()
@@ -261,8 +266,8 @@ def test_each_mistake_has_one_short_message_that_says_what_and_where(shell: Shel
                 wrong.append(f"{typed}\n  {told}")
     assert not wrong, "\n".join(wrong)
     left = {path.name for path in shell.folder.iterdir()} - {*before}
-    assert {name for name in left if not name.startswith(("stdout", "stderr"))} <= {"out", "runs", "new"}
-    assert not any((shell.folder / "new").iterdir())
+    assert {name for name in left if not name.startswith(("stdout", "stderr", "new", "runs"))} <= {"out"}
+    assert not [*shell.folder.glob("new*/*")]
 
 
 def test_a_traceback_is_shown_with_debug_alone(shell: Shell) -> None:
