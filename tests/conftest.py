@@ -8,6 +8,7 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -65,6 +66,17 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """A run that was stopped ignores them until its process ends, and what the process starts inherits that."""
+    kept = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    }
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
