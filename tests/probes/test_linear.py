@@ -90,14 +90,16 @@ def test_it_is_scikit_learns_logistic_regression_on_an_encoders_features(
 
 @pytest.mark.slow
 def test_it_is_scikit_learns_best_of_several_strengths(monkeypatch: pytest.MonkeyPatch, many: Sets) -> None:
-    """Chosen on the same fifth, and far enough apart for the choice to be clear."""
+    """Chosen on the same fifth; strengths that it ranks within two of its 240 images may change places."""
     monkeypatch.setattr(linear, "STRENGTHS", (1.0, 0.1, 1e-3))
     (train_x, train_y), (test_x, test_y) = many
     a, b = standardised(train_x, test_x)
     held, fitted = linear.held_out(train_y, torch.randperm(1200, generator=torch.Generator().manual_seed(0)))
     scores = {s: by_scikit_learn(a[fitted], train_y[fitted], s).score(a[held], train_y[held]) for s in linear.STRENGTHS}
-    model = by_scikit_learn(a, train_y, max(scores, key=lambda strength: scores[strength]))
-    assert abs(linear_probe(train_x, train_y, test_x, test_y) - model.score(b, test_y.numpy())) <= 0.005
+    best = [strength for strength, score in scores.items() if score >= max(scores.values()) - 2.5 / 240]
+    wanted = [by_scikit_learn(a, train_y, strength).score(b, test_y.numpy()) for strength in best]
+    found = linear_probe(train_x, train_y, test_x, test_y)
+    assert min(abs(found - one) for one in wanted) <= 0.005, (found, wanted, scores)
 
 
 def test_a_fifth_of_each_class_is_held_out() -> None:
@@ -143,7 +145,7 @@ def test_a_penalty_so_weak_that_noise_is_fitted_is_not_chosen(monkeypatch: pytes
 
 def test_it_is_as_good_as_the_best_linear_rule_whatever_the_scale_of_the_features(few_steps: None) -> None:
     """Gaussian classes with the same covariance: the optimal rule is linear and known."""
-    (train_x, train_y), (test_x, test_y) = blobs(2500, 0.9), blobs(3000, 0.9)
+    (train_x, train_y), (test_x, test_y) = blobs(5000, 0.9), blobs(20_000, 0.9)
     best = (torch.cdist(test_x, CORNERS).argmin(1) == test_y).double().mean().item()
     found = linear_probe(train_x, train_y, test_x, test_y)
     assert abs(found - best) < 0.01
