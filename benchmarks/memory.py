@@ -31,6 +31,7 @@ from jepa.config.file import load_config, parse_config
 from jepa.config.schema import Config
 from jepa.data.masks import sample_masks
 from jepa.model.layout import Layout
+from jepa.ranks.distributed import leave
 from jepa.ranks.program import Parser, run_program
 from jepa.train import memory, zero
 from jepa.train.budget import longest_tokens
@@ -148,8 +149,8 @@ def rank(me: int, world_size: int, folder: str, cases: list[tuple[int, str, int]
         figures.append((float(found), memory.memory_per_rank(config, world_size, TOKENS).total))
     if me == 0:
         torch.save(figures, f"{folder}/figures")
-    time.sleep(0.5)  # for gloo's threads again, which need the interpreter to do so
     dist.destroy_process_group()
+    leave(lambda: 0)
 
 
 def measured(worlds: list[int], cases: list[tuple[int, str, int]]) -> int:

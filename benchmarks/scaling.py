@@ -195,6 +195,7 @@ def one_rank(rank: int, world_size: int, folder: str, configs: list[Config]) -> 
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+    distributed.leave(lambda: 0)
 
 
 def check(stages: Sequence[int] = range(4), worlds: Sequence[int] = (1, 2)) -> list[dict[str, Any]]:

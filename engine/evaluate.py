@@ -22,7 +22,7 @@ from torch import __version__
 from jepa.config.words import command_line
 from jepa.probes import job as jobs
 from jepa.probes.results import file_name, record, table, write
-from jepa.ranks.distributed import NotMet, start
+from jepa.ranks.distributed import NotMet, leave, start
 from jepa.ranks.program import Parser, program, run_program
 from jepa.state.restore import CheckpointError
 
@@ -120,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

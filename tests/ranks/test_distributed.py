@@ -1,6 +1,7 @@
 """A process's rank and addresses, from the variables that each launcher sets."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,22 @@ def test_determinism_is_asked_of_torch_and_cublas_before_anything_runs() -> None
             [sys.executable, "-c", code.format(asked)], env=environment, capture_output=True, text=True, check=True
         )
         assert done.stdout.split() == wanted.split(), done.stdout
+
+
+def in_a_process(code: str) -> tuple[int, str]:
+    words = [sys.executable, "-c", f"import atexit, sys\nfrom jepa.ranks.distributed import leave\n{code}"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}/engine:{ROOT}/kernels"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_process_leaves_with_its_code_its_output_and_its_exit_handlers_but_does_not_take_python_down() -> None:
+    code = random.randint(1, 99)
+    taken_down = (
+        "class Last:\n def __del__(self): print('taken down')\nsys.last = Last()\natexit.register(print, 'bye')\n"
+    )
+    for main in (f"lambda: {code}", f"lambda: sys.exit({code})"):
+        assert in_a_process(f"{taken_down}print('said', end='')\nleave({main})") == (code, "saidbye\n")
+    assert in_a_process("leave(lambda: sys.exit('why'))") == (1, "why\n")
+    ended, said = in_a_process("leave(lambda: 1 // 0)")
+    assert ended == 1 and said.rstrip().endswith("ZeroDivisionError: integer division or modulo by zero")

@@ -5,16 +5,11 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from jepa.ranks.watchdog import Watchdog
-from probing import ranks_up
 from processes import Run, start, write_config, write_images
-from small import run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -25,19 +20,6 @@ LOST = 69
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hangs")
     return write_config(folder / "config.yaml", write_images(folder / "images"))
-
-
-def watched() -> bool:
-    """Whether a thread of the watchdog is left when it is closed."""
-    ranks = ranks_up()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # of each rank: nobody reads it
-    with Watchdog(replace(ranks, store=store, world_size=1, rank=0), 1) as watchdog:
-        time.sleep(1.5 * watchdog.pulse)
-    return any(thread.is_alive() for thread in watchdog.threads)
-
-
-def test_no_thread_is_left_that_could_be_in_a_request_when_python_ends() -> None:
-    assert run_ranks(2, watched) == [False, False]
 
 
 def check_the_survivor(number: signal.Signals, lost: int, run: Run) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from jepa.config.file import SECTIONS, parse_config
 from jepa.config.schema import Config, settings_of
 from jepa.model.layout import Layout
+from jepa.ranks.distributed import leave
 from jepa.state.partitions import flats
 
 MAPPING: dict[str, dict[str, Any]] = {
@@ -67,6 +68,7 @@ def _one_rank(rank: int, world_size: int, folder: str, work: Callable[..., Any],
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    leave(lambda: 0)
 
 
 def whole_weights(model_engine: Any, kind: str = "weight") -> dict[str, Tensor]:

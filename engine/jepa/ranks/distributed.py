@@ -4,16 +4,19 @@
 own names; plain `python` sets none of them and runs a single rank.
 """
 
+import atexit
+import contextlib
 import os
 import re
 import socket
+import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -270,3 +273,25 @@ def launchers() -> list[int]:
             return [parent, above] if b"deepspeed" in name and b"deepspeed" in line.read() else [parent]
     except OSError:
         return []
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Ends a process that is in a process group with what `main` returns, as sys.exit does but without taking Python
+    down. Raises what `main` raises.
+
+    A thread of gloo drops its last tensors some time after a collective is over. If Python is being taken down then,
+    torch 2.13 ends the thread in the middle of C++, which aborts the process ("terminate called without an active
+    exception").
+    """
+    try:
+        code = main()
+    except SystemExit as asked:
+        if not isinstance(asked.code, int):
+            raise
+        code = asked.code
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    os._exit(code)

@@ -50,10 +50,8 @@ class Watchdog:
         except RuntimeError as error:
             self._end(f"another rank was lost at startup: {error}")
         self.clock = 0.0  # stops while this process is suspended: suspending the whole run loses no rank
-        works = self._keep_watch, self._keep_time
-        self.threads = [threading.Thread(target=work, name="jepa-watchdog", daemon=True) for work in works]
-        for thread in self.threads:
-            thread.start()
+        for work in (self._keep_watch, self._keep_time):
+            threading.Thread(target=work, name="jepa-watchdog", daemon=True).start()
         return self
 
     def at(self, step: int | None, doing: str) -> None:
@@ -75,9 +73,6 @@ class Watchdog:
                 self.store.set("verdict", _failed(0, self.me))
                 time.sleep(3 * self.pulse)
         self.over.set()
-        # A thread that is still in a request to the store when Python ends makes C++ abort the process.
-        for thread in self.threads:
-            thread.join(3 * self.pulse)
 
     def _wait_for_the_verdict(self, error: Exception) -> None:
         """A broken connection means that a rank is gone, but not which one: its missing heartbeat will tell."""
